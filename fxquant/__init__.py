@@ -1,0 +1,73 @@
+"""Quantization-aware training as a torch.compile backend, exported to ONNX as integers.
+
+>>> model = fxquant.prepare(model, (x,))
+>>> step = torch.compile(model, backend="fxquant")
+>>> fxquant.export_onnx(model, (x,), "model.onnx")
+>>> print(fxquant.verify_onnx(model, (x,), "model.onnx"))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxquant import errors, ops
+    from fxquant.calibrate import calibrate
+    from fxquant.onnx import export_onnx, verify_onnx
+    from fxquant.prepare import prepare, strip
+    from fxquant.profiles import Profile
+    from fxquant.recipes import Recipe
+    from fxquant.report import explain
+    from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
+    from fxquant.state import freeze_batch_norm, freeze_ranges
+
+__version__ = "0.1.0"
+
+# Loaded at first use: `import fxquant` costs little more than `import torch`.
+_HOMES = {
+    **dict.fromkeys(("prepare", "strip"), "fxquant.prepare"),
+    **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.state"),
+    "calibrate": "fxquant.calibrate",
+    "explain": "fxquant.report",
+    **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
+    **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
+    "Recipe": "fxquant.recipes",
+    "Profile": "fxquant.profiles",
+}
+_MODULES = ("backend", "errors", "ops", "report")
+
+__all__ = [
+    "CurrentTensor",
+    "Fixed",
+    "MovingAverage",
+    "Profile",
+    "QuantSpec",
+    "Recipe",
+    "__version__",
+    "calibrate",
+    "errors",
+    "explain",
+    "export_onnx",
+    "freeze_batch_norm",
+    "freeze_ranges",
+    "ops",
+    "prepare",
+    "strip",
+    "verify_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fxquant.{name}")
+    if name in _HOMES:
+        # The function replaces the submodule of the same name, which its import has just put here.
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

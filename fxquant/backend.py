@@ -1,0 +1,229 @@
+"""The torch.compile backends ``"fxquant"`` and ``"fxquant_eager"``.
+
+The only file that touches Inductor's and AOTAutograd's private API; each use says on which versions it was tried.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.capture import capture
+from fxquant.errors import CompilerMissing, InvalidArgument
+from fxquant.graph import is_bind
+from fxquant.ops.qparams import decompositions
+from fxquant.passes.base import Decline, Pass, PassResult, run_all
+from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
+from fxquant.profiles import get_profile
+from fxquant.recipes import Recipe, get_recipe
+from fxquant.resolve import execution_order
+from fxquant.state import of_prepared_model
+
+log = logging.getLogger("fxquant")
+
+_OPTIONS = ("recipe", "target", "inductor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileReport:
+    """What one call of a backend did to one graph.
+
+    Attributes:
+        digests: site lists bound in the graph; empty for an unprepared model.
+        quantized: fake-quant nodes inserted.
+        declines: what passes left alone and why.
+        seconds: time in capture and passes, without Inductor.
+    """
+
+    digests: tuple[str, ...]
+    quantized: int
+    declines: tuple[Decline, ...]
+    seconds: float
+
+
+_REPORTS: collections.deque[CompileReport] = collections.deque(maxlen=256)
+
+
+def compile_reports() -> tuple[CompileReport, ...]:
+    """Reports of this process's latest compiles, oldest first."""
+    return tuple(_REPORTS)
+
+
+def fxquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Backend ``"fxquant"``: the QAT graph of ``gm``, compiled by Inductor.
+
+    ``mode`` is torch.compile's. ``options``: ``recipe`` and ``target`` for a model that was not prepared, and
+    ``inductor``, a mapping of Inductor config entries.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13
+    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
+
+    _require_compiler(example_inputs)
+    quantized = quantize_graph(gm, example_inputs, options)
+    patches = {**(list_mode_options(mode) if mode else {}), **dict((options or {}).get("inductor", {}))}
+    lowering = post_grad_passes(select_decomp_table)
+    patches = _with_passes(patches, joint_custom_post_pass=joint_passes(), post_grad_custom_pre_pass=lowering)
+    table = {**select_decomp_table(), **decompositions()}
+    return compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)  # type: ignore[arg-type]
+
+
+def fxquant_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Backend ``"fxquant_eager"``: the same graph through AOTAutograd and the same joint passes, run op by op.
+
+    For debugging, and the reference that compiled code is held to. ``mode`` must be absent: nothing is compiled.
+    """
+    if mode is not None:
+        raise InvalidArgument(f"mode must be left out with backend 'fxquant_eager': got {mode!r}.")
+    return _aot_eager(quantize_graph(gm, example_inputs, options), example_inputs, lambda graph: graph)
+
+
+def _aot_eager(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], runner: Callable[[fx.GraphModule], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """AOTAutograd with our joint passes; ``runner`` makes each of the two graphs callable."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13
+
+    def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        run_all(joint_passes(), joint)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(runner(graph))
+
+    backend = aot_autograd(fw_compiler=compiler, partition_fn=partition, keep_inference_input_mutations=True)
+    return backend(gm, example_inputs)
+
+
+def quantize_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
+    """Dynamo's graph as the captured QAT graph: what both backends hand on."""
+    chosen = _Options.read(options)
+    captured = capture(gm, example_inputs)
+    digests = tuple(str(node.args[0]) for node in execution_order(captured) if is_bind(node))
+    if digests and chosen.given:
+        raise InvalidArgument(
+            f"options must not set {' and '.join(chosen.given)} for a prepared model: its plan decides. "
+            "Give them to fxquant.prepare."
+        )
+    stateless = not digests and _is_unprepared_model(example_inputs)
+    passes = training_passes(chosen.recipe, get_profile(chosen.target), stateless=stateless)
+    result = run_all(passes, captured)
+    if not digests and not stateless:
+        result.declines.append(_left_alone(captured))
+    _report(captured, digests, result)
+    return captured
+
+
+def _is_unprepared_model(example_inputs: Sequence[Any]) -> bool:
+    leaves = [t for t in example_inputs if isinstance(t, torch.Tensor) and t.is_leaf and t.requires_grad]
+    return bool(leaves) and not of_prepared_model(leaves)
+
+
+def _left_alone(gm: fx.GraphModule) -> Decline:
+    first = next((node.name for node in gm.graph.nodes if node.op == "call_function"), "graph")
+    reason = "a part of a prepared model without sites, or code without parameters: it stays float"
+    return Decline(pass_name="fxquant", node=first, reason=reason)
+
+
+def _report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) -> None:
+    count = sum(1 for node in execution_order(gm) if "site" in node.meta)
+    report = CompileReport(
+        digests=digests, quantized=count, declines=tuple(result.declines), seconds=result.seconds
+    )
+    _REPORTS.append(report)
+    for decline in report.declines:
+        log.info("%s", decline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    recipe: Recipe
+    target: str
+    given: tuple[str, ...]
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None) -> _Options:
+        found = dict(options or {})
+        unknown = sorted(found.keys() - set(_OPTIONS))
+        if unknown:
+            raise InvalidArgument(
+                f"options must be among {', '.join(map(repr, _OPTIONS))}: got {', '.join(map(repr, unknown))}. "
+                "Inductor's own settings go into options={'inductor': {...}}."
+            )
+        given = tuple(repr(name) for name in ("recipe", "target") if name in found)
+        target = str(found.get("target", "onnxruntime"))
+        get_profile(target)
+        return cls(recipe=get_recipe(found.get("recipe", "int8")), target=target, given=given)
+
+
+def _require_compiler(example_inputs: Sequence[Any]) -> None:
+    """Says early, and in words, that Inductor will find no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # private; tried on 2.13
+    from torch._inductor.exc import InvalidCxxCompiler  # private; tried on 2.13
+
+    if not any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in example_inputs):
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompilerMissing(
+            "backend 'fxquant' must find a C++ compiler to run on CPU: found none. Install g++ or clang++, point "
+            "CXX at one, or use backend='fxquant_eager', which needs none."
+        ) from error
+
+
+def _with_passes(patches: dict[str, Any], **ours: tuple[Pass, ...]) -> dict[str, Any]:
+    """Our passes in Inductor's hooks, behind what the user put there."""
+    from torch._inductor import config  # the hooks are public settings
+
+    for hook, passes in ours.items():
+        existing = patches.get(hook, getattr(config, hook))
+        before = existing if isinstance(existing, (list, tuple)) else [existing] if existing is not None else []
+        patches[hook] = _graph_pass(passes, tuple(before))
+    return patches
+
+
+def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...]) -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    @dataclasses.dataclass
+    class FxquantPasses(CustomGraphPass):
+        """Our passes as one Inductor hook, whose uuid keys Inductor's caches."""
+
+        passes: tuple[Pass, ...]
+        before: tuple[Any, ...]
+
+        def __call__(self, graph: fx.Graph) -> None:
+            for each in self.before:
+                each(graph)
+            run_all(self.passes, graph.owning_module)
+
+        def uuid(self) -> Any | None:
+            theirs = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
+            if None in theirs:
+                return None  # a pass without identity turns caching off, as it does without us
+            return (*theirs, *(each.uuid() for each in self.passes))
+
+    return FxquantPasses(passes, before)

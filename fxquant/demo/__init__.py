@@ -1,0 +1,74 @@
+"""``python -m fxquant demo``: two small nets on real digits, from float training to a proven ONNX file.
+
+Everything lands in one folder: ``results.json`` (a list of `fxquant.demo.results.Result`), ``curves.png``,
+and for each net and recipe the ``.onnx`` file with a ``.txt`` beside it that holds what its export and its
+verification say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fxquant.errors import FxquantError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    from fxquant.demo.job import RECIPES
+    from fxquant.demo.nets import NETS
+
+    about = "Two small nets on real digits: float training, PTQ, QAT, ONNX, and the proof that they agree."
+    result = argparse.ArgumentParser(prog="python -m fxquant demo", description=about)
+    add, nets = result.add_argument, list(NETS)
+    add("--out", type=Path, default=Path("build/demo"), help="folder to write (build/demo)")
+    add("--seed", type=int, default=0, help="same seed, same numbers (0)")
+    add("--nets", nargs="+", choices=nets, default=nets, help="which nets (all)")
+    add("--recipes", nargs="+", default=[*RECIPES], help=f"recipes ({' '.join(RECIPES)})")
+    add("--quick", action="store_true", help="a handful of steps: shows that it runs, no more")
+    return result
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, quantize, prove and write, in the order that the options name."""
+    from fxquant.demo import data, plot, results
+    from fxquant.demo.console import Console
+    from fxquant.demo.extras import require_all
+    from fxquant.demo.job import Budget, quantize, train_float
+
+    require_all()
+    console, out = Console(), options.out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)  # it describes the files that are now replaced one by one
+    digits = data.load(options.seed)
+    budget = Budget.quick() if options.quick else Budget.full()
+    panels = []
+    for net in dict.fromkeys(options.nets):
+        trained = train_float(net, digits, budget.floats[net], seed=options.seed, console=console)
+        runs = [
+            quantize(trained, recipe, digits, budget.qat, seed=options.seed, out=out, console=console)
+            for recipe in dict.fromkeys(options.recipes)
+        ]
+        panels.append(plot.Panel(trained=trained, runs=runs))
+    plot.draw(panels, out / "curves.png")
+    rows = [run.result for panel in panels for run in panel.runs]
+    results.write(rows, out / "results.json")
+    console.table(rows)
+    files = ["results.json", "curves.png", *(f"{row.net}-{row.recipe}.onnx" for row in rows)]
+    console.say(f"Written to {out}: {', '.join(files)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; the process's exit code: 0, 1 for an error of fxquant's, 130 when interrupted."""
+    options = parser().parse_args(argv)
+    try:
+        run(options)
+    except FxquantError as error:
+        print(f"fxquant demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fxquant demo: interrupted; {options.out} holds no results.json", file=sys.stderr)
+        return 130
+    return 0

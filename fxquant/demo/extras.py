@@ -1,0 +1,42 @@
+"""The demo's optional packages, imported when they are needed and named clearly when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from fxquant.errors import MissingDependency
+
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
+}
+
+
+def require(module: str) -> ModuleType:
+    """Import ``module`` or raise `MissingDependency` with the line that installs it.
+
+    Example::
+
+        >>> require("sklearn.datasets").load_digits().images.shape
+        (1797, 8, 8)
+    """
+    top = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != top:
+            raise
+        package = PACKAGES.get(top, top)
+        raise MissingDependency(
+            f"fxquant's demo needs {package}, which is not installed. "
+            f'Install it with: pip install "fxquant[demo]"'
+        ) from error
+
+
+def require_all() -> None:
+    """Check every package the demo uses before it trains, not minutes later."""
+    for module in PACKAGES:
+        require(module)

@@ -1,0 +1,46 @@
+"""Every exception that fxquant raises, so that one ``except FxquantError`` is enough.
+
+A message reads ``<subject> must <rule>: got <value> (<where>). <How to fix it>.``
+"""
+
+from __future__ import annotations
+
+
+class FxquantError(Exception):
+    """Base of every fxquant error."""
+
+
+class InvalidArgument(FxquantError, ValueError):
+    """An argument has a value that its parameter does not allow."""
+
+
+class UnsupportedModel(FxquantError, RuntimeError):
+    """The model cannot be quantized as asked, for a reason that lies in the model."""
+
+
+class PlanMismatch(FxquantError, RuntimeError):
+    """A checkpoint or a graph belongs to another plan than the model's."""
+
+
+class RangeNotSet(FxquantError, RuntimeError):
+    """A quantizer's range was needed before any data was seen, or the range is degenerate."""
+
+
+class ExportError(FxquantError, RuntimeError):
+    """The model could not be written, or what was written cannot be loaded."""
+
+
+class CompilerMissing(FxquantError, RuntimeError):
+    """Inductor needs a compiler that is not on this machine."""
+
+
+class MissingDependency(FxquantError, ImportError):
+    """An optional package is not installed; the message holds the install command."""
+
+
+class InvariantViolated(FxquantError, AssertionError):
+    """A pass received or produced a graph that breaks the IR's rules: a bug in fxquant."""
+
+
+class NotQuantizedWarning(UserWarning):
+    """A part of a prepared model ran, or was exported, without its quantizers."""

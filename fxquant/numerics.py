@@ -1,0 +1,98 @@
+"""The one definition of affine quantize and dequantize, as pure tensor functions.
+
+Eager kernels, the lowering for Inductor, gradients and export all call these, so they agree bit for bit::
+
+    code  = round_half_even(x · (1/scale)) + zero_point          rounding="reciprocal" (torch)
+    code  = round_half_even(x / scale) + zero_point              rounding="divide"     (ONNX QuantizeLinear)
+    y     = (clamp(code, quant_min, quant_max) − zero_point) · scale
+    dx    = dy · [quant_min ≤ code ≤ quant_max]                  clipped straight-through estimator
+
+Arithmetic is float32 (float64 for float64 input), with one rounding to the input's dtype at the end.
+``scale`` and ``zero_point`` arrive broadcastable against ``x``: see `per_channel_view`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.spec import Rounding
+
+# torch's per-channel kernels cast the code to int64 before they clamp; what does not fit becomes INT64_MIN.
+_INT64_END = 2.0**63
+
+
+def per_channel_view(vector: Tensor, ndim: int, axis: int) -> Tensor:
+    """``[C]`` as ``[1, …, C, …, 1]`` with C at ``axis`` of ``ndim`` dimensions."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return vector.view(shape)
+
+
+def code_before_clamp(x: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensor:
+    """The rounded code, in float and not yet clamped; NaN where x is NaN."""
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    steps = wide / scale if rounding == "divide" else wide * scale.reciprocal()
+    # Adding the zero point, even 0, also turns −0 into +0: torch's integer codes have no sign of zero.
+    return steps.round() + zero_point.to(torch.float32)
+
+
+def clamp_code(code: Tensor, quant_min: int, quant_max: int, *, wrap: bool = False) -> Tensor:
+    """Into the range; NaN becomes ``quant_min``. ``wrap``: so does what int64 cannot hold."""
+    if wrap:
+        code = torch.where(code < _INT64_END, code, quant_min)
+    # A comparison with NaN is false, so `where` needs no separate NaN test (fmax in two instructions).
+    code = torch.where(code >= quant_min, code, quant_min)
+    return torch.where(code <= quant_max, code, quant_max)
+
+
+def clip_mask(code: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Where the gradient passes: the code before clamping lies in the range (NaN does not)."""
+    return (code >= quant_min) & (code <= quant_max)
+
+
+def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """``(code − zero_point) · scale``; code holds integers of any dtype."""
+    wide = code if code.is_floating_point() else code.to(torch.float32)
+    return (wide - zero_point.to(torch.float32)) * scale
+
+
+def fake_quantize_per_tensor(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """One scale for the tensor. The product is float32 even for float64 input, as in torch."""
+    code = clamp_code(code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
+    return dequantize(code.to(torch.float32), scale, zero_point).to(x.dtype)
+
+
+def fake_quantize_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """One scale per slice of ``axis``; with "reciprocal", codes beyond int64 wrap to ``quant_min`` as torch's."""
+    scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
+    code = code_before_clamp(x, scale, zero_point, rounding)
+    code = clamp_code(code, quant_min, quant_max, wrap=rounding == "reciprocal")
+    return dequantize(code, scale, zero_point).to(x.dtype)
+
+
+def fake_quantize_per_tensor_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """``grad · mask``: a product, not a select, so inf · 0 is NaN as in torch."""
+    code = code_before_clamp(x, scale, zero_point, rounding)
+    return grad * clip_mask(code, quant_min, quant_max).to(grad.dtype)
+
+
+def fake_quantize_per_channel_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    rounding: Rounding,
+) -> Tensor:
+    """`fake_quantize_per_tensor_backward` with one scale per slice of ``axis``."""
+    scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
+    return fake_quantize_per_tensor_backward(grad, x, scale, zero_point, quant_min, quant_max, rounding)

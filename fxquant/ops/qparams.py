@@ -1,0 +1,156 @@
+"""Ranges and quantization parameters as ops: functional, without gradient, without any host read.
+
+Ranges are float32 tensors of one element; NaN stands for "nothing seen yet". A batch with a non-finite value
+leaves the range as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.ops.library import define
+
+# torch.ao's floor for activation scales; a constant-zero tensor then has codes 0 and exact zeros.
+ACTIVATION_SCALE_FLOOR = torch.finfo(torch.float32).eps
+# Far below any weight that matters, so that folding a small BatchNorm factor scales codes exactly.
+WEIGHT_SCALE_FLOOR = 2.0**-60
+
+
+def _batch_min_max(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = x.amin(), x.amax()
+    return low.to(torch.float32).expand(like.shape), high.to(torch.float32).expand(like.shape)
+
+
+def _keep_unless_finite(low: Tensor, high: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]):  # type: ignore[no-untyped-def]
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    return torch.where(finite, new[0], old[0]), torch.where(finite, new[1], old[1])
+
+
+def _update(x: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return minimum.clone(), maximum.clone()
+    low, high = _batch_min_max(x, minimum)
+    unset = torch.isnan(minimum)
+    new = (
+        torch.where(unset, low, minimum + constant * (low - minimum)),
+        torch.where(unset, high, maximum + constant * (high - maximum)),
+    )
+    return _keep_unless_finite(low, high, new, (minimum, maximum))
+
+
+def _extend(x: Tensor, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return minimum.clone(), maximum.clone()
+    low, high = _batch_min_max(x, minimum)
+    unset = torch.isnan(minimum)
+    new = torch.where(unset, low, torch.minimum(minimum, low)), torch.where(unset, high, torch.maximum(maximum, high))
+    return _keep_unless_finite(low, high, new, (minimum, maximum))
+
+
+def _resolve(x: Tensor, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return minimum.clone(), maximum.clone()
+    low, high = _batch_min_max(x, minimum)
+    unset = torch.isnan(minimum)
+    return torch.where(unset, low, minimum), torch.where(unset, high, maximum)
+
+
+def _ranges_like(x: Tensor, minimum: Tensor, maximum: Tensor, *_: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(minimum), torch.empty_like(maximum)
+
+
+def _affine(
+    minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    low, high = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
+    if symmetric:
+        reach = (quant_max - quant_min) // 2
+        scale = (torch.maximum(-low, high) / reach).clamp(min=ACTIVATION_SCALE_FLOOR)
+        middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=ACTIVATION_SCALE_FLOOR)
+    point = quant_min - torch.round(low / scale)
+    return scale, point.clamp(quant_min, quant_max).to(torch.int32)
+
+
+def _affine_like(minimum: Tensor, *_: Tensor | int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(minimum), torch.empty_like(minimum, dtype=torch.int32)
+
+
+def _symmetric(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
+    others = [d for d in range(x.dim()) if d != axis]
+    # amax of no dimension would mean all of them: a 1-D tensor per channel keeps its elements.
+    amax = x.abs().amax(dim=others) if others else x.abs()
+    scale = (amax.to(torch.float32) / quant_max).clamp(min=WEIGHT_SCALE_FLOOR)
+    if axis is None:
+        scale = scale.reshape(1)
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def _symmetric_like(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
+    count = 1 if axis is None else x.shape[axis]
+    return x.new_empty(count, dtype=torch.float32), x.new_empty(count, dtype=torch.int32)
+
+
+UPDATE_MIN_MAX = define(
+    "update_min_max(Tensor input, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)", _update, _ranges_like
+)
+EXTEND_MIN_MAX = define(
+    "extend_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _extend, _ranges_like
+)
+RESOLVE_MIN_MAX = define(
+    "resolve_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _resolve, _ranges_like
+)
+AFFINE_QPARAMS = define(
+    "affine_qparams(Tensor min, Tensor max, int quant_min, int quant_max, bool symmetric) -> (Tensor, Tensor)",
+    _affine,
+    _affine_like,
+)
+SYMMETRIC_QPARAMS = define(
+    "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, _symmetric_like
+)
+
+QPARAM_OPS = (UPDATE_MIN_MAX, EXTEND_MIN_MAX, RESOLVE_MIN_MAX, AFFINE_QPARAMS, SYMMETRIC_QPARAMS)
+
+
+def decompositions() -> dict[object, object]:
+    """op → arithmetic, for AOTAutograd: these run in every step and Inductor fuses them with their producer."""
+    return {
+        UPDATE_MIN_MAX: _update,
+        EXTEND_MIN_MAX: _extend,
+        RESOLVE_MIN_MAX: _resolve,
+        AFFINE_QPARAMS: _affine,
+        SYMMETRIC_QPARAMS: _symmetric,
+    }
+
+
+def update_min_max(input: Tensor, min: Tensor, max: Tensor, constant: float) -> tuple[Tensor, Tensor]:
+    """Moving average ``r + constant · (batch − r)`` of min and max; the first batch sets an unset range."""
+    return UPDATE_MIN_MAX(input, min, max, constant)
+
+
+def extend_min_max(input: Tensor, min: Tensor, max: Tensor) -> tuple[Tensor, Tensor]:
+    """The range widened to hold the input too: calibration by the extremes of everything seen."""
+    return EXTEND_MIN_MAX(input, min, max)
+
+
+def resolve_min_max(input: Tensor, min: Tensor, max: Tensor) -> tuple[Tensor, Tensor]:
+    """The range, or the input's own where none was seen yet; nothing is stored."""
+    return RESOLVE_MIN_MAX(input, min, max)
+
+
+def affine_qparams(
+    min: Tensor, max: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) for a range widened to hold 0: float32 and int32, shaped like ``min``.
+
+    Asymmetric: ``scale = (max − min) / (quant_max − quant_min)``, ``zero_point = quant_min − round(min / scale)``.
+    Symmetric: ``scale = max(−min, max) / ((quant_max − quant_min) // 2)``, zero_point in the middle.
+    """
+    return AFFINE_QPARAMS(min, max, quant_min, quant_max, symmetric)
+
+
+def symmetric_qparams(input: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
+    """(amax / quant_max, 0) of the tensor itself, per slice of ``axis`` or for the whole (then of shape [1])."""
+    return SYMMETRIC_QPARAMS(input, axis, quant_max)

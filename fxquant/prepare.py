@@ -1,0 +1,257 @@
+"""`prepare` puts a plan and its quantizers on a model; `strip` takes them off again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.capture import dynamo_graphs, untouched
+from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
+from fxquant.graph import is_bind, user_line
+from fxquant.ops.binding import bind
+from fxquant.passes.functionalize_activations import FunctionalizeActivations
+from fxquant.place import Placement, place
+from fxquant.plan import Declined, Edge, LocalSite, Plan, Site
+from fxquant.profiles import Profile, get_profile
+from fxquant.recipes import Recipe, get_recipe
+from fxquant.resolve import edges_of, enclosing, positions
+from fxquant.state import (
+    ATTRIBUTE,
+    BoundForward,
+    QuantizerSet,
+    RootQuantizerSet,
+    freeze_batch_norm,
+    owners,
+    refuse_other_plan,
+)
+
+
+def prepare(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Recipe = "int8",
+    target: str = "onnxruntime",
+) -> nn.Module:
+    """Decides which tensors of ``model`` are quantized for ``target`` and attaches their state, in place.
+
+    The model runs once on the example inputs under Dynamo; parameters, buffers, modes and random state are left
+    as they were. Compiled with ``backend="fxquant"`` it then trains quantized; run without compile it is still
+    the float model. Returns the model.
+
+    Args:
+        model: any module that torch.compile can run, with floating-point parameters, not yet prepared.
+        args: positional example inputs, a tuple; ``kwargs``: keyword ones.
+        recipe: ``"int8"``, ``"w4a8"`` or a `Recipe`.
+        target: the runtime that the model will be deployed to: ``"onnxruntime"``.
+
+    Raises:
+        InvalidArgument: unknown recipe or target, a model prepared before, inputs the model cannot run on.
+        UnsupportedModel: nothing to quantize, or parameters that are not floating point.
+    """
+    chosen, profile = get_recipe(recipe), get_profile(target)
+    kwargs = dict(kwargs or {})
+    _check(model, args)
+    plan = _make_plan(model, args, kwargs, chosen, profile)
+    try:
+        _attach(model, plan)
+    except BaseException:
+        strip(model)
+        raise
+    return model
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Takes plan, quantizers and frozen BatchNorm modes off again: the float model, with its trained weights."""
+    freeze_batch_norm(model, frozen=False)
+    for _, module, _ in list(owners(model)):
+        bound = module.__dict__.get("forward")
+        if isinstance(bound, BoundForward):
+            del module.__dict__["forward"]
+            if bound.inner is not None:
+                module.__dict__["forward"] = bound.inner
+        delattr(module, ATTRIBUTE)
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", None) is refuse_other_plan:
+                del module._load_state_dict_pre_hooks[key]
+    return model
+
+
+def _check(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
+        raise InvalidArgument(
+            f"model must be a plain nn.Module: got {type(model).__name__}. Prepare first, torch.compile afterwards."
+        )
+    if not isinstance(args, tuple):
+        raise InvalidArgument(
+            f"args must be a tuple of example inputs: got {type(args).__name__}. Write (x,) for a single input."
+        )
+    prepared = [path or "the model itself" for path, _, found in owners(model) if found.plan is not None]
+    if prepared:
+        raise InvalidArgument(
+            f"model must not be prepared twice: {prepared[0]} has a plan. Call fxquant.strip(model) first."
+        )
+    wrong = [(name, p.dtype) for name, p in model.named_parameters() if not p.dtype.is_floating_point]
+    if wrong:
+        name, dtype = wrong[0]
+        raise UnsupportedModel(
+            f"parameters must be floating point: got {dtype} for {name!r}. "
+            "Prepare the float model, before any weight is quantized or packed."
+        )
+
+
+class _Marker:
+    """A forward that only says which module's frame begins, while `prepare` looks at the graphs."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        self.module, self.path = module, path
+        self.inner = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            bind(self.path, [], [])
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _markers(model: nn.Module) -> Iterator[None]:
+    markers = [
+        _Marker(module, path)
+        for path, module in model.named_modules()
+        if type(module).forward is not nn.Module.forward and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    for marker in markers:
+        marker.module.__dict__["forward"] = marker
+    try:
+        yield
+    finally:
+        for marker in markers:
+            del marker.module.__dict__["forward"]
+            if marker.inner is not None:
+                marker.module.__dict__["forward"] = marker.inner
+
+
+def _make_plan(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe, profile: Profile
+) -> Plan:
+    with untouched(model), _markers(model):
+        try:
+            graphs = dynamo_graphs(model, args, kwargs)
+        except FxquantError:
+            raise
+        except Exception as error:
+            raise InvalidArgument(
+                f"args and kwargs must run through the model: got {type(error).__name__}: {error}"
+            ) from error
+    sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
+    declined: list[Declined] = []
+    for gm in graphs:
+        FunctionalizeActivations().run(gm)
+        found = place(gm.graph, recipe, profile)
+        declined += found.described_declines()
+        naming = _Naming(gm, sites)
+        for placed in found.placed:
+            naming.add(placed, declined)
+    if not sites:
+        reasons = "; ".join(sorted({f"{d.where}: {d.reason}" for d in declined})) or "it runs no such operator"
+        raise UnsupportedModel(
+            f"model must hold an operator that {profile.name} runs on integers "
+            f"({', '.join(sorted(profile.hard))}): found none to quantize ({reasons})."
+        )
+    _check_kinds(recipe, sites.values())
+    return Plan(recipe=recipe.name, target=profile.name, sites=tuple(sites.values()), declined=tuple(declined))
+
+
+def _check_kinds(recipe: Recipe, sites: Any) -> None:
+    used = {edge.kind for site in sites for edge in site.local.edges}
+    unmatched = sorted((recipe.kinds or frozenset()) - used)
+    if unmatched:
+        raise InvalidArgument(
+            f"recipe {recipe.name!r} must match the model with each of its kinds: {', '.join(unmatched)} "
+            f"matched no operator. The model has {', '.join(sorted(used))}."
+        )
+
+
+class _Naming:
+    """Turns placements on nodes into sites on owners."""
+
+    def __init__(self, gm: fx.GraphModule, sites: dict[tuple[str, tuple[Edge, ...]], Site]) -> None:
+        self.sites = sites
+        self.index = positions(gm)
+        self.root = next((enclosing(node, "")[0].path for node in gm.graph.nodes), "")
+        self.starts: dict[tuple[str, str | None], str] = {}
+        for node in gm.graph.nodes:
+            if is_bind(node):
+                frame = enclosing(node, self.root)[-1]
+                self.starts[frame.key, node.meta.get("region")] = str(node.args[0])
+
+    def add(self, placed: Placement, declined: list[Declined]) -> None:
+        first = placed.edges[0][0]
+        owner = self._owner(placed)
+        if owner is None:
+            where = " → ".join(frame.path for frame in enclosing(first, self.root)[1:]) or "the model's forward"
+            declined.append(
+                Declined(
+                    where=first.name,
+                    reason=f"a graph break or checkpoint lies between it and the start of {where}",
+                    source=user_line(first),
+                )
+            )
+            return
+        key, path = owner
+        edges = edges_of(self.index, key, placed.edges)
+        if (path, edges) in self.sites:
+            return  # another call of the same module: one quantizer serves both
+        taken = {site.local.name for site in self.sites.values() if site.owner == path}
+        local = LocalSite(name=_name(edges[0], taken), role=placed.role, spec=placed.spec, edges=edges)
+        self.sites[path, edges] = Site(owner=path, local=local, reason=placed.reason, source=user_line(first))
+
+    def _owner(self, placed: Placement) -> tuple[str, str] | None:
+        """Call key and path of the innermost module whose frame starts in this graph and runs all the operators."""
+        nodes = [node for node, _ in placed.edges]
+        regions = {node.meta.get("region") for node in nodes}
+        if len(regions) > 1:
+            return None
+        region = next(iter(regions))
+        shared = set.intersection(*({frame.key for frame in enclosing(node, self.root)} for node in nodes))
+        for frame in reversed(enclosing(nodes[0], self.root)):
+            if frame.key in shared and (frame.key, region) in self.starts:
+                return frame.key, self.starts[frame.key, region]
+        return None
+
+
+def _name(edge: Edge, taken: set[str]) -> str:
+    """``weight`` where the owner itself runs the operator, else with the operator's place in it."""
+    if not edge.path and edge.ordinal == 0 and edge.operand in ("input", "weight", "output") and edge.kind != "add":
+        if edge.operand not in taken:
+            return edge.operand
+    prefix = edge.path.replace(".", "_") + "_" if edge.path else ""
+    name = f"{prefix}{edge.kind}{edge.ordinal}_{edge.operand}"
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _attach(model: nn.Module, plan: Plan) -> None:
+    by_owner = {"": (), **plan.owners()}  # the root always binds: its graphs are known by that
+    modules = dict(model.named_modules())
+    for path in by_owner:
+        if hasattr(modules[path], ATTRIBUTE):
+            raise UnsupportedModel(
+                f"{path or 'model'} must not have an attribute {ATTRIBUTE!r} of its own: fxquant keeps state there. "
+                "Rename it."
+            )
+    devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}
+    for path, sites in by_owner.items():
+        locals_ = tuple(site.local for site in sites)
+        holder = QuantizerSet(locals_) if path else RootQuantizerSet(locals_, plan)
+        modules[path].add_module(ATTRIBUTE, holder.to(devices[path]))
+        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_)
+    model.register_load_state_dict_pre_hook(refuse_other_plan)

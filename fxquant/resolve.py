@@ -1,0 +1,119 @@
+"""From a plan's edges to the operators of a graph in hand, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxquant.graph import Frame, frames, is_bind, kind_of, relative, root_path
+from fxquant.lift import Operand
+from fxquant.plan import Edge, LocalSite, registered
+
+# Of an operator: (its owner's call, the module that runs it as seen from there, kind, ordinal).
+Position = tuple[str, str, str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundSite:
+    """A local site found in a graph: its operands there, its mode, and the nodes that hold its state."""
+
+    site: LocalSite
+    edges: tuple[Operand, ...]
+    mode: int
+    state: tuple[fx.Node, ...]
+    bind: fx.Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A bound site none of whose operators are in the graph."""
+
+    site: LocalSite
+    bind: fx.Node
+
+
+def nested_graphs(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graph modules that a node's arguments name: bodies of higher-order operators."""
+    named = [a for a in node.all_input_nodes if a.op == "get_attr"]
+    modules = [gm.get_submodule(str(a.target)) for a in named if isinstance(_attribute(gm, a), fx.GraphModule)]
+    return [module for module in modules if isinstance(module, fx.GraphModule)]
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> object:
+    value: object = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def execution_order(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """All call nodes, those of nested bodies where they run."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            yield node
+            for body in nested_graphs(gm, node):
+                yield from execution_order(body)
+
+
+def enclosing(node: fx.Node, root: str) -> tuple[Frame, ...]:
+    """The calls around a node with the compiled frame itself first, under the key ``""``."""
+    return (Frame("", root), *frames(node))
+
+
+def positions(gm: fx.GraphModule) -> dict[Position, fx.Node]:
+    """Every operator that placement knows, under its position in each call around it."""
+    root = root_path(gm.graph)
+    counts: dict[tuple[str, str, str], int] = {}
+    found: dict[Position, fx.Node] = {}
+    for node in execution_order(gm):
+        kind = kind_of(node)
+        if kind is None:
+            continue
+        around = enclosing(node, root)
+        for frame in around:
+            place = (frame.key, relative(around[-1].path, frame.path), kind.name)
+            ordinal = counts.get(place, 0)
+            counts[place] = ordinal + 1
+            found[(*place, ordinal)] = node
+    return found
+
+
+def edges_of(index: dict[Position, fx.Node], frame_key: str, operands: tuple[Operand, ...]) -> tuple[Edge, ...]:
+    """The operands as edges of one call."""
+    wanted = {node for node, _ in operands}
+    at = {node: position for position, node in index.items() if position[0] == frame_key and node in wanted}
+    edges = []
+    for node, operand in operands:
+        _, path, kind, ordinal = at[node]
+        edges.append(Edge(path=path, kind=kind, ordinal=ordinal, operand=operand))
+    return tuple(edges)
+
+
+def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
+    """The sites that the bind nodes of a graph and its nested bodies stand for, outermost owners first."""
+    index = positions(gm)
+    root = root_path(gm.graph)
+    found: list[BoundSite] = []
+    missing: list[Missing] = []
+    binds = [node for node in execution_order(gm) if is_bind(node)]
+    binds.sort(key=lambda node: len(enclosing(node, root)))
+    taken: set[tuple[fx.Node, str]] = set()
+    for bind in binds:
+        key, modes, state = bind.args
+        frame = enclosing(bind, root)[-1]
+        rest = list(state)  # type: ignore[arg-type]
+        for site, mode in zip(registered(str(key)), modes, strict=True):  # type: ignore[arg-type]
+            mine = tuple(rest.pop(0) for _ in range(2 if site.spec.range.stateful else 0))
+            operands = []
+            for edge in site.edges:
+                node = index.get((frame.key, edge.path, edge.kind, edge.ordinal))
+                if node is not None and node.graph is bind.graph and (node, edge.operand) not in taken:
+                    operands.append((node, edge.operand))
+            taken.update(operands)
+            if operands:
+                found.append(BoundSite(site=site, edges=tuple(operands), mode=int(mode), state=mine, bind=bind))
+            else:
+                missing.append(Missing(site=site, bind=bind))
+    return found, missing

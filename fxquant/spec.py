@@ -1,0 +1,120 @@
+"""What a quantizer does, as plain data: `QuantSpec` and the ways its range is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from fxquant.errors import InvalidArgument
+
+Rounding = Literal["reciprocal", "divide"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingAverage:
+    """Min and max follow the data: ``r ← r + constant·(batch − r)``, the first batch sets them.
+
+    Updated before the batch is quantized, in training only (torch's MovingAverageMinMaxObserver).
+    """
+
+    kind: ClassVar[str] = "moving_average"
+    stateful: ClassVar[bool] = True
+    constant: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.constant <= 1.0:
+            raise InvalidArgument(f"MovingAverage.constant must be in (0, 1]: got {self.constant}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurrentTensor:
+    """The range is that of the tensor in hand: weights, and activations of unprepared models."""
+
+    kind: ClassVar[str] = "current"
+    stateful: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """A range known beforehand, as behind a ReLU6."""
+
+    kind: ClassVar[str] = "fixed"
+    stateful: ClassVar[bool] = False
+    min: float
+    max: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.min) and math.isfinite(self.max) and self.min < self.max):
+            raise InvalidArgument(f"Fixed range must be finite with min < max: got [{self.min}, {self.max}].")
+
+
+Range = MovingAverage | CurrentTensor | Fixed
+_RANGES: dict[str, type] = {cls.kind: cls for cls in (MovingAverage, CurrentTensor, Fixed)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """An affine integer format: ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``.
+
+    Attributes:
+        bits: width of the code, 2…16.
+        signed: codes from −2^(bits−1), else from 0.
+        symmetric: the zero point is fixed (0 when signed, the middle code otherwise).
+        narrow: leave out the lowest code of a signed format, so that codes mirror at 0.
+        axis: channel axis of a per-channel scale, None for one scale per tensor.
+        rounding: ``"divide"`` is ONNX QuantizeLinear's ``x / scale``, ``"reciprocal"`` torch's ``x · (1/scale)``.
+        range: how minimum and maximum are found.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    symmetric: bool = True
+    narrow: bool = False
+    axis: int | None = None
+    rounding: Rounding = "divide"
+    range: Range = dataclasses.field(default_factory=MovingAverage)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise InvalidArgument(f"QuantSpec.bits must be from 2 to 16: got {self.bits}.")
+        if self.rounding not in ROUNDINGS:
+            raise InvalidArgument(f"QuantSpec.rounding must be one of {ROUNDINGS}: got {self.rounding!r}.")
+        if self.narrow and not self.signed:
+            raise InvalidArgument("QuantSpec.narrow must go with signed=True: an unsigned code has no mirror.")
+        if self.axis is not None and not self.symmetric:
+            raise InvalidArgument("QuantSpec per channel must be symmetric: runtimes take zero point 0 there.")
+
+    @property
+    def quant_min(self) -> int:
+        """Lowest code."""
+        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+
+    @property
+    def quant_max(self) -> int:
+        """Highest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def __str__(self) -> str:
+        """``u8``, ``s8 axis 0``, ``s4 narrow …``: short enough for a table cell."""
+        words = [f"{'s' if self.signed else 'u'}{self.bits}"]
+        if self.axis is not None:
+            words.append(f"axis {self.axis}")
+        if isinstance(self.range, Fixed):
+            words.append(f"[{self.range.min:g}, {self.range.max:g}]")
+        return " ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the plan in a checkpoint; `from_dict` reads them back."""
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        fields["range"] = {"kind": self.range.kind, **dataclasses.asdict(self.range)}
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> QuantSpec:
+        """Inverse of `to_dict`."""
+        fields = dict(fields)
+        found = dict(fields.pop("range"))
+        return cls(range=_RANGES[found.pop("kind")](**found), **fields)

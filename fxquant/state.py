@@ -1,0 +1,306 @@
+"""Quantizer modules on their owners, and the forward that brings their state into compiled graphs."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.capture import in_compiled_region
+from fxquant.errors import InvalidArgument, NotQuantizedWarning, PlanMismatch
+from fxquant.ops.binding import bind
+from fxquant.plan import LocalSite, Mode, Plan, register
+from fxquant.spec import QuantSpec
+
+ATTRIBUTE = "quantizers"
+
+
+class Quantizer(nn.Module):
+    """State of one site: ``min_val`` and ``max_val`` (float32, one element, NaN until data was seen) if it has any.
+
+    The tensors stay float32 under ``.half()``. Keys that a float checkpoint lacks are no error.
+
+    Attributes:
+        observing: in training, the range follows the data; else it stays.
+        enabled: the tensor is quantized at all.
+        resolved: the range is known to be set, so that graphs need not look at it.
+        calibrating: the observing mode of a calibration in progress, None outside one.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self, site: LocalSite) -> None:
+        super().__init__()
+        self.site = site
+        self.observing = True
+        self.enabled = True
+        self.resolved = False
+        self.calibrating: Mode | None = None
+        if self.stateful:
+            self.register_buffer("min_val", torch.full((1,), float("nan")))
+            self.register_buffer("max_val", torch.full((1,), float("nan")))
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The format."""
+        return self.site.spec
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the range is kept between steps."""
+        return self.site.spec.range.stateful
+
+    def mode(self, training: bool) -> Mode:
+        """What the site does in a graph traced now."""
+        if not self.enabled:
+            return Mode.OFF
+        if self.calibrating is not None:
+            return self.calibrating if self.stateful else Mode.OFF
+        if not self.stateful:
+            return Mode.STATIC
+        if training and self.observing:
+            return Mode.TRAIN
+        return Mode.STATIC if self.resolved else Mode.RESOLVE
+
+    def settle(self) -> bool:
+        """Looks (on the host) whether the range is set; remembers it if so."""
+        self.resolved = not self.stateful or bool(torch.isfinite(self.min_val) & torch.isfinite(self.max_val))
+        return self.resolved
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != before.dtype:
+                # A range rounded to half precision would move every code.
+                self._buffers[name] = before.to(now.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        local_metadata, strict, missing, unexpected, errors = args
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        for name in self._buffers:
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+        self.settle()
+
+    def extra_repr(self) -> str:
+        """``u8, [-0.42, 3.1]``."""
+        if not self.stateful:
+            return str(self.spec)
+        return f"{self.spec}, [{self.min_val.item():.4g}, {self.max_val.item():.4g}]"
+
+
+class QuantizerSet(nn.ModuleDict):
+    """The quantizers of one owner, by site name."""
+
+    plan: Plan | None = None
+
+    def __init__(self, sites: tuple[LocalSite, ...]) -> None:
+        super().__init__({site.name: Quantizer(site) for site in sites})
+
+    def forward(self) -> None:
+        """Not called: the quantizers act inside compiled graphs."""
+
+
+class RootQuantizerSet(QuantizerSet):
+    """The root's quantizers, which also hold the model's plan; it is saved with them as extra state."""
+
+    def __init__(self, sites: tuple[LocalSite, ...], plan: Plan) -> None:
+        super().__init__(sites)
+        self.plan = plan
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        assert self.plan is not None
+        return {"plan": self.plan.to_json()}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: `refuse_other_plan` has compared it before loading began."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _, _, missing, _, _ = args
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "_extra_state" in missing:  # a float checkpoint has no plan
+            missing.remove(prefix + "_extra_state")
+
+
+def refuse_other_plan(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Load hook of a prepared root: raises PlanMismatch before any tensor is copied."""
+    saved = state_dict.get(f"{prefix}{ATTRIBUTE}._extra_state")
+    plan = plan_of(module)
+    if not saved or plan is None:
+        return
+    lines = plan.difference(Plan.from_json(saved["plan"]))
+    if lines:
+        shown = "\n  ".join(lines[:20] + ([f"… and {len(lines) - 20} more"] if len(lines) > 20 else []))
+        raise PlanMismatch(
+            f"checkpoint must belong to the same plan as the model: {len(lines)} sites differ.\n  {shown}\n"
+            "Prepare the model with the checkpoint's recipe and target, or drop the quantizers' keys to load the "
+            "float weights only."
+        )
+
+
+class _Exporting:
+    """Whether torch.export is tracing for `fxquant.export_onnx`; a user's own export sees the float model."""
+
+    active = False
+
+
+class BoundForward:
+    """The forward of an owner: binds its quantizers' state in compiled graphs, then runs the module's own forward.
+
+    Plain eager Python runs the float model. That is also what happens to a frame that Dynamo leaves eager inside
+    torch.compile; then a warning says so once, and `eager_runs` counts it for `fxquant.explain`.
+    """
+
+    def __init__(self, module: nn.Module, sites: tuple[LocalSite, ...]) -> None:
+        self.module = module
+        self.inner = module.__dict__.get("forward")
+        self.sites = sites
+        self.names = tuple(site.name for site in sites)
+        self.key = register(sites)
+        self.eager_runs = 0
+        _LIVE.add(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or _Exporting.active:
+            self.bind()
+        else:
+            self._note_eager()
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def bind(self) -> None:
+        """Makes the state of every site an input of the graph being traced."""
+        quantizers = self.module.quantizers
+        modes, state = [], []
+        for name in self.names:
+            quantizer = quantizers[name]
+            modes.append(int(quantizer.mode(self.module.training)))
+            if quantizer.stateful:
+                state += [quantizer.min_val, quantizer.max_val]
+        bind(self.key, modes, state)
+
+    def _note_eager(self) -> None:
+        if not self.names or not in_compiled_region():
+            return
+        if self.eager_runs == 0:
+            warnings.warn(
+                f"{type(self.module).__name__} ran in eager Python inside torch.compile, so its "
+                f"{len(self.names)} quantized tensors ({', '.join(self.names[:4])}) stayed float. "
+                "Dynamo left its frame out: see TORCH_LOGS=graph_breaks,recompiles for why.",
+                NotQuantizedWarning,
+                stacklevel=3,
+            )
+        self.eager_runs += 1
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The module's own: exporters and trainers read it."""
+        original = self.inner or type(self.module).forward.__get__(self.module)
+        return inspect.signature(original)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(self.sites)
+        _LIVE.add(self)
+
+
+_LIVE: weakref.WeakSet[BoundForward] = weakref.WeakSet()
+
+
+def of_prepared_model(tensors: Iterable[Any]) -> bool:
+    """Whether any of the tensors is a parameter of a prepared model that is alive."""
+    known = {id(parameter) for bound in _LIVE for parameter in bound.module.parameters()}
+    return any(id(tensor) in known for tensor in tensors)
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of a prepared model, None for any other."""
+    found = model._modules.get(ATTRIBUTE)
+    return found.plan if isinstance(found, QuantizerSet) else None
+
+
+def require_plan(model: nn.Module, caller: str) -> Plan:
+    """The plan, or an error that says to prepare first."""
+    model = unwrap(model)
+    plan = plan_of(model)
+    if plan is None:
+        raise InvalidArgument(
+            f"{caller} must be given a prepared model: got {type(model).__name__} without a plan. "
+            "Call fxquant.prepare(model, example_args) first."
+        )
+    return plan
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside torch.compile and DistributedDataParallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizerSet]]:
+    """Every module that owns quantizers (or the plan), with its path."""
+    for path, module in model.named_modules():
+        found = module._modules.get(ATTRIBUTE)
+        if isinstance(found, QuantizerSet):
+            yield path, module, found
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Site key → quantizer, in module order."""
+    for path, _, found in owners(model):
+        for name, quantizer in found.items():
+            yield f"{path}.{name}" if path else name, quantizer  # type: ignore[misc]
+
+
+def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
+    """Holds every activation range where it is, in training too; ``frozen=False`` lets them follow the data again."""
+    require_plan(model, "freeze_ranges")
+    for _, quantizer in quantizers(unwrap(model)):
+        quantizer.observing = not frozen
+        quantizer.settle()
+
+
+class _FrozenTrain:
+    """A BatchNorm's ``train`` that leaves it in eval mode: running statistics are used and kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return type(self.module).train(self.module, False)
+
+
+def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
+    """Normalizes with running statistics from now on, also in training; weight and bias keep training.
+
+    QAT then trains exactly the folded network that is deployed. Survives ``model.train()``; ``frozen=False``
+    gives every BatchNorm its model's mode back.
+    """
+    model = unwrap(model)
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if frozen:
+            module.__dict__["train"] = _FrozenTrain(module)
+            module.eval()
+        elif isinstance(module.__dict__.get("train"), _FrozenTrain):
+            del module.__dict__["train"]
+            module.train(model.training)

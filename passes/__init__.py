@@ -1,0 +1,1 @@
+"""Graph passes, one to a file; installed as ``fxquant.passes`` and imported only under that name."""

@@ -1,0 +1,149 @@
+"""What a pass is: a frozen dataclass whose fields are its options, run over a graph and its nested bodies."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import inspect
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.passes.invariants import check_invariants
+
+VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decline:
+    """A place where a pass matched but could not act, and why."""
+
+    pass_name: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.pass_name} declined {self.node}: {self.reason}"
+
+
+@dataclass
+class PassResult:
+    """What a pass did. ``modified`` is true exactly when the graph changed."""
+
+    modified: bool = False
+    rewrites: int = 0
+    declines: list[Decline] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __iadd__(self, other: PassResult) -> PassResult:
+        self.modified |= other.modified
+        self.rewrites += other.rewrites
+        self.declines += other.declines
+        self.seconds += other.seconds
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(abc.ABC):
+    """One transform. Subclasses write `rewrite`, which edits one graph and returns how many places it changed.
+
+    A pass that finds nothing leaves the graph untouched, and a second run finds nothing.
+    """
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Rewrites ``gm`` in place, invariants checked before and after."""
+        started = time.perf_counter()
+        check_invariants(gm, f"before {self.name}")
+        result = PassResult()
+        result.rewrites = self.rewrite(gm, result)
+        result.modified = result.rewrites > 0
+        if result.modified:
+            gm.graph.lint()
+            gm.recompile()
+            check_invariants(gm, f"after {self.name}")
+        result.seconds = time.perf_counter() - started
+        return result
+
+    @abc.abstractmethod
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Edits ``gm.graph``; declines go to ``result``."""
+
+    @property
+    def name(self) -> str:
+        """The class name: what reports call the pass."""
+        return type(self).__name__
+
+    def decline(self, result: PassResult, node: fx.Node, reason: str) -> None:
+        """Records that ``node`` was left alone."""
+        result.declines.append(Decline(pass_name=self.name, node=node.name, reason=reason))
+
+    def uuid(self) -> str:
+        """Cache key of what the pass would do: its name, options, and the sources of the package."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
+        return f"{self.name}({fields!r})-{VERSION}-{source_digest()}"
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of every source file of fxquant: compiled code made by other sources is never reused."""
+    import fxquant
+
+    root = Path(inspect.getfile(fxquant)).parent
+    found = hashlib.sha256(torch.__version__.encode())
+    for folder in (root, root / "ops", root / "passes"):
+        for path in sorted(folder.glob("*.py")):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def run_all(passes: Iterable[Pass], gm: fx.GraphModule) -> PassResult:
+    """Runs passes in order; the sum of what they did."""
+    total = PassResult()
+    for each in passes:
+        total += each.run(gm)
+    return total
+
+
+def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """A new call_function node at the insertion point, with ``val`` computed and the origin of ``like``."""
+    node = graph.call_function(op, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace", "region"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        raise AssertionError(f"{op} has no fake operand to compute its value from")
+    with mode, torch.no_grad():
+        node.meta["val"] = op(*values[0], **values[1])  # type: ignore[index]
+    return node
+
+
+def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """``node[index]`` of an op with several results."""
+    import operator
+
+    got = graph.call_function(operator.getitem, (node, index))
+    got.meta.update({k: v for k, v in node.meta.items() if k != "val"}, val=node.meta["val"][index])
+    return got
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def drop_dead_nodes(graph: fx.Graph) -> None:
+    """Dead code elimination that keeps mutations."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or _mutates(node))
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -1,0 +1,80 @@
+"""A value that already lies on a grid is not put on the same grid again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxquant.graph import call_nodes, is_agnostic
+from fxquant.ops import fake_quantize, qparams
+from fxquant.passes.base import Pass, PassResult, drop_dead_nodes
+from fxquant.passes.insert_fake_quantize import all_graphs
+
+
+@dataclass(frozen=True, kw_only=True)
+class EliminateRedundantFakeQuantize(Pass):
+    """``FQ(move(FQ(x, s, z)), s, z)``  →  ``move(FQ(x, s, z))``, and equal fake-quants of one tensor become one.
+
+    Exact: quantizing ``q·s`` with ``s`` gives q back, and the second mask is all ones on clamped values.
+    ``move`` is any chain of ops that only move values.
+    """
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Eliminates in ``gm`` and its nested bodies."""
+        return sum(_eliminate(module.graph) for module in all_graphs(gm))
+
+
+def _eliminate(graph: fx.Graph) -> int:
+    seen: dict[tuple[object, ...], fx.Node] = {}
+    representative = _equal_qparams(graph)
+    done = 0
+    for node in list(call_nodes(graph)):
+        if node.target not in fake_quantize.FAKE_QUANTIZE:
+            continue
+        parameters = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[1:])
+        key = (node.target, node.args[0], parameters, node.kwargs.get("rounding"))
+        twin = seen.setdefault(key, node)
+        before = twin if twin is not node else _quantized_before(node, parameters, representative)
+        if before is not None:
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+            done += 1
+    if done:
+        drop_dead_nodes(graph)
+    return done
+
+
+
+def _equal_qparams(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Scale and zero point nodes that are the same function of the same nodes, mapped to the first of them."""
+    first: dict[tuple[object, ...], fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node in call_nodes(graph):
+        made_here = node.target in qparams.QPARAM_OPS or any(
+            isinstance(a, fx.Node) and a.target in qparams.QPARAM_OPS for a in node.args
+        )
+        detaches = str(node.target) == "aten.detach.default"
+        if made_here or detaches:
+            args = tuple(same.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
+            if any(isinstance(a, (list, dict)) for a in args):
+                continue
+            same[node] = first.setdefault((node.target, args), node)
+    return same
+
+
+def _quantized_before(
+    node: fx.Node, parameters: tuple[object, ...], representative: dict[fx.Node, fx.Node]
+) -> fx.Node | None:
+    """The operand, if it is an equally quantized value that was only moved since."""
+    if node.target is fake_quantize.PER_CHANNEL:
+        return None  # moving may have moved the channel axis
+    operand = node.args[0]
+    origin = operand
+    while isinstance(origin, fx.Node) and is_agnostic(origin):
+        origin = origin.args[0]
+    if not isinstance(origin, fx.Node) or origin.target is not node.target:
+        return None
+    earlier = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in origin.args[1:])
+    same = earlier == parameters and origin.kwargs.get("rounding") == node.kwargs.get("rounding")
+    return operand if same else None  # type: ignore[return-value]

@@ -1,0 +1,239 @@
+"""Fake-quant nodes where the plan wants them: from bound state, or stateless for models that were not prepared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxquant.graph import is_bind, is_float, operands, replace_operand, unit_end
+from fxquant.lift import Operand, lift
+from fxquant.ops import fake_quantize, qparams
+from fxquant.passes.base import Pass, PassResult, call, item
+from fxquant.place import place
+from fxquant.plan import Mode, Role
+from fxquant.profiles import Profile
+from fxquant.recipes import Recipe
+from fxquant.resolve import bound_sites, nested_graphs
+from fxquant.spec import CurrentTensor, Fixed, QuantSpec
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insertion:
+    """One site in one graph. ``state`` holds the min and max nodes of a stateful range."""
+
+    label: str
+    role: Role
+    spec: QuantSpec
+    edges: tuple[Operand, ...]
+    mode: Mode
+    state: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertFakeQuantize(Pass):
+    """``conv(x, w)``  →  ``conv(fake_quantize(x, sx, zx), fake_quantize(w, sw, 0))``.
+
+    Scales come from the state that ``bind`` nodes bring (which are erased), updated first in training. A graph
+    without them is placed on the spot when ``stateless`` is set, ranges taken from the tensors themselves.
+    """
+
+    recipe: Recipe
+    profile: Profile
+    stateless: bool = False
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Inserts into ``gm`` and its nested bodies."""
+        found, missing = bound_sites(gm)
+        for absent in missing:
+            self.decline(result, absent.bind, f"the operators of site {absent.site.name} are in another graph")
+        by_graph: dict[fx.Graph, list[Insertion]] = {}
+        for bound in found:
+            insertion = Insertion(
+                label=bound.site.name,
+                role=bound.site.role,
+                spec=bound.site.spec,
+                edges=bound.edges,
+                mode=Mode(bound.mode),
+                state=bound.state,
+            )
+            by_graph.setdefault(bound.bind.graph, []).append(insertion)
+        done = 0
+        for module in all_graphs(gm):
+            insertions = by_graph.get(module.graph, [])
+            if self.stateless:
+                insertions = self._stateless(module.graph, result)
+            for insertion in insertions:
+                done += _insert(module.graph, insertion, self.profile.fuses)
+            done += _erase_binds(module.graph)
+            if module is not gm:
+                module.recompile()
+        return done
+
+    def _stateless(self, graph: fx.Graph, result: PassResult) -> list[Insertion]:
+        if any(node.op == "call_function" and node.target in fake_quantize.FAKE_QUANTIZE for node in graph.nodes):
+            return []
+        found = place(graph, self.recipe, self.profile)
+        for node, reason in found.declined:
+            self.decline(result, node, reason)
+        insertions = []
+        for number, placed in enumerate(found.placed):
+            spec = placed.spec
+            if not isinstance(spec.range, Fixed):
+                spec = dataclasses.replace(spec, range=CurrentTensor())
+            label = f"{placed.edges[0][0].name}.{placed.edges[0][1]}.{number}"
+            insertions.append(
+                Insertion(label=label, role=placed.role, spec=spec, edges=placed.edges, mode=Mode.STATIC)
+            )
+        return insertions
+
+
+def all_graphs(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
+    """``gm`` and the nested bodies that hold sites, each once."""
+    yield gm
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            for body in nested_graphs(gm, node):
+                yield from all_graphs(body)
+
+
+def _erase_binds(graph: fx.Graph) -> int:
+    binds = [node for node in graph.nodes if is_bind(node)]
+    for node in binds:
+        graph.erase_node(node)
+    return len(binds)
+
+
+def _insert(graph: fx.Graph, site: Insertion, fuses: frozenset[str]) -> int:
+    if site.mode is Mode.OFF:
+        return 0
+    if site.role == "output":
+        sources = {unit_end(node, fuses): None for node, _ in site.edges}
+    elif site.role == "weight":
+        sources = {operands(node)[name]: None for node, name in site.edges}
+    else:
+        lifting = lift(graph, site.edges)
+        sources = {lifting.source(edge): None for edge in site.edges}
+    for source in sources:
+        if not is_float(source):
+            continue
+        users = list(source.users)
+        with graph.inserting_after(_last_placeholder(graph, source)):
+            quantized = _quantize(graph, source, site)
+        if quantized is None:
+            continue
+        if site.role == "output":
+            for user in users:
+                user.replace_input_with(source, quantized)
+        elif site.role == "weight":
+            for node, name in site.edges:
+                if operands(node).get(name) is source:
+                    replace_operand(node, name, quantized)
+        else:
+            _replace_uses(source, quantized, users, site.edges, lifting.lifted)
+    return len(sources)
+
+
+def _replace_uses(
+    source: fx.Node, quantized: fx.Node, users: list[fx.Node], edges: Iterable[Operand], lifted: set[fx.Node]
+) -> None:
+    for user in users:
+        if user in lifted:
+            user.replace_input_with(source, quantized)
+    for node, name in edges:
+        if operands(node).get(name) is source:
+            replace_operand(node, name, quantized)
+
+
+def _last_placeholder(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """Where nodes that read ``source`` may go: behind it, and behind all inputs of the graph."""
+    if source.op != "placeholder":
+        return source
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+
+
+def _quantize(graph: fx.Graph, source: fx.Node, site: Insertion) -> fx.Node | None:
+    """Nodes for one tensor behind the insertion point; None where the site only observes."""
+    spec = site.spec
+    builder = _Builder(graph, source)
+    scale, zero_point = builder.qparams(site)
+    if scale is None:
+        return None
+    limits = (spec.quant_min, spec.quant_max)
+    if spec.axis is None:
+        node = builder.call(
+            fake_quantize.PER_TENSOR, source, scale, zero_point, *limits, rounding=spec.rounding
+        )
+    else:
+        node = builder.call(
+            fake_quantize.PER_CHANNEL, source, scale, zero_point, spec.axis, *limits, rounding=spec.rounding
+        )
+    node.meta["site"] = site
+    return node
+
+
+class _Builder:
+    """Makes nodes one behind the other, starting at the graph's insertion point."""
+
+    def __init__(self, graph: fx.Graph, source: fx.Node) -> None:
+        self.graph, self.source = graph, source
+        self.last: fx.Node | None = None
+
+    def call(self, op, *args, **kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
+        return self._chain(lambda: call(self.graph, op, *args, like=self.source, **kwargs))
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        return self._chain(lambda: item(self.graph, node, index))
+
+    def _chain(self, make) -> fx.Node:  # type: ignore[no-untyped-def]
+        if self.last is None:
+            self.last = make()
+        else:
+            with self.graph.inserting_after(self.last):
+                self.last = make()
+        return self.last
+
+    def qparams(self, site: Insertion) -> tuple[fx.Node | None, fx.Node | None]:
+        """Scale and zero point nodes, the range updated or resolved first as the mode says."""
+        spec = site.spec
+        limits = (spec.quant_min, spec.quant_max)
+        value = self.call(aten.detach.default, self.source)
+        if site.role == "weight" and isinstance(spec.range, CurrentTensor):
+            both = self.call(qparams.SYMMETRIC_QPARAMS, value, spec.axis, spec.quant_max)
+            return self.item(both, 0), self.item(both, 1)
+        low, high = self._range(site, value)
+        if site.mode in (Mode.EXTEND, Mode.FOLLOW):
+            return None, None
+        both = self.call(qparams.AFFINE_QPARAMS, low, high, *limits, spec.symmetric)
+        return self.item(both, 0), self.item(both, 1)
+
+    def _range(self, site: Insertion, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        found = site.spec.range
+        if isinstance(found, Fixed):
+            return self._constant(value, found.min), self._constant(value, found.max)
+        if isinstance(found, CurrentTensor):
+            unset = self._constant(value, float("nan"))
+            both = self.call(qparams.RESOLVE_MIN_MAX, value, unset, unset)
+            return self.item(both, 0), self.item(both, 1)
+        low, high = site.state
+        if site.mode is Mode.STATIC:
+            return low, high
+        if site.mode is Mode.RESOLVE:
+            both = self.call(qparams.RESOLVE_MIN_MAX, value, low, high)
+            return self.item(both, 0), self.item(both, 1)
+        if site.mode is Mode.EXTEND:
+            both = self.call(qparams.EXTEND_MIN_MAX, value, low, high)
+        else:
+            both = self.call(qparams.UPDATE_MIN_MAX, value, low, high, found.constant)
+        new = self.item(both, 0), self.item(both, 1)
+        self.call(aten.copy_.default, low, new[0])
+        self.call(aten.copy_.default, high, new[1])
+        return new
+
+    def _constant(self, value: fx.Node, number: float) -> fx.Node:
+        return self.call(aten.new_full.default, value, [1], number, dtype=torch.float32)

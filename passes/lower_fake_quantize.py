@@ -1,0 +1,74 @@
+"""Fake-quant ops into the arithmetic that Inductor fuses with its neighbours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxquant.ops import fake_quantize
+from fxquant.passes.base import Pass, PassResult
+
+_KERNELS: dict[Any, Callable[..., torch.Tensor]] = {
+    fake_quantize.PER_TENSOR_SCALAR: fake_quantize._per_tensor_scalar,
+    fake_quantize.PER_TENSOR: fake_quantize._per_tensor,
+    fake_quantize.PER_CHANNEL: fake_quantize._per_channel,
+    fake_quantize.PER_TENSOR_BACKWARD: fake_quantize._per_tensor_grad,
+    fake_quantize.PER_CHANNEL_BACKWARD: fake_quantize._per_channel_grad,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerFakeQuantize(Pass):
+    """``fake_quantize(x, s, z)``  →  ``div, round, add, where, where, sub, mul`` on the same operands.
+
+    The arithmetic is traced from the op's own kernel, so eager and compiled code share one definition. Runs on
+    post-grad graphs, forward and backward alike; the clip mask exists only inside fused kernels.
+
+    ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only.
+    """
+
+    decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] = field(default=dict, repr=False)
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Replaces every fake-quant node by its traced body."""
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _KERNELS]
+        table = dict(self.decompositions()) if nodes else {}
+        for node in nodes:
+            _inline(gm.graph, node, table)
+        return len(nodes)
+
+
+def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Callable[..., Any]]) -> None:
+    flat: list[fx.Node] = [a for a in node.args if isinstance(a, fx.Node)]
+    kernel = functools.partial(_positional, _KERNELS[node.target], node.args, dict(node.kwargs))
+    values = [n.meta["val"] for n in flat]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    assert mode is not None, f"{node.name} reads no fake tensor"
+    with mode:
+        body = make_fx(kernel, decomposition_table=table)(*values)
+    mapped: dict[fx.Node, fx.Node] = {}
+    placeholders = iter(flat)
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                mapped[inner] = next(placeholders)
+            elif inner.op == "output":
+                node.replace_all_uses_with(mapped[inner.args[0]])
+            else:
+                mapped[inner] = graph.node_copy(inner, mapped.__getitem__)
+                for key in ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag"):
+                    if key in node.meta:
+                        mapped[inner].meta[key] = node.meta[key]
+    graph.erase_node(node)
+
+
+def _positional(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *tensors: torch.Tensor) -> torch.Tensor:
+    """The kernel with node arguments taken from ``tensors``, in order."""
+    given = iter(tensors)
+    return kernel(*(next(given) if isinstance(a, fx.Node) else a for a in args), **kwargs)
