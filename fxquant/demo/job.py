@@ -115,20 +115,24 @@ def quantize(
         step = compiled(model, "fxquant")
         curve = train(model, step, digits, schedule, seed=seed + 1, advance=advance, freeze=freeze)
     model.eval()
-    qat = accuracy(model, compiled(model, "fxquant_eager"), digits)
+    with torch.no_grad():
+        logits = compiled(model, "fxquant_eager")(digits.test_x)
+    qat = score(logits, digits)
     console.stage(f"{title} QAT", f"{100 * qat:.1f} %; exporting and verifying")
 
     path = out / f"{trained.net}-{recipe}.onnx"
     exported = fxquant.export_onnx(model, (digits.example,), str(path))
     report = fxquant.verify_onnx(model, inputs, str(path))
     path.with_suffix(".txt").write_text(f"{exported}\n\n{report}\n", encoding="utf-8")
+    deployed = run_onnx(path, digits.test_x)
     result = Result(
         net=trained.net,
         recipe=recipe,
         float_acc=trained.accuracy,
         ptq_acc=ptq,
         qat_acc=qat,
-        onnx_acc=score(run_onnx(path, digits.test_x), digits),
+        onnx_acc=score(deployed, digits),
+        same_class=float((deployed.argmax(1) == logits.argmax(1)).double().mean()),
         **proof(report),
     )
     return Quantized(result=result, curve=curve, sqnr=dict(sqnr(model, inputs)))
@@ -141,6 +145,7 @@ def proof(report: Any) -> dict[str, Any]:
         "compared_codes": int(report.compared_codes),
         "integer_share": float(report.integer_share),
         "latency_ratio": float(report.latency_ratio),
+        "cascaded_codes": int(report.cascaded_codes),
     }
 
 

@@ -22,6 +22,8 @@ class Result:
         onnx_acc: the exported file in the runtime.
         differing_codes: integer codes of the file's quantizers that are not the ones of PyTorch.
         compared_codes: how many were compared.
+        cascaded_codes: how many differ when each side goes on from its own codes.
+        same_class: the share of held-out digits that the file and `fxquant_eager` read alike.
         integer_share: the share of the runtime's arithmetic nodes that ran on integers, 0 to 1.
         latency_ratio: as `fxquant.verify_onnx` measures it; the one number here that is timed.
     """
@@ -36,6 +38,8 @@ class Result:
     compared_codes: int
     integer_share: float
     latency_ratio: float
+    cascaded_codes: int
+    same_class: float
 
 
 @contextmanager

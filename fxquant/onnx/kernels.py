@@ -252,9 +252,7 @@ def _activation_reasons(activation: onnx.NodeProto, q: onnx.NodeProto, wiring: W
         return
     low, high = ((float(limit) - float(zero_point)) * float(scale) for limit in (limits.min, limits.max))
     bounds = [wiring.array(activation, index) for index in (1, 2)]
-    floor, ceiling = (
-        default if b is None else float(b) for b, default in zip(bounds, (-np.inf, np.inf), strict=True)
-    )
+    floor, ceiling = (default if b is None else float(b) for b, default in zip(bounds, (-np.inf, np.inf), strict=True))
     if low < floor or high > ceiling:
         yield (
             f"{_title(activation)} stays a node of its own: {_title(q)} covers [{low:g}, {high:g}],"

@@ -110,9 +110,7 @@ def quantize_outputs(path: ModelPath) -> dict[str, str]:
     return _quantize_outputs(Wiring(model=load_model(path), folder=_folder(path)))
 
 
-def latency(
-    paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, threads: int = 1
-) -> dict[str, float]:
+def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, threads: int = 1) -> dict[str, float]:
     """Median seconds of one run of each model, all optimized, one after the other in every round.
 
     Each model is warmed up first, and the order turns with the rounds. Raises as
@@ -210,13 +208,9 @@ class Wiring:
     @cached_property
     def constants(self) -> frozenset[str]:
         """Values that no graph input reaches."""
-        found = set(self.initializers) | {
-            tensor.values.name for tensor in self.model.graph.sparse_initializer
-        }
+        found = set(self.initializers) | {tensor.values.name for tensor in self.model.graph.sparse_initializer}
         for node in self.model.graph.node:  # in topological order, as the standard asks
-            if all(name in found for name in node.input if name) and not any(
-                a.HasField("g") for a in node.attribute
-            ):
+            if all(name in found for name in node.input if name) and not any(a.HasField("g") for a in node.attribute):
                 found.update(node.output)
         return frozenset(found)
 
@@ -241,9 +235,7 @@ class Wiring:
                 return str(names(tensor.data_type))
         if node.op_type == "DequantizeLinear":
             source = self.producer.get(node.input[0])
-            return (
-                self.code_type(source) if source is not None and source.op_type == "QuantizeLinear" else None
-            )
+            return self.code_type(source) if source is not None and source.op_type == "QuantizeLinear" else None
         dtype = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
         return str(names(dtype)) if dtype else "UINT8" if len(node.input) < 3 else None
 

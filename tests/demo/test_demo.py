@@ -35,6 +35,8 @@ SCHEMA = {
     "compared_codes": int,
     "integer_share": float,
     "latency_ratio": float,
+    "cascaded_codes": int,
+    "same_class": float,
 }
 
 
@@ -42,6 +44,7 @@ def result(net: str = "cnn", recipe: str = "int8", **changed: Any) -> Result:
     values: dict[str, Any] = {
         "net": net, "recipe": recipe, "float_acc": 0.99, "ptq_acc": 0.97, "qat_acc": 0.985, "onnx_acc": 0.985,
         "differing_codes": 0, "compared_codes": 123456, "integer_share": 1.0, "latency_ratio": 0.5,
+        "cascaded_codes": 3, "same_class": 1.0,
     }  # fmt: skip
     return Result(**{**values, **changed})
 
@@ -366,7 +369,9 @@ def faked(monkeypatch: Any) -> list[str]:
 
         return call
 
-    report = SimpleNamespace(integer_share=1.0, differing_codes=0, compared_codes=99, latency_ratio=0.5)
+    report = SimpleNamespace(
+        integer_share=1.0, differing_codes=0, compared_codes=99, latency_ratio=0.5, cascaded_codes=0
+    )
     for name in ("prepare", "calibrate", "freeze_batch_norm", "freeze_ranges"):
         monkeypatch.setattr(fxquant, name, note(name), raising=False)
     monkeypatch.setattr(fxquant, "export_onnx", note("export_onnx", "exported"), raising=False)

@@ -1,0 +1,320 @@
+"""`export_onnx`: a prepared model as an ONNX file in the form that its target runs as integers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.capture import exported_graph
+from fxquant.errors import ExportError, FxquantError, InvalidArgument, NotQuantizedWarning, RangeNotSet
+from fxquant.onnx.canonicalize import canonicalize
+from fxquant.onnx.freeze import Frozen, freeze
+from fxquant.onnx.require import require
+from fxquant.onnx.translate import translation_table
+from fxquant.passes.base import run_all
+from fxquant.passes.pipelines import training_passes
+from fxquant.plan import Plan
+from fxquant.profiles import Profile, get_profile
+from fxquant.recipes import get_recipe
+from fxquant.recording import evaluating
+from fxquant.report.table import megabytes
+from fxquant.state import bound_forward, exporting, owners, quantizers, require_plan, unwrap
+
+WeightStorage = Literal["int8", "int4"]
+# Protocol buffers end at 2 GiB; beyond, weights go into a file beside the model.
+_EXTERNAL_BYTES = 1_800_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written. ``float_bytes`` is what the same parameters take in float32."""
+
+    path: str
+    target: str
+    opset: int
+    activations: tuple[str, ...]
+    weights: tuple[str, ...]
+    dynamic_batch: bool
+    file_bytes: int
+    float_bytes: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        batch = "dynamic batch" if self.dynamic_batch else "fixed batch"
+        lines = [
+            f"{self.path}: ONNX opset {self.opset} for {self.target}, {batch}",
+            f"  {len(self.activations)} quantized activations, {len(self.weights)} integer weights",
+            f"  {megabytes(self.file_bytes)} on disk, {megabytes(self.float_bytes)} of parameters in float32",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    weight_storage: WeightStorage = "int8",
+) -> ExportReport:
+    """Writes a prepared, trained (or calibrated) model as ONNX QuantizeLinear/DequantizeLinear.
+
+    Evaluation graph with BatchNorm folded; scales as trained; weights as integer initializers behind a
+    DequantizeLinear; one Q/DQ per quantized tensor, whose QuantizeLinear result is named by the site's key.
+    The file is written whole or not at all; the model, its modes and its compiled graphs stay as they were.
+
+    Args:
+        path: where the file goes; its folder must exist.
+        dynamic_batch: leave dimension 0 of every input tensor open. ``dynamic_shapes`` (torch.export's) overrides.
+        opset: ONNX opset, the target's default if None.
+        weight_storage: ``"int4"`` packs codes of at most 4 bits as ONNX int4 (half the size; onnxruntime then runs
+            them in float).
+
+    Raises:
+        InvalidArgument: not prepared, unusable path or opset.
+        RangeNotSet: activation ranges that no data has set, by name.
+        ExportError: torch.export or the exporter failed on the model.
+        MissingDependency: onnx or onnxscript is not installed.
+    """
+    plan = require_plan(model, "export_onnx")
+    for name in ("onnx", "onnxscript"):
+        require(name)
+    plain, profile = unwrap(model), get_profile(plan.target)
+    opset = _check_opset(opset, profile, weight_storage)
+    destination = _check_path(path)
+    _check_ranges(plain)
+    kwargs = dict(kwargs or {})
+    if dynamic_shapes is None and dynamic_batch:
+        args, kwargs = _at_least_two(args), _at_least_two(kwargs)
+        dynamic_shapes = open_shapes(plain, args, kwargs)
+    gm, frozen = quantized_graph(plain, args, kwargs, dynamic_shapes, plan)
+    notes = [*frozen.notes, *canonicalize(gm)]
+    program = to_onnx(gm, args, kwargs, dynamic_shapes, opset)
+    if weight_storage == "int4":
+        notes += _pack_int4(program.model, set(frozen.weights))
+    save(program, destination)
+    return ExportReport(
+        path=os.fspath(path),
+        target=plan.target,
+        opset=opset,
+        activations=tuple(frozen.activations),
+        weights=tuple(frozen.weights),
+        dynamic_batch=any(not isinstance(d, int) for i in program.model.graph.inputs for d in (i.shape or [])[:1]),
+        file_bytes=sum(f.stat().st_size for f in (destination, _beside(destination)) if f.exists()),
+        float_bytes=4 * sum(p.numel() for p in plain.parameters()),
+        notes=tuple(notes),
+    )
+
+
+def quantized_graph(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, plan: Plan
+) -> tuple[fx.GraphModule, Frozen]:
+    """The evaluation graph with frozen scales and integer weights, through the passes that compile uses."""
+    try:
+        with evaluating(model), exporting(), torch.no_grad():
+            gm = exported_graph(model, args, kwargs, dynamic_shapes)
+    except Exception as error:
+        raise ExportError(
+            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}"
+        ) from error
+    passes = training_passes(get_recipe("int8"), get_profile(plan.target), stateless=False)
+    result = run_all(passes, gm)
+    frozen = freeze(gm)
+    frozen.notes += [str(d) for d in result.declines]
+    placed = {label.split("@")[0] for label in frozen.activations} | set(frozen.weights)
+    absent = [site.key for site in plan.sites if site.key not in placed and _wanted(model, site.key)]
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of the plan's sites have no place in the exported graph and stay float: "
+            f"{', '.join(absent[:5])}.",
+            NotQuantizedWarning,
+            stacklevel=3,
+        )
+    return gm, frozen
+
+
+def _wanted(model: nn.Module, key: str) -> bool:
+    return dict(quantizers(model))[key].enabled
+
+
+def to_onnx(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, opset: int) -> Any:
+    """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
+    gm.training = False
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                gm,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                custom_translation_table=translation_table(),
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(f"model must translate to ONNX: got {type(error).__name__}: {error}") from error
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces with the paths of this machine
+    return program
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def save(program: Any, destination: Path) -> None:
+    """Writes beside the destination and moves into place, so that no half file is ever there."""
+    onnx = require("onnx")
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fxquant-") as folder:
+        temporary = Path(folder) / destination.name
+        size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+        try:
+            program.save(temporary, external_data=size > _EXTERNAL_BYTES)
+            onnx.checker.check_model(os.fspath(temporary))
+        except FxquantError:
+            raise
+        except Exception as error:
+            raise ExportError(f"{destination.name} must be a valid ONNX model: got {error}") from error
+        for written in sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name):
+            shutil.move(written, destination.parent / written.name)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
+
+
+def _check_path(path: str | os.PathLike[str]) -> Path:
+    destination = Path(path)
+    folder = destination.absolute().parent
+    if not folder.is_dir():
+        raise InvalidArgument(f"path must be in an existing folder: got {os.fspath(path)!r}. Create {folder} first.")
+    if destination.is_dir():
+        raise InvalidArgument(f"path must name a file: got the folder {os.fspath(path)!r}.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidArgument(f"path must be writable: got {os.fspath(path)!r} ({error.strerror}).") from error
+    return destination
+
+
+def _check_opset(opset: int | None, profile: Profile, storage: str) -> int:
+    if storage not in ("int8", "int4"):
+        raise InvalidArgument(f"weight_storage must be 'int8' or 'int4': got {storage!r}.")
+    chosen = profile.opset if opset is None else opset
+    if not profile.opset <= chosen <= profile.highest_opset:
+        raise InvalidArgument(
+            f"opset must be from {profile.opset} to {profile.highest_opset} for {profile.name}: got {chosen}."
+        )
+    return chosen
+
+
+def _check_ranges(model: nn.Module) -> None:
+    ran_eager = [
+        path or type(model).__name__ for path, m, _ in owners(model) if (b := bound_forward(m)) and b.eager_runs
+    ]
+    if ran_eager:
+        warnings.warn(
+            f"{', '.join(ran_eager[:5])} ran in eager Python inside torch.compile: training did not see the "
+            "quantizers that the export will hold there.",
+            NotQuantizedWarning,
+            stacklevel=3,
+        )
+    wanted = [(key, q) for key, q in quantizers(model) if q.enabled and q.stateful]
+    unset = [key for key, q in wanted if not q.settle()]
+    zero = [key for key, q in wanted if q.resolved and not (q.max_val - q.min_val).item()]
+    for keys, what in ((unset, "no data yet"), (zero, "only zeros")):
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise RangeNotSet(
+                f"activation ranges must be set before export: {len(keys)} sites saw {what}: "
+                f"{', '.join(keys[:5])}{more}. Train with torch.compile(model, backend='fxquant') or call "
+                "fxquant.calibrate(model, data) on representative data."
+            )
+
+
+def _at_least_two(inputs: Any) -> Any:
+    """Batches of one, doubled: torch.export takes sizes 0 and 1 for constants."""
+
+    def double(value: Any) -> Any:
+        alone = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
+        return torch.cat([value, value]) if alone else value
+
+    return torch.utils._pytree.tree_map(double, inputs)
+
+
+def open_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dimension 0 of every tensor that shares the first one's batch size, as far as the model leaves it open."""
+    leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+    size = leaves[0].shape[0] if leaves else 0
+
+    def spec(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
+            return {0: torch.export.Dim.AUTO}
+        return None
+
+    positional, named = torch.utils._pytree.tree_map(spec, (args, kwargs))
+    if not kwargs:
+        return positional
+    # torch.export wants one mapping by parameter name as soon as there are keyword inputs.
+    return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)
+
+
+def _pack_int4(model: Any, weights: set[str]) -> list[str]:
+    """Codes in −8…7 as ONNX int4, with their zero points."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    packed = 0
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes, _, zero_point = node.inputs
+        if codes is None or codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8:
+            continue
+        array = codes.const_value.numpy()
+        if array.min() < -8 or array.max() > 7:
+            continue
+        for index, value in ((0, codes), (2, zero_point)):
+            name = f"{value.name}_int4"
+            if name not in model.graph.initializers:
+                tensor = ir.tensor(value.const_value.numpy().astype(ml_dtypes.int4), name=name)
+                fresh = ir.Value(
+                    name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT4), const_value=tensor
+                )
+                model.graph.register_initializer(fresh)
+            node.replace_input_with(index, model.graph.initializers[name])
+        packed += 1
+    for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
+        del model.graph.initializers[name]
+    return [f"{packed} weights stored as int4"]

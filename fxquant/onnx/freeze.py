@@ -1,0 +1,164 @@
+"""From scales that are computed to scales that are constants: weights become integers, activations labelled Q/DQ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import numerics
+from fxquant.errors import ExportError
+from fxquant.graph import constant_nodes, is_agnostic, kind_of, operands
+from fxquant.ops import fake_quantize
+from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from fxquant.passes.base import call
+
+# onnxruntime stores a fused bias as int32 in units of (input scale · weight scale), without an overflow check.
+_BIAS_LIMIT = 2.0**31 - 1
+
+
+@dataclass
+class Frozen:
+    """What freezing found: sites by role, and what it had to adjust."""
+
+    weights: list[str] = field(default_factory=list)
+    activations: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    weight_elements: int = 0
+
+
+class _Values:
+    """Real values of nodes that depend on parameters and buffers only, computed at most once."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.constants = constant_nodes(gm.graph)
+        self.known: dict[fx.Node, Any] = {}
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        if node not in self.known:
+            if node.op == "get_attr":
+                value: Any = self.gm
+                for part in str(node.target).split("."):
+                    value = getattr(value, part)
+                self.known[node] = value.detach()
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.__getitem__)  # type: ignore[misc]
+                self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return self.known[node]
+
+
+@torch.no_grad()
+def freeze(gm: fx.GraphModule) -> Frozen:
+    """Replaces every fake-quant node of an inference graph, in place.
+
+    ``fake_quantize(w, s, z)`` of a constant  →  ``dequantize_affine(int8 codes, s, z)``
+    ``fake_quantize(x, s, z)``                →  ``quantize_dequantize(x, 0.1, 128, …, "layer.input")``
+
+    Everything else that depends on parameters only and feeds something that does not (a folded bias) becomes a
+    constant too.
+    """
+    values = _Values(gm)
+    frozen = Frozen()
+    seen: dict[str, int] = {}
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in fake_quantize.FAKE_QUANTIZE]
+    for node in sorted(nodes, key=lambda n: n.args[0] in values.constants):  # activations first: biases need scales
+        site = node.meta["site"]
+        if node.args[0] in values.constants:
+            _freeze_weight(gm, node, site.label, values, frozen)
+        else:
+            number = seen[site.label] = seen.get(site.label, -1) + 1
+            label = site.label if not number else f"{site.label}@{number}"
+            _freeze_activation(gm.graph, node, label, values, frozen)
+    _freeze_rest(gm, values)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return frozen
+
+
+def _freeze_activation(graph: fx.Graph, node: fx.Node, label: str, values: _Values, frozen: Frozen) -> None:
+    source, scale, zero_point, quant_min, quant_max = node.args
+    if scale not in values.constants:
+        raise ExportError(f"scale of {label} must not depend on the input: its range follows the data.")
+    with graph.inserting_before(node):
+        numbers = (float(values[scale]), int(values[zero_point]))  # type: ignore[index]
+        new = call(graph, QUANTIZE_DEQUANTIZE, source, *numbers, quant_min, quant_max, label, like=node)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    frozen.activations.append(label)
+
+
+def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Values, frozen: Frozen) -> None:
+    weight, scale, zero_point = (values[n] for n in node.args[:3])  # type: ignore[index]
+    per_channel = node.target is fake_quantize.PER_CHANNEL
+    axis: int | None = node.args[3] if per_channel else None  # type: ignore[assignment]
+    quant_min, quant_max = node.args[-2:]
+    if axis is not None:
+        scale = _guard_bias(node, scale, values, label, frozen)
+    shown = [numerics.per_channel_view(v, weight.dim(), axis) if axis is not None else v for v in (scale, zero_point)]
+    code = numerics.code_before_clamp(weight, *shown, node.kwargs["rounding"])
+    code = numerics.clamp_code(code, quant_min, quant_max).to(torch.int8 if quant_max <= 127 else torch.int16)  # type: ignore[arg-type, operator]
+    if axis is None:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    with gm.graph.inserting_before(node):
+        held = [constant(gm, f"{label}.{name}", value, node) for name, value in
+                (("codes", code), ("scale", scale), ("zero_point", zero_point.to(code.dtype)))]  # fmt: skip
+        new = call(gm.graph, DEQUANTIZE, *held, axis, like=node)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    frozen.weights.append(label)
+    frozen.weight_elements += code.numel()
+
+
+def _guard_bias(node: fx.Node, scale: Tensor, values: _Values, label: str, frozen: Frozen) -> Tensor:
+    """The weight's scale, raised where onnxruntime's int32 bias would overflow.
+
+    Only channels of all but vanished weights (γ ≈ 0 under a bias) are concerned: their weights are below the
+    bias by 2³¹ or more, so a coarser scale changes nothing that float32 could show.
+    """
+    for user in node.users:
+        kind = kind_of(user)
+        bias = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
+        source = operands(user).get("input")
+        if kind is None or kind.name != "conv" or not isinstance(bias, fx.Node) or bias not in values.constants:
+            continue
+        while source is not None and is_agnostic(source):
+            source = source.all_input_nodes[0]
+        if source is None or source.target is not QUANTIZE_DEQUANTIZE:
+            continue
+        least = values[bias].abs().to(torch.float64) / (float(source.args[1]) * _BIAS_LIMIT)  # type: ignore[arg-type]
+        raised = torch.maximum(scale, (least * 2).to(scale.dtype))
+        count = int((least > scale).sum())
+        if count:
+            frozen.notes.append(f"{label}: scale of {count} vanishing channels raised, so that their bias fits int32")
+            scale = torch.where(least.to(scale.dtype) > scale, raised, scale)
+    return scale
+
+
+def _freeze_rest(gm: fx.GraphModule, values: _Values) -> None:
+    for node in list(gm.graph.nodes):
+        computed = node.op == "call_function" and node in values.constants
+        if computed and any(user not in values.constants for user in node.users):
+            value = values[node]
+            if isinstance(value, Tensor):
+                with gm.graph.inserting_before(node):
+                    node.replace_all_uses_with(constant(gm, f"folded.{node.name}", value, node))
+
+
+def constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.Node:
+    """A buffer of ``gm`` holding ``value``, and the node that reads it, at the insertion point."""
+    target = name.replace(".", "__").replace("@", "__")
+    while hasattr(gm, target):
+        target += "_"
+    gm.register_buffer(target, value.contiguous())
+    node = gm.graph.get_attr(target)
+    mode = next(v.fake_mode for v in _values_around(like) if hasattr(v, "fake_mode"))
+    node.meta["val"] = mode.from_tensor(value)
+    return node
+
+
+def _values_around(node: fx.Node) -> list[Any]:
+    return [n.meta.get("val") for n in (node, *node.all_input_nodes)]

@@ -1,0 +1,67 @@
+"""fxquant's export ops as native QuantizeLinear and DequantizeLinear, for torch.onnx's dynamo exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fxquant.onnx.require import require
+from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+
+_STORAGE = ((0, 255, "uint8"), (-128, 127, "int8"), (0, 65535, "uint16"), (-32768, 32767, "int16"))
+
+
+def storage(quant_min: int, quant_max: int) -> tuple[str, int, int]:
+    """Name and limits of the narrowest ONNX integer type that holds the codes."""
+    for low, high, name in _STORAGE:
+        if low <= quant_min and quant_max <= high:
+            return name, low, high
+    raise AssertionError(f"no integer type of at most 16 bits holds [{quant_min}, {quant_max}]")
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Op → ONNX function, for ``torch.onnx.export(custom_translation_table=…)``."""
+    require("onnxscript")
+    import numpy as np
+    from onnxscript import opset21 as op
+
+    def quantize_dequantize(input, scale, zero_point, quant_min, quant_max, label):  # type: ignore[no-untyped-def]
+        name, low, high = storage(quant_min, quant_max)
+        step = np.float32(scale)
+        if (quant_min, quant_max) != (low, high):
+            # The type is wider than the range: only a clip keeps the codes inside it.
+            edges = (np.float32((limit - zero_point) * step) for limit in (quant_min, quant_max))
+            input = op.Clip(input, *(_constant(op, edge) for edge in edges))
+        qparams = _constant(op, step), _constant(op, np.dtype(name).type(zero_point))
+        codes = op.QuantizeLinear(input, *qparams)
+        codes.name = label
+        return op.DequantizeLinear(codes, *qparams)
+
+    def dequantize(code, scale, zero_point, axis=None):  # type: ignore[no-untyped-def]
+        if axis is None:
+            return op.DequantizeLinear(code, scale, zero_point)
+        return op.DequantizeLinear(code, scale, zero_point, axis=axis)
+
+    def flatten(self, start_dim=0, end_dim=-1):  # type: ignore[no-untyped-def]
+        # onnxruntime moves a DQ through Reshape but not through Flatten.
+        rank = len(self.shape)
+        if end_dim % rank != rank - 1:
+            from onnxscript.function_libs.torch_lib.ops.core import aten_flatten
+
+            return aten_flatten(self, start_dim, end_dim)
+        shape = np.array([0] * (start_dim % rank) + [-1], dtype=np.int64)
+        return op.Reshape(self, _constant(op, shape))
+
+    return {
+        QUANTIZE_DEQUANTIZE: quantize_dequantize,
+        DEQUANTIZE: dequantize,
+        torch.ops.aten.flatten.using_ints: flatten,
+    }
+
+
+def _constant(op: Any, value: Any) -> Any:
+    import onnx_ir as ir
+
+    return op.Constant(value=ir.tensor(value))

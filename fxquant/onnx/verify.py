@@ -1,0 +1,245 @@
+"""`verify_onnx`: the proof, by loading the artifact, that it does what training saw, as integers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.backend import fxquant_eager
+from fxquant.capture import compiled_aside, exported_graph
+from fxquant.errors import InvalidArgument
+from fxquant.numerics import code_before_clamp, dequantize
+from fxquant.onnx.export import open_shapes, save, to_onnx
+from fxquant.onnx.kernels import KernelRow, kernel_rows
+from fxquant.onnx.require import require
+from fxquant.onnx.runtime import integer_dot_support, latency, run_codes, run_outputs, session
+from fxquant.plan import Role
+from fxquant.recording import evaluating, record
+from fxquant.report.table import table
+from fxquant.state import quantizers, require_plan, unwrap
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeRow:
+    """Codes of one QuantizeLinear: how many differ from training's, and by how much at most."""
+
+    key: str
+    differing: int
+    compared: int
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify_onnx` measured.
+
+    Attributes:
+        rows: every Conv, Gemm and MatMul of the file with the kernel it became.
+        integer_share: the part of those rows that runs on integers.
+        codes: per QuantizeLinear, onnxruntime without optimizations against `fxquant_eager`, each site computed from
+            the codes that onnxruntime had before it: what differs, differs because of the kernels in between.
+        differing_codes, compared_codes, largest_code_difference: the same, summed up.
+        input_differing_codes: of those, at QuantizeLinear nodes that read a graph input.
+        cascaded_codes: codes that differ when each side goes on from its own: one float that rounds to the other side
+            early in a deep net moves many codes behind it.
+        max_output_difference: largest difference of an output, onnxruntime without optimizations.
+        optimized_output_difference: the same with every optimization.
+        output_spread: standard deviation of the reference's outputs, to judge those two by.
+        latency, float_latency: median seconds of a run, of this file and of the float model's export.
+        integer_dot: None, or why integer speed is not to be expected on this CPU.
+    """
+
+    path: str
+    rows: tuple[KernelRow, ...]
+    codes: tuple[CodeRow, ...]
+    input_differing_codes: int
+    cascaded_codes: int
+    max_output_difference: float
+    optimized_output_difference: float
+    output_spread: float
+    latency: float
+    float_latency: float
+    integer_dot: str | None
+
+    @property
+    def integer_share(self) -> float:
+        """Integer kernels over all Conv, Gemm and MatMul nodes; 1 where there are none."""
+        return sum(row.integer for row in self.rows) / len(self.rows) if self.rows else 1.0
+
+    @property
+    def differing_codes(self) -> int:
+        """Codes that differ, over every QuantizeLinear."""
+        return sum(row.differing for row in self.codes)
+
+    @property
+    def compared_codes(self) -> int:
+        """Codes that were compared."""
+        return sum(row.compared for row in self.codes)
+
+    @property
+    def largest_code_difference(self) -> int:
+        """The largest distance of a code from training's."""
+        return max((row.largest for row in self.codes), default=0)
+
+    @property
+    def latency_ratio(self) -> float:
+        """Time of a run over that of the float model: below 1 is faster."""
+        return self.latency / self.float_latency
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the sums included."""
+        sums = ("integer_share", "differing_codes", "compared_codes", "largest_code_difference", "latency_ratio")
+        return {
+            **vars(self),
+            "rows": [vars(row) for row in self.rows],
+            "codes": [vars(row) for row in self.codes],
+            **{name: getattr(self, name) for name in sums},
+        }
+
+    def __str__(self) -> str:
+        rows = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in self.rows]
+        share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on integers"
+        codes = (
+            f"{self.differing_codes} of {self.compared_codes} codes differ from fxquant_eager "
+            f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
+            f"{self.cascaded_codes} when differences run on through the net"
+        )
+        off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
+        lines = [
+            f"{self.path} in onnxruntime",
+            table(("node", "op", "kernel", "integer", "why not"), rows),
+            f"{share} ({100 * self.integer_share:.1f} %)",
+            codes,
+            *([table(("site", "differ", "of", "largest"), off)] if off else []),
+            f"outputs differ by {self.max_output_difference:.3g} unoptimized, "
+            f"{self.optimized_output_difference:.3g} optimized (spread {self.output_spread:.3g})",
+            f"latency {1e3 * self.latency:.3f} ms, float {1e3 * self.float_latency:.3f} ms: "
+            f"ratio {self.latency_ratio:.2f} (below 1 is faster)",
+            *([self.integer_dot] if self.integer_dot else []),
+        ]
+        return "\n".join(lines)
+
+
+def verify_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    rounds: int = 30,
+) -> VerifyReport:
+    """Loads the exported file in onnxruntime and holds it to the prepared model on the given inputs.
+
+    Runs it without optimizations (codes at every QuantizeLinear against `fxquant_eager`), with all of them
+    (outputs, kernels), and times it against an export of the float model (one thread, interleaved, medians).
+    Changes neither model nor file.
+
+    Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not
+    load or run), MissingDependency (onnx, onnxruntime).
+    """
+    require_plan(model, "verify_onnx")
+    for name in ("onnx", "onnxruntime"):
+        require(name)
+    if not Path(path).is_file():
+        raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
+    plain, kwargs = unwrap(model), dict(kwargs or {})
+    feeds = _feeds(path, args, kwargs)
+    found = run_codes(path, feeds)
+    _check_sites(plain, path, found)
+    cascaded, _ = _compare_codes(plain, args, kwargs, found, follow=False)
+    codes, at_inputs = _compare_codes(plain, args, kwargs, found, follow=True)
+    with evaluating(plain), torch.no_grad(), compiled_aside(plain, fxquant_eager, dynamic=False) as run:
+        reference = run(*args, **kwargs)
+    flat = [t.detach().numpy() for t in torch.utils._pytree.tree_leaves(reference) if isinstance(t, Tensor)]
+    with tempfile.TemporaryDirectory() as folder:
+        float_path = Path(folder) / "float.onnx"
+        _export_float(plain, args, kwargs, float_path)
+        times = latency({"quantized": path, "float": float_path}, feeds, rounds=rounds)
+    return VerifyReport(
+        path=os.fspath(path),
+        rows=kernel_rows(path),
+        codes=codes,
+        input_differing_codes=at_inputs,
+        cascaded_codes=sum(row.differing for row in cascaded),
+        max_output_difference=_largest(run_outputs(path, feeds, optimize=False), flat),
+        optimized_output_difference=_largest(run_outputs(path, feeds, optimize=True), flat),
+        output_spread=float(max((value.std() for value in flat), default=0.0)),
+        latency=times["quantized"],
+        float_latency=times["float"],
+        integer_dot=integer_dot_support(),
+    )
+
+
+def _feeds(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Graph inputs by name; the exporter flattens arguments in order."""
+    names = [i.name for i in session(path, optimize=False).get_inputs()]
+    leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if len(names) != len(leaves):
+        raise InvalidArgument(
+            f"args and kwargs must hold the file's {len(names)} inputs ({', '.join(names)}): got {len(leaves)} tensors."
+        )
+    return {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _check_sites(model: nn.Module, path: str | os.PathLike[str], found: Mapping[str, np.ndarray]) -> None:
+    wanted = {key for key, q in quantizers(model) if q.enabled and q.site.role != "weight"}
+    absent = sorted(wanted - found.keys())
+    if absent:
+        raise InvalidArgument(
+            f"{os.fspath(path)} must be an export of this model: it has no QuantizeLinear for {', '.join(absent[:5])}. "
+            "Export the model again."
+        )
+
+
+def _compare_codes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    found: Mapping[str, np.ndarray],
+    *,
+    follow: bool,
+) -> tuple[tuple[CodeRow, ...], int]:
+    """Rows per site, and how many codes differ at inputs; ``follow``: each site goes on from onnxruntime's codes."""
+    rows: list[CodeRow] = []
+    inputs = {t.data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    at_inputs = 0
+
+    def visit(key: str, role: Role, x: Tensor, scale: Tensor, zero_point: Tensor, y: Tensor) -> Tensor | None:
+        nonlocal at_inputs
+        if role == "weight" or key not in found:
+            return None
+        theirs = torch.from_numpy(found[key].astype("int64")).reshape(y.shape)
+        ours = code_before_clamp(y, scale, zero_point, "divide").to(torch.int64)
+        distance = (theirs - ours).abs()
+        differing = int((distance > 0).sum())
+        largest = int(distance.max()) if distance.numel() else 0
+        rows.append(CodeRow(key=key, differing=differing, compared=distance.numel(), largest=largest))
+        at_inputs += differing if x.data_ptr() in inputs else 0
+        return dequantize(theirs, scale, zero_point).to(y.dtype) if follow and differing else None
+
+    record(model, args, kwargs, visit)
+    return tuple(rows), at_inputs
+
+
+def _largest(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
+    import numpy as np
+
+    return max((float(np.abs(f - r).max(initial=0)) for f, r in zip(found, reference, strict=True)), default=0.0)
+
+
+def _export_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:
+    """The same model without quantizers, for the latency that it is compared with; BatchNorm folded by onnxruntime."""
+    with evaluating(model), torch.no_grad():
+        shapes = open_shapes(model, args, kwargs)
+        gm = exported_graph(model, args, kwargs, shapes)
+        save(to_onnx(gm, args, kwargs, shapes, 21), path)

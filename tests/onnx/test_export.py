@@ -1,0 +1,279 @@
+"""export_onnx: the file's form, that it is whole or absent, and that the model stays as it was."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.errors import ExportError, InvalidArgument, MissingDependency, NotQuantizedWarning, RangeNotSet
+from fxquant.ops.qdq import QUANTIZE_DEQUANTIZE
+from fxquant.state import quantizers
+from tests.onnx.models import Attention, ConvNet, calibrated, snapshot
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, fxquant.onnx.ExportReport]:
+    model = calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
+    path = tmp_path_factory.mktemp("export") / "net.onnx"
+    return model, path, fxquant.export_onnx(model, (torch.randn(4, 3, 8, 8),), path)
+
+
+def test_every_site_is_one_quantizelinear_named_by_its_key(exported):
+    model, path, report = exported
+    graph = onnx.load(path).graph
+    named = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    plan = model.quantizers.plan
+    assert named == {site.key for site in plan.sites if site.local.role != "weight"} == set(report.activations)
+    assert set(report.weights) == {site.key for site in plan.sites if site.local.role == "weight"}
+
+
+def test_only_native_ops_no_batch_norm_and_explicit_zero_points(exported):
+    _, path, _ = exported
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["BatchNormalization"] == 0 and counts["Conv"] == 3
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert len(node.input) == 3 and node.input[2], node.name
+    assert {o.domain: o.version for o in model.opset_import}[""] == 21
+
+
+def test_weights_are_integer_initializers_with_the_trained_scales(exported):
+    model, path, _ = exported
+    graph = onnx.load(path).graph
+    held = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    scales = [held[n.input[1]] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in held]
+    codes = [held[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in held]
+    assert all(code.dtype == np.int8 and np.abs(code).max() == 127 for code in codes)
+    wanted = model.head.weight.detach().abs().amax(1) / 127
+    assert any(s.shape == wanted.shape and np.array_equal(s, wanted.numpy()) for s in scales)
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            quantizer = dict(quantizers(model))[node.output[0]]
+            low, high = min(quantizer.min_val.item(), 0.0), max(quantizer.max_val.item(), 0.0)
+            assert float(held[node.input[1]]) == pytest.approx((high - low) / 255, rel=1e-6)
+
+
+def test_batch_is_dynamic_and_a_batch_of_one_is_enough_to_export(exported, tmp_path):
+    model, path, report = exported
+    assert report.dynamic_batch
+    single = fxquant.export_onnx(model, (torch.randn(1, 3, 8, 8),), tmp_path / "one.onnx")
+    assert single.dynamic_batch
+    for file in (path, tmp_path / "one.onnx"):
+        session = onnxruntime.InferenceSession(os.fspath(file))
+        name = session.get_inputs()[0].name
+        for batch in (1, 2, 7):
+            (out,) = session.run(None, {name: np.zeros((batch, 3, 8, 8), np.float32)})
+            assert out.shape == (batch, 5)
+
+
+def test_fixed_batch_on_demand(exported, tmp_path):
+    model, _, _ = exported
+    report = fxquant.export_onnx(model, (torch.randn(4, 3, 8, 8),), tmp_path / "f.onnx", dynamic_batch=False)
+    assert not report.dynamic_batch and "fixed batch" in str(report)
+    shape = onnx.load(tmp_path / "f.onnx").graph.input[0].type.tensor_type.shape
+    assert [d.dim_value for d in shape.dim] == [4, 3, 8, 8]
+
+
+def test_no_path_of_this_machine_is_in_the_file(exported):
+    _, path, _ = exported
+    content = path.read_bytes()
+    assert os.getcwd().encode() not in content and b"site-packages" not in content and b".py" not in content
+
+
+def test_model_modes_and_state_stay_as_they_were(exported, tmp_path):
+    model, _, _ = exported
+    model.train()
+    model.body[0].eval()
+    before = snapshot(model)
+    fxquant.export_onnx(model, (torch.randn(4, 3, 8, 8),), tmp_path / "again.onnx")
+    assert snapshot(model) == before
+
+
+def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
+    """The compile path, whose sites come from Dynamo, and the export path, whose come from torch.export."""
+    from fxquant.onnx.export import quantized_graph
+    from fxquant.recording import record
+
+    model, _, _ = exported
+    seen = {}
+
+    def visit(key, role, x, scale, zero_point, y):
+        if role != "weight":
+            seen[key] = (scale.item(), zero_point.item())
+
+    x = torch.randn(4, 3, 8, 8)
+    record(model, (x,), None, visit)
+    gm, _ = quantized_graph(model, (x,), {}, None, model.quantizers.plan)
+    nodes = [n for n in gm.graph.nodes if n.target is QUANTIZE_DEQUANTIZE]
+    assert {n.args[5]: (n.args[1], n.args[2]) for n in nodes} == seen
+
+
+def test_weight_codes_of_four_bits_in_int8_or_int4(tmp_path):
+    model = calibrated(ConvNet(), torch.randn(6, 3, 8, 8), recipe="w4a8")
+    x = torch.randn(4, 3, 8, 8)
+    wide = fxquant.export_onnx(model, (x,), tmp_path / "w8.onnx")
+    packed = fxquant.export_onnx(model, (x,), tmp_path / "w4.onnx", weight_storage="int4")
+    assert packed.file_bytes < wide.file_bytes and packed.notes == ("4 weights stored as int4",)
+    types = Counter(i.data_type for i in onnx.load(tmp_path / "w4.onnx").graph.initializer)
+    assert types[onnx.TensorProto.INT4] >= 4
+    feeds = {"x": x.numpy()}
+    outputs = [
+        onnxruntime.InferenceSession(os.fspath(tmp_path / name), _unoptimized()).run(None, feeds)[0]
+        for name in ("w8.onnx", "w4.onnx")
+    ]
+    assert np.array_equal(*outputs)
+
+
+def _unoptimized() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "float", "causal"])
+def test_attention_keeps_its_numbers(tmp_path, masked):
+    model = calibrated(Attention(masked), torch.randn(3, 6, 16))
+    x = torch.randn(2, 6, 16)
+    fxquant.export_onnx(model, (x,), tmp_path / "a.onnx")
+    report = fxquant.verify_onnx(model, (x,), tmp_path / "a.onnx", rounds=1)
+    assert report.differing_codes <= 1 and report.max_output_difference < 1e-2
+    kernels = {row.name: row for row in report.rows}
+    assert [row.integer for row in kernels.values()].count(False) == 1  # softmax · v
+    (why,) = (row.reason for row in kernels.values() if not row.integer)
+    assert "comes from Softmax" in why
+
+
+def test_dict_and_keyword_inputs(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, batch, *, shift):
+            return {"out": self.fc(batch["x"]) + shift}
+
+    model, args = Net(), ({"x": torch.randn(4, 8)},)
+    fxquant.prepare(model, args, {"shift": torch.ones(4, 4)})
+    step = torch.compile(model, backend="fxquant_eager")
+    step(*args, shift=torch.ones(4, 4))
+    report = fxquant.export_onnx(model, args, tmp_path / "d.onnx", kwargs={"shift": torch.ones(4, 4)})
+    assert report.dynamic_batch
+    verified = fxquant.verify_onnx(model, args, tmp_path / "d.onnx", kwargs={"shift": torch.ones(4, 4)}, rounds=1)
+    assert verified.differing_codes == 0 and verified.integer_share == 1.0
+
+
+class TestRefusals:
+    """Each bad input: its own message, no file, nothing changed."""
+
+    @pytest.fixture(scope="class")
+    def model(self) -> nn.Module:
+        return calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
+
+    x: Tensor = torch.zeros(2, 3, 8, 8)
+
+    def refused(self, model, path, error, match, **options):
+        before = snapshot(model)
+        with pytest.raises(error, match=match):
+            fxquant.export_onnx(model, options.pop("args", (self.x,)), path, **options)
+        assert snapshot(model) == before
+        if os.path.isdir(os.path.dirname(path)):
+            assert not [f for f in os.listdir(os.path.dirname(path)) if f.startswith(".fxquant")]
+        assert not os.path.isfile(path)
+
+    def test_unprepared(self, tmp_path):
+        self.refused(ConvNet(), tmp_path / "m.onnx", InvalidArgument, "must be given a prepared model: got ConvNet")
+
+    def test_ranges_never_seen(self, tmp_path):
+        model = fxquant.prepare(ConvNet(), (self.x + torch.randn_like(self.x),))
+        match = r"must be set before export: 7 sites saw no data yet: .*calibrate"
+        self.refused(model, tmp_path / "m.onnx", RangeNotSet, match)
+
+    def test_ranges_of_zeros(self, tmp_path):
+        model = fxquant.prepare(ConvNet(), (torch.randn_like(self.x),))
+        fxquant.calibrate(model, [self.x])
+        self.refused(model, tmp_path / "m.onnx", RangeNotSet, "saw only zeros: stem.input")
+
+    def test_missing_folder(self, model, tmp_path):
+        self.refused(model, tmp_path / "no" / "m.onnx", InvalidArgument, "must be in an existing folder")
+
+    def test_path_is_a_folder(self, model, tmp_path):
+        self.refused(model, tmp_path, InvalidArgument, "must name a file")
+
+    @pytest.mark.parametrize("opset", [12, 99])
+    def test_opset(self, model, tmp_path, opset):
+        self.refused(model, tmp_path / "m.onnx", InvalidArgument, f"from 21 to 26 .*: got {opset}", opset=opset)
+
+    def test_storage(self, model, tmp_path):
+        match = "weight_storage must be 'int8' or 'int4': got 'int2'"
+        self.refused(model, tmp_path / "m.onnx", InvalidArgument, match, weight_storage="int2")
+
+    def test_inputs_that_do_not_fit(self, model, tmp_path):
+        args = (torch.zeros(2, 4, 8, 8),)
+        self.refused(model, tmp_path / "m.onnx", ExportError, "must export with torch.export", args=args)
+
+    def test_an_existing_file_survives_a_failed_write(self, model, tmp_path, monkeypatch):
+        path = tmp_path / "m.onnx"
+        path.write_bytes(b"old")
+
+        def fail(*args, **kwargs):
+            raise ValueError("disk full")
+
+        monkeypatch.setattr(onnx.checker, "check_model", fail)
+        with pytest.raises(ExportError, match="must be a valid ONNX model: got disk full"):
+            fxquant.export_onnx(model, (self.x,), path)
+        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["m.onnx"]
+
+    def test_onnx_not_installed(self, model, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+        match = r'onnxscript must be installed .*pip install "fxquant\[onnx\]"'
+        self.refused(model, tmp_path / "m.onnx", MissingDependency, match)
+
+
+def test_a_disabled_site_is_left_out(tmp_path):
+    model = calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
+    dict(quantizers(model))["head.input"].enabled = False
+    report = fxquant.export_onnx(model, (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx")
+    assert "head.input" not in report.activations
+
+
+def test_a_site_that_the_evaluation_graph_lacks_is_reported(tmp_path):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.extra = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.main(x) + (self.extra(x.relu()) if self.training else 0.0)
+
+    model, x = Auxiliary(), torch.randn(4, 8)
+    fxquant.prepare(model, (x,))
+    torch.compile(model, backend="fxquant_eager")(x)
+    with pytest.warns(NotQuantizedWarning, match="have no place in the exported graph"):
+        fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+
+
+def test_vanishing_channels_get_a_scale_that_their_bias_can_bear(tmp_path):
+    """γ ≈ 0 under a bias of 1: onnxruntime's int32 bias would overflow and the optimized model be wrong."""
+    model = ConvNet()
+    with torch.no_grad():
+        model.body[0].bn.weight[:2] = 1e-12
+        model.body[0].bn.bias[:] = 1.0
+    model = calibrated(model, torch.randn(6, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+    report = fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    assert any("scale of 2 vanishing channels raised" in note for note in report.notes)
+    verified = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
+    assert verified.optimized_output_difference < 0.05 * verified.output_spread

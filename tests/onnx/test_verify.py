@@ -1,0 +1,102 @@
+"""verify_onnx: measures what is there, and notices what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import fxquant
+from fxquant.errors import ExportError, InvalidArgument
+from tests.onnx.models import ConvNet, calibrated, snapshot
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    model = calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
+    path = tmp_path_factory.mktemp("verify") / "net.onnx"
+    fxquant.export_onnx(model, (torch.randn(4, 3, 8, 8),), path)
+    content, before = path.read_bytes(), snapshot(model)
+    report = fxquant.verify_onnx(model, (torch.randn(16, 3, 8, 8),), path, rounds=2)
+    assert path.read_bytes() == content and snapshot(model) == before
+    return model, path, report
+
+
+def test_every_weighted_node_is_an_integer_kernel(verified):
+    _, _, report = verified
+    assert [row.op_type for row in report.rows] == ["Conv", "Conv", "Conv", "MatMul"]
+    assert report.integer_share == 1.0 and all(row.reason is None for row in report.rows)
+
+
+def test_codes_are_training_s(verified):
+    model, _, report = verified
+    sites = [site for site in model.quantizers.plan.sites if site.local.role != "weight"]
+    assert {row.key for row in report.codes} == {site.key for site in sites}
+    assert report.compared_codes == sum(row.compared for row in report.codes) > 10_000
+    assert report.input_differing_codes == 0
+    assert report.differing_codes <= report.compared_codes // 10_000
+
+
+def test_report_prints_and_serializes(verified):
+    _, _, report = verified
+    fields = json.loads(json.dumps(report.to_dict()))
+    for name in ("integer_share", "differing_codes", "max_output_difference", "latency_ratio", "rows"):
+        assert name in fields
+    text = str(report)
+    assert "4 of 4 conv/gemm/matmul nodes run on integers (100.0 %)" in text
+    assert "QLinearConv" in text and "MatMulIntegerToFloat" in text
+
+
+def _edit(path: Path, target: Path, change) -> Path:
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, target)
+    return target
+
+
+def test_a_changed_scale_is_noticed(verified, tmp_path):
+    model, path, _ = verified
+
+    def widen(graph):
+        names = {n.input[1] for n in graph.node if n.op_type == "QuantizeLinear" and n.output[0] == "stem.input"}
+        for tensor in graph.initializer:
+            if tensor.name in names:
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 2, tensor.name))
+
+    report = fxquant.verify_onnx(model, (torch.randn(4, 3, 8, 8),), _edit(path, tmp_path / "w.onnx", widen), rounds=1)
+    assert report.input_differing_codes > 100 and report.largest_code_difference > 10
+    assert "stem.input" in str(report)
+
+
+def test_a_lost_quantizer_is_noticed(verified, tmp_path):
+    model, path, _ = verified
+
+    def rename(graph):
+        for node in graph.node:
+            for names in (node.input, node.output):
+                for index, name in enumerate(names):
+                    if name == "head.input":
+                        names[index] = "something"
+
+    edited = _edit(path, tmp_path / "r.onnx", rename)
+    with pytest.raises(InvalidArgument, match="must be an export of this model: it has no QuantizeLinear for head.inp"):
+        fxquant.verify_onnx(model, (torch.randn(4, 3, 8, 8),), edited)
+
+
+def test_refusals(verified, tmp_path):
+    model, path, _ = verified
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(InvalidArgument, match="which does not exist"):
+        fxquant.verify_onnx(model, (x,), tmp_path / "none.onnx")
+    with pytest.raises(InvalidArgument, match="must be given a prepared model"):
+        fxquant.verify_onnx(nn.Linear(2, 2), (x,), path)
+    with pytest.raises(InvalidArgument, match=r"must hold the file's 1 inputs \(x\): got 2 tensors"):
+        fxquant.verify_onnx(model, (x, x), path)
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(ExportError, match="must load in onnxruntime"):
+        fxquant.verify_onnx(model, (x,), tmp_path / "broken.onnx")
