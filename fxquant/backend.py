@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxquant.capture import capture
-from fxquant.errors import CompilerMissing, InvalidArgument
+from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
 from fxquant.ops.qparams import decompositions
-from fxquant.passes.base import Decline, Pass, PassResult, run_all
+from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.profiles import get_profile
 from fxquant.recipes import Recipe, get_recipe
-from fxquant.resolve import execution_order
+from fxquant.resolve import bound_sites, execution_order
 from fxquant.state import of_prepared_model
 
 log = logging.getLogger("fxquant")
@@ -74,11 +74,12 @@ def fxquant(
 
     _require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)
-    patches = {**(list_mode_options(mode) if mode else {}), **dict((options or {}).get("inductor", {}))}
+    patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}
     lowering = post_grad_passes(select_decomp_table)
     patches = _with_passes(patches, joint_custom_post_pass=joint_passes(), post_grad_custom_pre_pass=lowering)
-    table = {**select_decomp_table(), **decompositions()}
-    return compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)  # type: ignore[arg-type]
+    table = _DecompositionTable({**select_decomp_table(), **decompositions()})
+    compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)
+    return compiled
 
 
 def fxquant_eager(
@@ -94,14 +95,17 @@ def fxquant_eager(
     """
     if mode is not None:
         raise InvalidArgument(f"mode must be left out with backend 'fxquant_eager': got {mode!r}.")
-    return _aot_eager(quantize_graph(gm, example_inputs, options), example_inputs, lambda graph: graph)
+    return aot_eager(quantize_graph(gm, example_inputs, options), example_inputs, lambda graph: graph)
 
 
-def _aot_eager(
+def aot_eager(
     gm: fx.GraphModule, example_inputs: Sequence[Any], runner: Callable[[fx.GraphModule], Callable[..., Any]]
 ) -> Callable[..., Any]:
     """AOTAutograd with our joint passes; ``runner`` makes each of the two graphs callable."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import (  # type: ignore[import-untyped]
+        make_boxed_func,
+        min_cut_rematerialization_partition,
+    )
     from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -122,12 +126,14 @@ def quantize_graph(
     chosen = _Options.read(options)
     captured = capture(gm, example_inputs)
     digests = tuple(str(node.args[0]) for node in execution_order(captured) if is_bind(node))
-    if digests and chosen.given:
+    prepared = bool(digests) or of_prepared_model(example_inputs)
+    if prepared and chosen.given:
         raise InvalidArgument(
             f"options must not set {' and '.join(chosen.given)} for a prepared model: its plan decides. "
             "Give them to fxquant.prepare."
         )
-    stateless = not digests and _is_unprepared_model(example_inputs)
+    _refuse_buckets(captured)
+    stateless = not prepared and any(map(_is_trainable, example_inputs))
     passes = training_passes(chosen.recipe, get_profile(chosen.target), stateless=stateless)
     result = run_all(passes, captured)
     if not digests and not stateless:
@@ -136,9 +142,25 @@ def quantize_graph(
     return captured
 
 
-def _is_unprepared_model(example_inputs: Sequence[Any]) -> bool:
-    leaves = [t for t in example_inputs if isinstance(t, torch.Tensor) and t.is_leaf and t.requires_grad]
-    return bool(leaves) and not of_prepared_model(leaves)
+def _refuse_buckets(gm: fx.GraphModule) -> None:
+    """DDP's bucket splitter may part an owner's operators from its state, and would leave them float unseen."""
+    if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:  # private; tried on 2.13
+        return
+    _, missing = bound_sites(gm)
+    if missing:
+        names = ", ".join(absent.site.name for absent in missing[:4])
+        raise UnsupportedModel(
+            "a prepared model must reach the backend whole under DistributedDataParallel: Dynamo cut its graph into "
+            f"buckets, and {len(missing)} sites of this one have their operators in another ({names}). "
+            "Set torch._dynamo.config.optimize_ddp = False."
+        )
+
+
+def _is_trainable(value: Any) -> bool:
+    """Whether an input shows that the graph belongs to a model: code around one, as an optimizer's, stays float."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return isinstance(value, nn.Parameter) or (value.is_leaf and value.requires_grad)
 
 
 def _left_alone(gm: fx.GraphModule) -> Decline:
@@ -149,9 +171,9 @@ def _left_alone(gm: fx.GraphModule) -> Decline:
 
 def _report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) -> None:
     count = sum(1 for node in execution_order(gm) if "site" in node.meta)
-    report = CompileReport(
-        digests=digests, quantized=count, declines=tuple(result.declines), seconds=result.seconds
-    )
+    # A graph that only observes (calibration) has nothing for the later passes: what they say of it means nothing.
+    declines = tuple(result.declines) if count or not digests else ()
+    report = CompileReport(digests=digests, quantized=count, declines=declines, seconds=result.seconds)
     _REPORTS.append(report)
     for decline in report.declines:
         log.info("%s", decline)
@@ -176,6 +198,27 @@ class _Options:
         target = str(found.get("target", "onnxruntime"))
         get_profile(target)
         return cls(recipe=get_recipe(found.get("recipe", "int8")), target=target, given=given)
+
+
+class _DecompositionTable(dict):
+    """Inductor's table with our qparams in it; in cache keys it stands for itself by the digest of our sources."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The key pickles the table (torch 2.13), and it holds functions that cannot be: no cache would be used.
+        return _DecompositionTable, ((("sources", source_digest()),),)
+
+
+def _inductor_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    from torch._inductor import config
+
+    found = dict((options or {}).get("inductor", {}))
+    unknown = sorted(found.keys() - config.get_config_copy().keys())
+    if unknown:
+        raise InvalidArgument(
+            f"options['inductor'] must hold Inductor's own settings: got {', '.join(map(repr, unknown))}. "
+            "torch.compile's list_options() shows them."
+        )
+    return found
 
 
 def _require_compiler(example_inputs: Sequence[Any]) -> None:
@@ -218,6 +261,7 @@ def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...]) -> Any:
         def __call__(self, graph: fx.Graph) -> None:
             for each in self.before:
                 each(graph)
+            assert graph.owning_module is not None, "Inductor's graphs have a module"
             run_all(self.passes, graph.owning_module)
 
         def uuid(self) -> Any | None:

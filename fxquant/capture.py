@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +59,7 @@ class _Retrace(fx.Interpreter):
         """
         mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13
         assert mode is not None, "retracing runs under make_fx"
-        tracer = mode.tracer
+        tracer: Any = mode.tracer
         operands = args[bodies:]
         with proxy_tensor.disable_proxy_modes_tracing():
             run = _Retrace(args[0]).run if bodies == 1 else functools.partial(target, *args[:bodies])
@@ -133,15 +136,39 @@ def is_checkpoint(node: fx.Node) -> bool:
 
 def in_compiled_region() -> bool:
     """Whether plain Python is running inside a torch.compile call, that is, Dynamo left this frame eager."""
-    callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()  # private; tried on 2.13
-    return callback not in (None, False)
+    if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:  # private; tried on 2.13
+        return True  # also where it is False: behind the recompile limit
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:  # under torch.compiler.disable there is no callback, but the call can be seen
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def exported_graph(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> fx.GraphModule:
+    """The model under torch.export as an ATen training graph that keeps the model's calling convention.
+
+    Parameters and buffers are get_attr nodes, all in front, named by their paths in the model.
+    """
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    first = next(iter(gm.graph.nodes))
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr" and node is not first:
+            first.prepend(node)
+    gm.recompile()
+    return gm
 
 
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Runs a block and puts buffers, training flags and random state back, whatever the block did."""
+    """Runs a block and puts buffers, attributes, training flags and random state back, whatever the block did."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    flags = [(module, module.training) for module in model.modules()]
+    own = [(module, type(module), dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     devices = list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
@@ -150,22 +177,47 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for module, training in flags:
-            module.training = training
+        for module, kind, attributes, registered in own:
+            if type(module) is kind:  # a lazy module has become what it stood for
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                module._buffers.clear()
+                module._buffers.update(registered)
+
+
+@contextlib.contextmanager
+def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> Iterator[Callable[..., Any]]:
+    """``torch.compile(model, backend=backend)`` that leaves no trace in the recompile counts of the user's code."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not before torch 2.13
+        options["isolate_recompiles"] = True
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    with torch._dynamo.config.patch(limits):
+        yield torch.compile(model, backend=backend, **options)
 
 
 def dynamo_graphs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.GraphModule]:
     """Every graph that Dynamo makes of one call, retraced to ATen with checkpointed bodies inlined.
 
-    The model really runs, op by op; see `untouched`. Errors of the model come through unchanged.
+    The model really runs, op by op; see `untouched`. Errors of the model come through unchanged. A graph's
+    ``meta["parameters"]`` holds the ids of the parameters that it reads.
     """
     graphs: list[fx.GraphModule] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         graphs.append(capture(gm, example_inputs, inline_checkpoints=True))
+        graphs[-1].meta["parameters"] = {id(v) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
         return gm.forward
 
-    compiled = torch.compile(model, backend=record)
-    with torch.enable_grad():
+    with torch.enable_grad(), compiled_aside(model, record, dynamic=False) as compiled:
         compiled(*args, **kwargs)
     return graphs
+
+
+def own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
+    """The function once more, with a code object of its own under ``name``.
+
+    Dynamo counts recompiles, learns dynamic sizes and gives up per code object and its name: of modules that share
+    one, each new class would bring the recompile limit nearer, and one that cannot be traced would leave all eager.
+    """
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

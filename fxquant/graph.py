@@ -16,7 +16,6 @@ import torch
 from torch import fx
 
 import fxquant
-
 from fxquant.ops.binding import BIND
 
 aten = torch.ops.aten
@@ -119,7 +118,7 @@ def replace_operand(node: fx.Node, name: str, new: fx.Node) -> None:
     assert kind is not None
     if kind.name in ("einsum", "cat"):
         index = 1 if kind.name == "einsum" else 0
-        listed = list(node.args[index])  # type: ignore[arg-type, call-overload]
+        listed = list(node.args[index])  # type: ignore[arg-type]
         listed[int(name.removeprefix("operand"))] = new
         node.update_arg(index, listed)
         return
@@ -148,7 +147,7 @@ def activation_name(node: fx.Node) -> str | None:
     name = packet(node) if node.op == "call_function" else None
     if name is aten.relu or (name in (aten.clamp, aten.clamp_min) and tuple(node.args[1:]) in ((0,), (0, None))):
         return "relu"
-    if name in _RELU6 and (name is aten.relu6 or tuple(float(a) for a in node.args[1:3] if a is not None) == (0, 6)):  # type: ignore[arg-type]
+    if name is aten.relu6 or (name in _RELU6 and tuple(node.args[1:3]) == (0, 6)):
         return "relu6"
     return None
 
@@ -171,7 +170,7 @@ def unit_end(node: fx.Node, fuses: frozenset[str]) -> fx.Node:
 
 # ---------------------------------------------------------------- module frames
 
-_BOUND = re.compile(r"\.forward\.module(?=\.|$)")
+_BOUND = re.compile(r"\.forward(?:\.__self__)?\.module(?=\.|$)")
 _MEMBER = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 _CALL = re.compile(r"@\d+")
@@ -240,10 +239,46 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "get_attr" or (node.op == "placeholder" and is_state(node)):
             found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes:
-            if all(n in found for n in node.all_input_nodes) and not is_bind(node):
-                found.add(node)
+            continue
+        inputs = node.all_input_nodes if node.op == "call_function" and not is_bind(node) else []
+        if inputs and found.issuperset(inputs):
+            found.add(node)
     return found
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether the node's value may be a view of its first operand (or that operand itself)."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True  # an item of several results, or a nested graph
+    return packet(node) in DROPOUT or any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors that are read again after they, or a view of them, were changed in place."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, fx.Node] = {}
+    changes: dict[fx.Node, list[int]] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        memory[node] = memory[inputs[0]] if shares_memory(node) and inputs else node
+        for changed in _changes(node):
+            changes.setdefault(memory[changed], []).append(order[node])
+    found = set()
+    for node in graph.nodes:
+        after = next((i for i in changes.get(memory[node], ()) if i > order[node]), None)
+        if after is not None and any(order[user] > after for user in node.users):
+            found.add(node)
+    return found
+
+
+def _changes(node: fx.Node) -> list[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    return [a for a, write in zip(node.args, written, strict=False) if write and isinstance(a, fx.Node)]
 
 
 def is_state(node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ class Lifting:
     then serves exactly what one below would.
     """
 
-    edges: frozenset[Operand]
+    edges: set[Operand]
     lifted: set[fx.Node] = field(default_factory=set)
 
     def covers(self, node: fx.Node) -> bool:
@@ -38,6 +38,14 @@ class Lifting:
         reading = [name for name, operand in operands(user).items() if operand is node]
         others = user.all_input_nodes.count(node) and _count_uses(user, node) - len(reading)
         return bool(reading) and not others and all((user, name) in self.edges for name in reading)
+
+    def drop(self, consumer: fx.Node) -> None:
+        """Takes back the demands of one operator, and every lift that rested on them."""
+        for name, node in operands(consumer).items():
+            self.edges.discard((consumer, name))
+            while node in self.lifted:
+                self.lifted.remove(node)
+                node = node.all_input_nodes[0]
 
     def source(self, operand: Operand) -> fx.Node:
         """The tensor behind an operand."""
@@ -60,12 +68,13 @@ def _count_uses(user: fx.Node, node: fx.Node) -> int:
     return count
 
 
-def lift(
-    graph: fx.Graph, edges: Iterable[Operand], passable: Callable[[fx.Node], bool] = is_agnostic
-) -> Lifting:
-    """Lifts the edges as far up as `Lifting` allows, in one sweep from the end of the graph."""
-    lifting = Lifting(frozenset(edges))
-    for node in reversed(graph.nodes):
-        if passable(node) and lifting.covers(node):
+def lift(edges: Iterable[Operand], passable: Callable[[fx.Node], bool] = is_agnostic) -> Lifting:
+    """Lifts the edges as far up as `Lifting` allows; looks only at what lies above them."""
+    lifting = Lifting(set(edges))
+    waiting = [operands(consumer)[name] for consumer, name in lifting.edges]
+    while waiting:
+        node = waiting.pop()
+        if node not in lifting.lifted and passable(node) and lifting.covers(node):
             lifting.lifted.add(node)
+            waiting.append(node.all_input_nodes[0])
     return lifting

@@ -4,6 +4,7 @@ Eager kernels, the lowering for Inductor, gradients and export all call these, s
 
     code  = round_half_even(x · (1/scale)) + zero_point          rounding="reciprocal" (torch)
     code  = round_half_even(x / scale) + zero_point              rounding="divide"     (ONNX QuantizeLinear)
+    code  = round_half_even(x · (1/scale) + zero_point)          "reciprocal" with a floating zero point per channel
     y     = (clamp(code, quant_min, quant_max) − zero_point) · scale
     dx    = dy · [quant_min ≤ code ≤ quant_max]                  clipped straight-through estimator
 
@@ -32,8 +33,13 @@ def per_channel_view(vector: Tensor, ndim: int, axis: int) -> Tensor:
 def code_before_clamp(x: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensor:
     """The rounded code, in float and not yet clamped; NaN where x is NaN."""
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    scale = scale.to(torch.float32)
     steps = wide / scale if rounding == "divide" else wide * scale.reciprocal()
     # Adding the zero point, even 0, also turns −0 into +0: torch's integer codes have no sign of zero.
+    if rounding == "reciprocal" and zero_point.is_floating_point():
+        # torch multiplies and adds with one rounding here, to float32; double holds the exact sum.
+        exact = wide.double() * scale.reciprocal() + zero_point.double()
+        return exact.to(torch.float32).round() + 0.0
     return steps.round() + zero_point.to(torch.float32)
 
 
@@ -41,9 +47,9 @@ def clamp_code(code: Tensor, quant_min: int, quant_max: int, *, wrap: bool = Fal
     """Into the range; NaN becomes ``quant_min``. ``wrap``: so does what int64 cannot hold."""
     if wrap:
         code = torch.where(code < _INT64_END, code, quant_min)
-    # A comparison with NaN is false, so `where` needs no separate NaN test (fmax in two instructions).
-    code = torch.where(code >= quant_min, code, quant_min)
-    return torch.where(code <= quant_max, code, quant_max)
+    # A comparison with NaN is false, so `where` needs no separate NaN test; behind it a plain minimum is enough.
+    # Vectorized by Inductor's C++, forward of 4M floats: this 1.4 ms, fmax and fmin 2.1 ms, two `where` 2.1 ms.
+    return torch.where(code >= quant_min, code, quant_min).clamp(max=quant_max)
 
 
 def clip_mask(code: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -54,13 +60,14 @@ def clip_mask(code: Tensor, quant_min: int, quant_max: int) -> Tensor:
 def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """``(code − zero_point) · scale``; code holds integers of any dtype."""
     wide = code if code.is_floating_point() else code.to(torch.float32)
-    return (wide - zero_point.to(torch.float32)) * scale
+    return (wide - zero_point.to(wide.dtype)) * scale
 
 
 def fake_quantize_per_tensor(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
 ) -> Tensor:
     """One scale for the tensor. The product is float32 even for float64 input, as in torch."""
+    zero_point = zero_point.to(torch.int32)  # torch takes the integer part of a floating one
     code = clamp_code(code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
     return dequantize(code.to(torch.float32), scale, zero_point).to(x.dtype)
 
@@ -68,10 +75,15 @@ def fake_quantize_per_tensor(
 def fake_quantize_per_channel(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: Rounding
 ) -> Tensor:
-    """One scale per slice of ``axis``; with "reciprocal", codes beyond int64 wrap to ``quant_min`` as torch's."""
+    """One scale per slice of ``axis``; with "reciprocal", codes beyond int64 wrap to ``quant_min`` as torch's.
+
+    torch takes that product in double, which shows only where a float32 product would be rounded twice.
+    """
     scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
     code = code_before_clamp(x, scale, zero_point, rounding)
     code = clamp_code(code, quant_min, quant_max, wrap=rounding == "reciprocal")
+    if rounding == "reciprocal" and (x.dtype != torch.float32 or zero_point.is_floating_point()):
+        code, scale, zero_point = code.double(), scale.double(), zero_point.double()
     return dequantize(code, scale, zero_point).to(x.dtype)
 
 
@@ -79,8 +91,7 @@ def fake_quantize_per_tensor_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
 ) -> Tensor:
     """``grad · mask``: a product, not a select, so inf · 0 is NaN as in torch."""
-    code = code_before_clamp(x, scale, zero_point, rounding)
-    return grad * clip_mask(code, quant_min, quant_max).to(grad.dtype)
+    return _masked(grad, code_before_clamp(x, scale, zero_point.to(torch.int32), rounding), quant_min, quant_max)
 
 
 def fake_quantize_per_channel_backward(
@@ -95,4 +106,8 @@ def fake_quantize_per_channel_backward(
 ) -> Tensor:
     """`fake_quantize_per_tensor_backward` with one scale per slice of ``axis``."""
     scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
-    return fake_quantize_per_tensor_backward(grad, x, scale, zero_point, quant_min, quant_max, rounding)
+    return _masked(grad, code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
+
+
+def _masked(grad: Tensor, code: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    return grad * clip_mask(code, quant_min, quant_max).to(grad.dtype)

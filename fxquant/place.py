@@ -9,11 +9,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from dataclasses import dataclass
 
 from torch import fx
 
-from fxquant.graph import activation_name, call_nodes, constant_nodes, is_float, kind_of, operands, unit_end, user_line
+from fxquant.graph import (
+    activation_name,
+    call_nodes,
+    changed_in_place,
+    constant_nodes,
+    is_float,
+    kind_of,
+    operands,
+    unit_end,
+    user_line,
+)
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.plan import Declined, Role
 from fxquant.profiles import Profile
@@ -47,14 +58,15 @@ class _Solver:
     def __init__(self, graph: fx.Graph, recipe: Recipe, profile: Profile) -> None:
         self.graph, self.recipe, self.profile = graph, recipe, profile
         self.constants = constant_nodes(graph)
-        self.weights: dict[tuple[fx.Node, int | None], list[Operand]] = {}
+        self.weights: dict[fx.Node, dict[Operand, int | None]] = {}  # tensor → its uses → their channel axis
         self.declined: list[tuple[fx.Node, str]] = []
         self.demands: list[Operand] = []
-        self._heads: list[fx.Node] = []
-        self._units: dict[fx.Node, fx.Node] = {}
+        self._changed = changed_in_place(graph)
+        self._heads: dict[fx.Node, fx.Node] = {}  # unit end → hard operator that needs a quantized result
+        self._demanding: set[fx.Node] = set()  # hard operators
+        self._soft: dict[fx.Node, fx.Node] = {}  # unit end → soft operator that is still in
 
     def solve(self) -> Placements:
-        soft: list[fx.Node] = []
         for node in call_nodes(self.graph):
             kind = kind_of(node)
             if kind is None or not is_float(node):
@@ -63,14 +75,18 @@ class _Solver:
                 self.declined.append((node, f"recipe {self.recipe.name!r} leaves {kind.name} out"))
             elif kind.name in self.profile.refused:
                 self.declined.append((node, self.profile.refused[kind.name]))
+            elif any(operand in self._changed for operand in operands(node).values()):
+                self.declined.append((node, "one operand is changed in place while it is in use"))
             elif kind.name in self.profile.hard:
                 self._demand(node)
                 if kind.name in self.profile.needs_output:
-                    self._heads.append(node)
+                    self._heads[unit_end(node, self.profile.fuses)] = node
             elif kind.name in self.profile.soft:
-                soft.append(node)
-        lifting = self._settle(soft)
-        placed = self._weights() + self._outputs() + self._activations(lifting)
+                self._soft[unit_end(node, self.profile.fuses)] = node
+        self._demanding = {node for node, _ in self.demands}
+        lifting = self._settle()
+        units = self._open_units(lifting)
+        placed = self._weights() + self._outputs(units) + self._activations(lifting, units)
         order = {node: index for index, node in enumerate(self.graph.nodes)}
         placed.sort(key=lambda p: (order[p.edges[0][0]], ("activation", "weight", "output").index(p.role)))
         return Placements(placed, self.declined)
@@ -83,80 +99,103 @@ class _Solver:
                 continue
             constant = operand in self.constants
             if constant and name == kind.weight:
-                axis = kind.weight_axis
-                if axis is not None:
-                    axis %= operand.meta["val"].dim()
-                self.weights.setdefault((operand, axis), []).append((node, name))
+                axis, dim = kind.weight_axis, operand.meta["val"].dim()
+                # The only axis of a vector is the one that the operator sums over.
+                axis = None if axis is None or dim < 2 else axis % dim
+                self.weights.setdefault(operand, {})[node, name] = axis
             elif constant and kind.name == "einsum":
-                self.weights.setdefault((operand, None), []).append((node, name))
+                self.weights.setdefault(operand, {})[node, name] = None
             else:
                 self.demands.append((node, name))
 
-    def _settle(self, soft: list[fx.Node]) -> Lifting:
+    def _settle(self) -> Lifting:
         """Drops soft operators until each that is left has only quantized neighbours."""
-        while True:
-            edges = self.demands + [(node, name) for node in soft for name in operands(node)]
-            lifting = lift(self.graph, edges, passes_values)
-            self._units = self._open_units(lifting, soft)
-            kept = []
-            for node in soft:
-                why = self._why_not(node, lifting)
-                if why is None:
-                    kept.append(node)
-                else:
-                    self.declined.append((node, why))
-            if len(kept) == len(soft):
-                self.demands = edges
-                return lifting
-            soft = kept
-
-    def _open_units(self, lifting: Lifting, soft: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Unit end → head, for units that need a quantized result and do not get it from their users."""
-        fuses = self.profile.fuses
-        heads = {unit_end(head, fuses): head for head in self._heads}
-        # A soft operator between quantized operands is worth a quantizer of its own behind it.
-        anchors = heads.keys() | {unit_end(node, fuses) for node in soft} | {lifting.source(e) for e in self.demands}
-        for node in soft:
-            if all(lifting.source((node, name)) in anchors for name in operands(node)):
-                heads[unit_end(node, fuses)] = node
-        return {end: head for end, head in heads.items() if not lifting.covers(end)}
+        edges = self.demands + [(node, name) for node in self._soft.values() for name in operands(node)]
+        lifting = lift(edges, lambda node: passes_values(node) and node.all_input_nodes[0] not in self._changed)
+        waiting = deque(self._soft.values())
+        while waiting:
+            node = waiting.popleft()
+            end = unit_end(node, self.profile.fuses)
+            why = self._why_not(node, lifting) if end in self._soft else None
+            if why is not None:
+                self.declined.append((node, why))
+                del self._soft[end]
+                waiting += self._near(node, end)
+                lifting.drop(node)
+        self.demands = [edge for edge in edges if edge in lifting.edges]
+        return lifting
 
     def _why_not(self, node: fx.Node, lifting: Lifting) -> str | None:
         values = operands(node)
-        constant = next((o for o in values.values() if o in self.constants), None)
-        if constant is not None:
+        if any(operand in self.constants for operand in values.values()):
             return "one operand is a parameter or constant"
-        if any(not is_float(o) or o.meta["val"].shape != node.meta["val"].shape for o in values.values()):
-            if kind_of(node).name == "add":  # type: ignore[union-attr]
+        if any(not is_float(operand) for operand in values.values()):
+            return "one operand holds integers"
+        if kind_of(node).name == "add":  # type: ignore[union-attr]
+            if any(operand.meta["val"].shape != node.meta["val"].shape for operand in values.values()):
                 return "operands are broadcast"
+            if node.kwargs.get("alpha", 1) != 1:
+                return "its second operand is scaled by alpha"
         for name in values:
             source = lifting.source((node, name))
-            if not lifting.covers(source) and source not in self._units:
+            if not self._is_quantized(source, lifting):
                 return f"its operand {source.name} is also used in float"
         end = unit_end(node, self.profile.fuses)
-        if lifting.covers(end) or end in self._units:
-            return None
-        return f"its result {end.name} is used in float"
+        return None if self._is_quantized(end, lifting) else f"its result {end.name} is used in float"
+
+    def _is_quantized(self, tensor: fx.Node, lifting: Lifting) -> bool:
+        """Whether all uses of a tensor want it quantized, or it is worth a quantizer of its own."""
+        if lifting.covers(tensor) or tensor in self._heads:
+            return True
+        return tensor in self._soft and self._is_joined(self._soft[tensor], lifting)
+
+    def _is_joined(self, soft: fx.Node, lifting: Lifting) -> bool:
+        """Whether a soft operator only reads tensors that other operators make, or need, quantized."""
+        sources = (lifting.source((soft, name)) for name in operands(soft))
+        return all(s in self._heads or s in self._soft or self._is_demanded(s, lifting) for s in sources)
+
+    def _is_demanded(self, source: fx.Node, lifting: Lifting) -> bool:
+        """Whether a hard operator reads the tensor."""
+        return any(
+            self._is_demanded(user, lifting) if user in lifting.lifted else user in self._demanding
+            for user in source.users
+        )
+
+    def _near(self, node: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """Soft operators that make or read a tensor of ``node``: what they see changes when it leaves."""
+        tensors = [end]
+        for operand in operands(node).values():
+            tensors.append(operand)
+            while passes_values(tensors[-1]):
+                tensors.append(tensors[-1].all_input_nodes[0])
+        found = [self._soft[tensor] for tensor in tensors if tensor in self._soft]
+        readers = [user for tensor in tensors for user in tensor.users]
+        while readers:
+            reader = readers.pop()
+            if passes_values(reader):
+                readers += reader.users
+            elif self._soft.get(unit_end(reader, self.profile.fuses)) is reader:
+                found.append(reader)
+        return found
+
+    def _open_units(self, lifting: Lifting) -> dict[fx.Node, fx.Node]:
+        """Unit end → head, for units that need a quantized result and do not get it from their users."""
+        joined = {end: node for end, node in self._soft.items() if self._is_joined(node, lifting)}
+        return {end: head for end, head in {**self._heads, **joined}.items() if not lifting.covers(end)}
 
     def _weights(self) -> list[Placement]:
-        placed: dict[fx.Node, Placement] = {}
-        for (operand, axis), edges in self.weights.items():
-            spec = dataclasses.replace(self.recipe.weight, axis=axis if self.recipe.weight.axis is not None else None)
-            known = placed.get(operand)
-            if known is None:
-                placed[operand] = Placement(
-                    role="weight", spec=spec, edges=tuple(edges), reason=f"weight of {_names(edges)}"
-                )
-                continue
-            # One quantizer per tensor: a tied weight keeps the finer scale of the two.
-            if known.spec.axis is not None:
-                spec = known.spec
-            edges = [*known.edges, *edges]
-            reason = f"weight tied between {_names(edges)}"
-            placed[operand] = Placement(role="weight", spec=spec, edges=tuple(edges), reason=reason)
-        return list(placed.values())
+        placed = []
+        for uses in self.weights.values():
+            # One quantizer per tensor: a tied weight is quantized per channel if its uses agree on the channels.
+            axes = {axis for axis in uses.values() if axis is not None}
+            axis = axes.pop() if len(axes) == 1 and self.recipe.weight.axis is not None else None
+            spec = dataclasses.replace(self.recipe.weight, axis=axis)
+            edges = list(uses)
+            reason = f"weight {'tied between' if len(edges) > 1 else 'of'} {_names(edges)}"
+            placed.append(Placement(role="weight", spec=spec, edges=tuple(edges), reason=reason))
+        return placed
 
-    def _outputs(self) -> list[Placement]:
+    def _outputs(self, units: dict[fx.Node, fx.Node]) -> list[Placement]:
         return [
             Placement(
                 role="output",
@@ -164,10 +203,10 @@ class _Solver:
                 edges=((head, "output"),),
                 reason=f"{self.profile.name} runs {kind_of(head).name} as integers only with its result quantized",  # type: ignore[union-attr]
             )
-            for end, head in self._units.items()
+            for end, head in units.items()
         ]
 
-    def _activations(self, lifting: Lifting) -> list[Placement]:
+    def _activations(self, lifting: Lifting, units: dict[fx.Node, fx.Node]) -> list[Placement]:
         by_source: dict[fx.Node, list[Operand]] = {}
         for edge in self.demands:
             by_source.setdefault(lifting.source(edge), []).append(edge)
@@ -179,7 +218,7 @@ class _Solver:
                 reason=f"operand of {_names(edges)}",
             )
             for source, edges in by_source.items()
-            if source not in self._units
+            if source not in units
         ]
 
     def _activation_spec(self, source: fx.Node) -> QuantSpec:

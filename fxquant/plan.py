@@ -165,8 +165,29 @@ class Plan:
         lines += [f"only in the checkpoint: {key}" for key in theirs if key not in mine]
         for key in mine.keys() & theirs.keys():
             if mine[key] != theirs[key]:
-                lines.append(f"{key}: {mine[key].spec} in the model, {theirs[key].spec} in the checkpoint")
+                here, there = _what_differs(mine[key], theirs[key])
+                lines.append(f"{key}: {here} in the model, {there} in the checkpoint")
         return sorted(lines)
+
+
+def _what_differs(mine: LocalSite, theirs: LocalSite) -> tuple[str, str]:
+    """Both sites in the shortest words that tell them apart."""
+    for name in ("spec", "role", "edges"):
+        left, right = getattr(mine, name), getattr(theirs, name)
+        if left != right and name == "spec" and str(left) == str(right):
+            left, right = (_fields_apart(spec, other) for spec, other in ((left, right), (right, left)))
+        if left != right:
+            return _words(left), _words(right)
+    return mine.name, theirs.name
+
+
+def _fields_apart(spec: QuantSpec, other: QuantSpec) -> str:
+    names = [field.name for field in dataclasses.fields(spec)]
+    return ", ".join(f"{n}={getattr(spec, n)}" for n in names if getattr(spec, n) != getattr(other, n))
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def digest(sites: tuple[LocalSite, ...]) -> str:

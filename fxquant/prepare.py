@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxquant.capture import dynamo_graphs, untouched
+from fxquant.capture import dynamo_graphs, own_code, untouched
 from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
-from fxquant.graph import is_bind, user_line
+from fxquant.graph import is_bind, kind_of, user_line
 from fxquant.ops.binding import bind
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.place import Placement, place
@@ -24,6 +25,7 @@ from fxquant.state import (
     BoundForward,
     QuantizerSet,
     RootQuantizerSet,
+    bound_forward,
     freeze_batch_norm,
     owners,
     refuse_other_plan,
@@ -55,8 +57,8 @@ def prepare(
         UnsupportedModel: nothing to quantize, or parameters that are not floating point.
     """
     chosen, profile = get_recipe(recipe), get_profile(target)
+    _check(model, args, kwargs)
     kwargs = dict(kwargs or {})
-    _check(model, args)
     plan = _make_plan(model, args, kwargs, chosen, profile)
     try:
         _attach(model, plan)
@@ -69,12 +71,15 @@ def prepare(
 def strip(model: nn.Module) -> nn.Module:
     """Takes plan, quantizers and frozen BatchNorm modes off again: the float model, with its trained weights."""
     freeze_batch_norm(model, frozen=False)
-    for _, module, _ in list(owners(model)):
-        bound = module.__dict__.get("forward")
-        if isinstance(bound, BoundForward):
+    for _, module, holder in list(owners(model)):
+        bound = bound_forward(module)
+        if bound is not None:
             del module.__dict__["forward"]
             if bound.inner is not None:
                 module.__dict__["forward"] = bound.inner
+        for each in (bound, holder.bound):
+            if each is not None:
+                each.release()
         delattr(module, ATTRIBUTE)
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if getattr(hook, "hook", None) is refuse_other_plan:
@@ -82,7 +87,7 @@ def strip(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(model: nn.Module, args: tuple[Any, ...]) -> None:
+def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise InvalidArgument(
             f"model must be a plain nn.Module: got {type(model).__name__}. Prepare first, torch.compile afterwards."
@@ -91,10 +96,21 @@ def _check(model: nn.Module, args: tuple[Any, ...]) -> None:
         raise InvalidArgument(
             f"args must be a tuple of example inputs: got {type(args).__name__}. Write (x,) for a single input."
         )
-    prepared = [path or "the model itself" for path, _, found in owners(model) if found.plan is not None]
-    if prepared:
+    if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InvalidArgument(
-            f"model must not be prepared twice: {prepared[0]} has a plan. Call fxquant.strip(model) first."
+            f"kwargs must be a mapping of names to example inputs: got {type(kwargs).__name__}. "
+            "Settings of prepare, as recipe, are given by name."
+        )
+    compiled = [path or "the model itself" for path, module in model.named_modules() if _is_compiled(module)]
+    if compiled:
+        raise InvalidArgument(
+            f"model must not be compiled yet: {compiled[0]} is. Prepare first, torch.compile or .compile() afterwards."
+        )
+    found = next(iter(owners(model)), None)
+    if found is not None:
+        where = f"{found[0] or 'the model itself'} has a plan" if found[2].plan else "it is a part of a prepared model"
+        raise InvalidArgument(
+            f"model must not be prepared twice: {where}. Call fxquant.strip on the prepared model first."
         )
     wrong = [(name, p.dtype) for name, p in model.named_parameters() if not p.dtype.is_floating_point]
     if wrong:
@@ -103,6 +119,10 @@ def _check(model: nn.Module, args: tuple[Any, ...]) -> None:
             f"parameters must be floating point: got {dtype} for {name!r}. "
             "Prepare the float model, before any weight is quantized or packed."
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 class _Marker:
@@ -128,7 +148,8 @@ def _markers(model: nn.Module) -> Iterator[None]:
         if type(module).forward is not nn.Module.forward and not isinstance(module, torch.jit.ScriptModule)
     ]
     for marker in markers:
-        marker.module.__dict__["forward"] = marker
+        call = own_code(_Marker.__call__, f"marker of {marker.path}")
+        marker.module.__dict__["forward"] = types.MethodType(call, marker)
     try:
         yield
     finally:
@@ -142,14 +163,16 @@ def _make_plan(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe, profile: Profile
 ) -> Plan:
     with untouched(model), _markers(model):
+        failed: Exception | None = None
+        graphs: list[fx.GraphModule] = []
         try:
             graphs = dynamo_graphs(model, args, kwargs)
         except FxquantError:
             raise
         except Exception as error:
-            raise InvalidArgument(
-                f"args and kwargs must run through the model: got {type(error).__name__}: {error}"
-            ) from error
+            failed = error
+    if failed is not None:
+        _blame(model, args, kwargs, failed)
     sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
     declined: list[Declined] = []
     for gm in graphs:
@@ -159,23 +182,49 @@ def _make_plan(
         naming = _Naming(gm, sites)
         for placed in found.placed:
             naming.add(placed, declined)
+    declined += _left_out(model, graphs)
+    _check_kinds(recipe, graphs, sites.values())
     if not sites:
         reasons = "; ".join(sorted({f"{d.where}: {d.reason}" for d in declined})) or "it runs no such operator"
         raise UnsupportedModel(
             f"model must hold an operator that {profile.name} runs on integers "
             f"({', '.join(sorted(profile.hard))}): found none to quantize ({reasons})."
         )
-    _check_kinds(recipe, sites.values())
     return Plan(recipe=recipe.name, target=profile.name, sites=tuple(sites.values()), declined=tuple(declined))
 
 
-def _check_kinds(recipe: Recipe, sites: Any) -> None:
+def _left_out(model: nn.Module, graphs: list[fx.GraphModule]) -> list[Declined]:
+    """Modules none of whose own parameters any graph reads, as recurrent layers: Dynamo ran them in Python."""
+    read: set[int] = set().union(*(gm.meta["parameters"] for gm in graphs))
+    reason = "Dynamo made no graph of it on the example inputs: it stays float"
+    own = ((path, [id(p) for p in module.parameters(recurse=False)]) for path, module in model.named_modules())
+    return [Declined(where=path or "the model", reason=reason) for path, ids in own if ids and not read & set(ids)]
+
+
+def _blame(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failed: Exception) -> None:
+    """Raises for a run under Dynamo that failed: runs the model again without, to tell whose fault it was."""
+    try:
+        with untouched(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise InvalidArgument(
+            f"args and kwargs must run through the model: got {type(error).__name__}: {str(error).rstrip('.')}. "
+            "Give prepare what the model's forward takes in training."
+        ) from error
+    raise UnsupportedModel(
+        f"model must run under torch.compile: got {type(failed).__name__}: {str(failed).rstrip('.')}. "
+        'It runs without; try torch.compile(model, backend="eager").'
+    ) from failed
+
+
+def _check_kinds(recipe: Recipe, graphs: list[fx.GraphModule], sites: Any) -> None:
     used = {edge.kind for site in sites for edge in site.local.edges}
     unmatched = sorted((recipe.kinds or frozenset()) - used)
     if unmatched:
+        kinds = {kind.name for gm in graphs for kind in map(kind_of, gm.graph.nodes) if kind is not None}
         raise InvalidArgument(
             f"recipe {recipe.name!r} must match the model with each of its kinds: {', '.join(unmatched)} "
-            f"matched no operator. The model has {', '.join(sorted(used))}."
+            f"matched no operator. The model has {', '.join(sorted(kinds)) or 'none of any kind'}."
         )
 
 
@@ -229,9 +278,9 @@ class _Naming:
 
 def _name(edge: Edge, taken: set[str]) -> str:
     """``weight`` where the owner itself runs the operator, else with the operator's place in it."""
-    if not edge.path and edge.ordinal == 0 and edge.operand in ("input", "weight", "output") and edge.kind != "add":
-        if edge.operand not in taken:
-            return edge.operand
+    own = not edge.path and edge.ordinal == 0 and edge.kind in ("conv", "linear", "embedding")
+    if own and edge.operand not in taken:
+        return edge.operand
     prefix = edge.path.replace(".", "_") + "_" if edge.path else ""
     name = f"{prefix}{edge.kind}{edge.ordinal}_{edge.operand}"
     while name in taken:
@@ -240,7 +289,7 @@ def _name(edge: Edge, taken: set[str]) -> str:
 
 
 def _attach(model: nn.Module, plan: Plan) -> None:
-    by_owner = {"": (), **plan.owners()}  # the root always binds: its graphs are known by that
+    by_owner = {"": (), **plan.owners()}  # the root always has a set: it holds the plan
     modules = dict(model.named_modules())
     for path in by_owner:
         if hasattr(modules[path], ATTRIBUTE):
@@ -253,5 +302,10 @@ def _attach(model: nn.Module, plan: Plan) -> None:
         locals_ = tuple(site.local for site in sites)
         holder = QuantizerSet(locals_) if path else RootQuantizerSet(locals_, plan)
         modules[path].add_module(ATTRIBUTE, holder.to(devices[path]))
-        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_)
+        bound = BoundForward(modules[path], locals_)
+        if locals_:
+            modules[path].__dict__["forward"] = bound.method
+        else:
+            # Nothing to bind. A forward that holds a graph break would get one more around it.
+            holder.bound = bound
     model.register_load_state_dict_pre_hook(refuse_other_plan)

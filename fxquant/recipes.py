@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
-from fxquant.spec import CurrentTensor, MovingAverage, QuantSpec, Range
+from fxquant.spec import CurrentTensor, QuantSpec, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,23 @@ class Recipe:
     kinds: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight.range, MovingAverage):
-            raise InvalidArgument("Recipe.weight.range must be CurrentTensor or Fixed: weights need no moving average.")
+        if not isinstance(self.weight.range, CurrentTensor):
+            raise InvalidArgument(
+                f"Recipe.weight.range must be CurrentTensor: got {self.weight.range}. A weight needs no history."
+            )
+        if not (self.weight.signed and self.weight.symmetric):
+            raise InvalidArgument(
+                f"Recipe.weight must be signed and symmetric: got {self.weight}. Runtimes take zero point 0 there."
+            )
+        if self.weight.axis not in (None, 0):
+            raise InvalidArgument(
+                f"Recipe.weight.axis must be 0 (per output channel) or None: got {self.weight.axis}. "
+                "Placement finds each operator's own axis."
+            )
+        if self.activation.axis is not None:
+            raise InvalidArgument(
+                f"Recipe.activation.axis must be None: got {self.activation.axis}. An activation has one scale."
+            )
 
     def with_range(self, found: Range) -> Recipe:
         """The same recipe with another way to find activation ranges."""

@@ -17,9 +17,13 @@ Position = tuple[str, str, str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class BoundSite:
-    """A local site found in a graph: its operands there, its mode, and the nodes that hold its state."""
+    """A local site found in a graph: its operands there, its mode, and the nodes that hold its state.
+
+    ``owner`` is the owner's path below the compiled frame: the plan's own where the whole model was captured.
+    """
 
     site: LocalSite
+    owner: str
     edges: tuple[Operand, ...]
     mode: int
     state: tuple[fx.Node, ...]
@@ -113,7 +117,12 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                     operands.append((node, edge.operand))
             taken.update(operands)
             if operands:
-                found.append(BoundSite(site=site, edges=tuple(operands), mode=int(mode), state=mine, bind=bind))
+                owner = relative(frame.path, root)
+                found.append(
+                    BoundSite(
+                        site=site, owner=owner, edges=tuple(operands), mode=int(mode), state=mine, bind=bind
+                    )
+                )
             else:
                 missing.append(Missing(site=site, bind=bind))
     return found, missing

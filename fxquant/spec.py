@@ -84,6 +84,8 @@ class QuantSpec:
             raise InvalidArgument(f"QuantSpec.rounding must be one of {ROUNDINGS}: got {self.rounding!r}.")
         if self.narrow and not self.signed:
             raise InvalidArgument("QuantSpec.narrow must go with signed=True: an unsigned code has no mirror.")
+        if self.axis is not None and self.axis < 0:
+            raise InvalidArgument(f"QuantSpec.axis must be counted from the front: got {self.axis}.")
         if self.axis is not None and not self.symmetric:
             raise InvalidArgument("QuantSpec per channel must be symmetric: runtimes take zero point 0 there.")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture import in_compiled_region
+from fxquant.capture import in_compiled_region, own_code
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, PlanMismatch
 from fxquant.ops.binding import bind
 from fxquant.plan import LocalSite, Mode, Plan, register
@@ -102,12 +105,14 @@ class QuantizerSet(nn.ModuleDict):
     """The quantizers of one owner, by site name."""
 
     plan: Plan | None = None
+    bound: BoundForward | None = None
 
     def __init__(self, sites: tuple[LocalSite, ...]) -> None:
         super().__init__({site.name: Quantizer(site) for site in sites})
 
-    def forward(self) -> None:
-        """Not called: the quantizers act inside compiled graphs."""
+    def forward(self, value: Any = None, *_: Any, **__: Any) -> Any:
+        """The identity: an owner that runs all its children, as nn.Sequential does, runs its quantizers too."""
+        return value
 
 
 class RootQuantizerSet(QuantizerSet):
@@ -132,9 +137,7 @@ class RootQuantizerSet(QuantizerSet):
             missing.remove(prefix + "_extra_state")
 
 
-def refuse_other_plan(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def refuse_other_plan(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook of a prepared root: raises PlanMismatch before any tensor is copied."""
     saved = state_dict.get(f"{prefix}{ATTRIBUTE}._extra_state")
     plan = plan_of(module)
@@ -156,11 +159,24 @@ class _Exporting:
     active = False
 
 
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Owners bind their state inside, as they do under Dynamo."""
+    _Exporting.active = True
+    try:
+        yield
+    finally:
+        _Exporting.active = False
+
+
 class BoundForward:
     """The forward of an owner: binds its quantizers' state in compiled graphs, then runs the module's own forward.
 
     Plain eager Python runs the float model. That is also what happens to a frame that Dynamo leaves eager inside
     torch.compile; then a warning says so once, and `eager_runs` counts it for `fxquant.explain`.
+
+    The module gets it as `method`: of a bound method Dynamo guards on the code alone, of any other callable on the
+    object, and then no two instances of a class share a compile.
     """
 
     def __init__(self, module: nn.Module, sites: tuple[LocalSite, ...]) -> None:
@@ -183,7 +199,7 @@ class BoundForward:
 
     def bind(self) -> None:
         """Makes the state of every site an input of the graph being traced."""
-        quantizers = self.module.quantizers
+        quantizers: Any = self.module.quantizers
         modes, state = [], []
         for name in self.names:
             quantizer = quantizers[name]
@@ -191,6 +207,10 @@ class BoundForward:
             if quantizer.stateful:
                 state += [quantizer.min_val, quantizer.max_val]
         bind(self.key, modes, state)
+
+    def release(self) -> None:
+        """The module is no part of a prepared model any more, whoever still holds this object."""
+        _LIVE.discard(self)
 
     def _note_eager(self) -> None:
         if not self.names or not in_compiled_region():
@@ -206,10 +226,18 @@ class BoundForward:
         self.eager_runs += 1
 
     @property
-    def __signature__(self) -> inspect.Signature:
-        """The module's own: exporters and trainers read it."""
-        original = self.inner or type(self.module).forward.__get__(self.module)
-        return inspect.signature(original)
+    def method(self) -> types.MethodType:
+        """The module's ``forward``, with the signature of its own: exporters and trainers read it.
+
+        Equal site lists on one class share a code object. Pickle finds a bound method by its name.
+        """
+        cls = type(self.module)
+        code = _code_for(f"{cls.__module__}.{cls.__qualname__}.{self.key}")
+        function = types.FunctionType(code, BoundForward.__call__.__globals__, "method")
+        shown = inspect.signature(self.inner or cls.forward.__get__(self.module))
+        owner = inspect.Parameter("_bound", inspect.Parameter.POSITIONAL_ONLY)
+        function.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
+        return types.MethodType(function, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -217,7 +245,18 @@ class BoundForward:
         _LIVE.add(self)
 
 
+@functools.cache
+def _code_for(name: str) -> types.CodeType:
+    return own_code(BoundForward.__call__, name).__code__
+
+
 _LIVE: weakref.WeakSet[BoundForward] = weakref.WeakSet()
+
+
+def bound_forward(module: nn.Module) -> BoundForward | None:
+    """What `fxquant.prepare` put in the place of the module's forward, None for modules that own no quantizer."""
+    found = getattr(module.__dict__.get("forward"), "__self__", None)
+    return found if isinstance(found, BoundForward) else None
 
 
 def of_prepared_model(tensors: Iterable[Any]) -> bool:

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from fxquant.passes.invariants import check_invariants
+from fxquant.resolve import nested_graphs
 
 VERSION = "1"
 
@@ -52,7 +54,7 @@ class PassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(abc.ABC):
-    """One transform. Subclasses write `rewrite`, which edits one graph and returns how many places it changed.
+    """One transform. Subclasses write `rewrite`, which edits a graph and its nested bodies.
 
     A pass that finds nothing leaves the graph untouched, and a second run finds nothing.
     """
@@ -60,20 +62,22 @@ class Pass(abc.ABC):
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rewrites ``gm`` in place, invariants checked before and after."""
         started = time.perf_counter()
-        check_invariants(gm, f"before {self.name}")
+        for module in all_graphs(gm):
+            check_invariants(module, f"before {self.name}")
         result = PassResult()
         result.rewrites = self.rewrite(gm, result)
         result.modified = result.rewrites > 0
         if result.modified:
-            gm.graph.lint()
-            gm.recompile()
-            check_invariants(gm, f"after {self.name}")
+            for module in all_graphs(gm):
+                module.graph.lint()
+                module.recompile()
+                check_invariants(module, f"after {self.name}")
         result.seconds = time.perf_counter() - started
         return result
 
     @abc.abstractmethod
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
-        """Edits ``gm.graph``; declines go to ``result``."""
+        """Edits the graphs and returns in how many places; declines go to ``result``."""
 
     @property
     def name(self) -> str:
@@ -86,8 +90,18 @@ class Pass(abc.ABC):
 
     def uuid(self) -> str:
         """Cache key of what the pass would do: its name, options, and the sources of the package."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
-        return f"{self.name}({fields!r})-{VERSION}-{source_digest()}"
+        fields = {f.name: _stable(getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr}
+        return f"{self.name}({fields})-{VERSION}-{source_digest()}"
+
+
+def _stable(value: Any) -> str:
+    """``repr`` with the members of sets in order: theirs changes from process to process."""
+    if isinstance(value, frozenset):
+        return f"{{{', '.join(sorted(map(_stable, value)))}}}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f"{f.name}={_stable(getattr(value, f.name))}" for f in dataclasses.fields(value)]
+        return f"{type(value).__name__}({', '.join(fields)})"
+    return repr(value)
 
 
 @functools.cache
@@ -101,6 +115,15 @@ def source_digest() -> str:
         for path in sorted(folder.glob("*.py")):
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def all_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """``gm`` and the nested bodies of its operators."""
+    yield gm
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            for body in nested_graphs(gm, node):
+                yield from all_graphs(body)
 
 
 def run_all(passes: Iterable[Pass], gm: fx.GraphModule) -> PassResult:
@@ -122,14 +145,12 @@ def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> 
     if mode is None:
         raise AssertionError(f"{op} has no fake operand to compute its value from")
     with mode, torch.no_grad():
-        node.meta["val"] = op(*values[0], **values[1])  # type: ignore[index]
+        node.meta["val"] = op(*values[0], **values[1])
     return node
 
 
 def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     """``node[index]`` of an op with several results."""
-    import operator
-
     got = graph.call_function(operator.getitem, (node, index))
     got.meta.update({k: v for k, v in node.meta.items() if k != "val"}, val=node.meta["val"][index])
     return got

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from fxquant.graph import call_nodes, is_agnostic
+from fxquant.graph import call_nodes, changed_in_place, is_agnostic
 from fxquant.ops import fake_quantize, qparams
-from fxquant.passes.base import Pass, PassResult, drop_dead_nodes
-from fxquant.passes.insert_fake_quantize import all_graphs
+from fxquant.passes.base import Pass, PassResult, all_graphs, drop_dead_nodes
+
+_PURE = (*qparams.QPARAM_OPS, operator.getitem, torch.ops.aten.detach.default, torch.ops.aten.new_full.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,8 @@ class EliminateRedundantFakeQuantize(Pass):
     """``FQ(move(FQ(x, s, z)), s, z)``  →  ``move(FQ(x, s, z))``, and equal fake-quants of one tensor become one.
 
     Exact: quantizing ``q·s`` with ``s`` gives q back, and the second mask is all ones on clamped values.
-    ``move`` is any chain of ops that only move values.
+    ``move`` is any chain of ops that only move values. A tensor that is changed in place meanwhile, a range that
+    is updated included, makes no equal.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -27,15 +31,16 @@ class EliminateRedundantFakeQuantize(Pass):
 
 def _eliminate(graph: fx.Graph) -> int:
     seen: dict[tuple[object, ...], fx.Node] = {}
-    representative = _equal_qparams(graph)
+    changed = changed_in_place(graph)
+    representative = _equal_qparams(graph, changed)
     done = 0
     for node in list(call_nodes(graph)):
-        if node.target not in fake_quantize.FAKE_QUANTIZE:
+        if node.target not in fake_quantize.FAKE_QUANTIZE or node.args[0] in changed:
             continue
         parameters = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[1:])
         key = (node.target, node.args[0], parameters, node.kwargs.get("rounding"))
         twin = seen.setdefault(key, node)
-        before = twin if twin is not node else _quantized_before(node, parameters, representative)
+        before = twin if twin is not node else _quantized_before(node, parameters, representative, changed)
         if before is not None:
             node.replace_all_uses_with(before)
             graph.erase_node(node)
@@ -45,35 +50,30 @@ def _eliminate(graph: fx.Graph) -> int:
     return done
 
 
-
-def _equal_qparams(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def _equal_qparams(graph: fx.Graph, changed: set[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Scale and zero point nodes that are the same function of the same nodes, mapped to the first of them."""
     first: dict[tuple[object, ...], fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in call_nodes(graph):
-        made_here = node.target in qparams.QPARAM_OPS or any(
-            isinstance(a, fx.Node) and a.target in qparams.QPARAM_OPS for a in node.args
-        )
-        detaches = str(node.target) == "aten.detach.default"
-        if made_here or detaches:
-            args = tuple(same.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
-            if any(isinstance(a, (list, dict)) for a in args):
-                continue
-            same[node] = first.setdefault((node.target, args), node)
+        # A constant is made "like" some tensor, and is the same constant whichever that is.
+        reads = node.args[1:] if node.target is torch.ops.aten.new_full.default else node.args
+        if node.target in _PURE and not any(isinstance(a, fx.Node) and a in changed for a in reads):
+            args = tuple(same.get(a, a) if isinstance(a, fx.Node) else a for a in reads)
+            same[node] = first.setdefault((node.target, str(args), str(node.kwargs)), node)
     return same
 
 
 def _quantized_before(
-    node: fx.Node, parameters: tuple[object, ...], representative: dict[fx.Node, fx.Node]
+    node: fx.Node, parameters: tuple[object, ...], representative: dict[fx.Node, fx.Node], changed: set[fx.Node]
 ) -> fx.Node | None:
     """The operand, if it is an equally quantized value that was only moved since."""
     if node.target is fake_quantize.PER_CHANNEL:
         return None  # moving may have moved the channel axis
     operand = node.args[0]
     origin = operand
-    while isinstance(origin, fx.Node) and is_agnostic(origin):
+    while isinstance(origin, fx.Node) and is_agnostic(origin) and origin not in changed:
         origin = origin.args[0]
-    if not isinstance(origin, fx.Node) or origin.target is not node.target:
+    if not isinstance(origin, fx.Node) or origin.target is not node.target or origin in changed:
         return None
     earlier = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in origin.args[1:])
     same = earlier == parameters and origin.kwargs.get("rounding") == node.kwargs.get("rounding")

@@ -9,8 +9,7 @@ from torch import fx
 
 from fxquant.graph import call_nodes, kind_of, only_user, operands, packet, replace_operand
 from fxquant.ops import fake_quantize, qparams
-from fxquant.passes.base import Pass, PassResult, call
-from fxquant.passes.insert_fake_quantize import all_graphs
+from fxquant.passes.base import Pass, PassResult, all_graphs, call
 
 aten = torch.ops.aten
 
@@ -49,6 +48,9 @@ class FoldBatchNorm(Pass):
             return 0  # batch statistics: see the class
         if only_user(head) is not norm:
             self.decline(result, norm, f"{head.name} is used without its normalization too")
+            return 0
+        if any(isinstance(a, fx.Node) and a.op == "call_function" for a in norm.args[1:5]):
+            self.decline(result, norm, "its parameters or statistics are computed in the graph")
             return 0
         if packet(head) is aten.linear and head.meta["val"].dim() != 2:
             self.decline(result, norm, f"{head.name} has its channels in another dimension")

@@ -7,31 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import call_nodes
-from fxquant.lift import passes_values
-from fxquant.passes.base import Pass, PassResult
+from fxquant.graph import call_nodes, shares_memory
+from fxquant.passes.base import Pass, PassResult, all_graphs
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionalizeActivations(Pass):
     """``h = add(x, y); relu_(h); f(h)``  →  ``h = add(x, y); r = relu(h); f(r)``.
 
-    Only where the mutated value was made in this graph and no view of it exists; mutation of inputs (BatchNorm
-    statistics, counters) stays.
+    Only where the mutated value was made in this graph and no view of it was; mutation of inputs (BatchNorm
+    counters, caches) stays.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces each eligible op and later reads of what it mutated."""
-        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        return sum(self._functionalize(module.graph, result) for module in all_graphs(gm))
+
+    def _functionalize(self, graph: fx.Graph, result: PassResult) -> int:
+        order = {node: i for i, node in enumerate(graph.nodes)}
         done = 0
-        for node in list(call_nodes(gm.graph)):
+        for node in list(call_nodes(graph)):
             functional = _functional_variant(node)
-            if functional is None:
+            base = node.args[0] if node.args else None
+            if functional is None or not isinstance(base, fx.Node) or base.op != "call_function":
                 continue
-            base = node.args[0]
-            if not isinstance(base, fx.Node) or base.op != "call_function":
-                continue
-            if _may_alias(base) or any(_may_alias(user) and not _functional_variant(user) for user in base.users):
+            earlier = [user for user in base.users if order[user] < order[node]]
+            if shares_memory(base) or any(shares_memory(user) for user in earlier):
                 self.decline(result, node, f"{base.name}, which it changes in place, shares memory with other values")
                 continue
             for user in list(base.users):
@@ -53,9 +54,3 @@ def _functional_variant(node: fx.Node) -> torch._ops.OpOverload | None:
     packet = getattr(torch.ops.aten, name[:-1], None)
     overload = getattr(packet, target._overloadname, None) if packet is not None else None
     return overload if isinstance(overload, torch._ops.OpOverload) else None
-
-
-def _may_alias(node: fx.Node) -> bool:
-    if passes_values(node) or not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    return any(r.alias_info is not None for r in node.target._schema.returns)

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import is_bind, is_float, operands, replace_operand, unit_end
-from fxquant.lift import Operand, lift
+from fxquant.graph import changed_in_place, is_bind, is_float, operands, replace_operand, unit_end
+from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.ops import fake_quantize, qparams
-from fxquant.passes.base import Pass, PassResult, call, item
+from fxquant.passes.base import Pass, PassResult, all_graphs, call, item
 from fxquant.place import place
 from fxquant.plan import Mode, Role
 from fxquant.profiles import Profile
 from fxquant.recipes import Recipe
-from fxquant.resolve import bound_sites, nested_graphs
+from fxquant.resolve import bound_sites
 from fxquant.spec import CurrentTensor, Fixed, QuantSpec
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ class InsertFakeQuantize(Pass):
         by_graph: dict[fx.Graph, list[Insertion]] = {}
         for bound in found:
             insertion = Insertion(
-                label=bound.site.name,
+                label=f"{bound.owner}.{bound.site.name}".lstrip("."),
                 role=bound.site.role,
                 spec=bound.site.spec,
                 edges=bound.edges,
@@ -68,11 +68,10 @@ class InsertFakeQuantize(Pass):
             insertions = by_graph.get(module.graph, [])
             if self.stateless:
                 insertions = self._stateless(module.graph, result)
-            for insertion in insertions:
-                done += _insert(module.graph, insertion, self.profile.fuses)
+            if insertions:
+                reader = _Reader(module.graph)
+                done += sum(_insert(reader, insertion, self.profile.fuses) for insertion in insertions)
             done += _erase_binds(module.graph)
-            if module is not gm:
-                module.recompile()
         return done
 
     def _stateless(self, graph: fx.Graph, result: PassResult) -> list[Insertion]:
@@ -87,19 +86,8 @@ class InsertFakeQuantize(Pass):
             if not isinstance(spec.range, Fixed):
                 spec = dataclasses.replace(spec, range=CurrentTensor())
             label = f"{placed.edges[0][0].name}.{placed.edges[0][1]}.{number}"
-            insertions.append(
-                Insertion(label=label, role=placed.role, spec=spec, edges=placed.edges, mode=Mode.STATIC)
-            )
+            insertions.append(Insertion(label=label, role=placed.role, spec=spec, edges=placed.edges, mode=Mode.STATIC))
         return insertions
-
-
-def all_graphs(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
-    """``gm`` and the nested bodies that hold sites, each once."""
-    yield gm
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            for body in nested_graphs(gm, node):
-                yield from all_graphs(body)
 
 
 def _erase_binds(graph: fx.Graph) -> int:
@@ -109,52 +97,54 @@ def _erase_binds(graph: fx.Graph) -> int:
     return len(binds)
 
 
-def _insert(graph: fx.Graph, site: Insertion, fuses: frozenset[str]) -> int:
+class _Reader:
+    """What inserting needs to know of a graph, read once before it changes."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.changed = changed_in_place(graph)
+        self.last_input = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+
+    def lift(self, edges: Iterable[Operand]) -> Lifting:
+        """As `fxquant.place` lifts. Through active dropout too: its input is the tensor that is deployed, its
+        output is that tensor's codes at another scale, which would widen the range for nothing."""
+        return lift(edges, lambda node: passes_values(node) and node.all_input_nodes[0] not in self.changed)
+
+    def behind(self, source: fx.Node, state: tuple[fx.Node, ...]) -> fx.Node:
+        """The node behind which others may read ``source`` and ``state``."""
+        if source not in self.order:
+            return source  # inserted by another site, behind all inputs
+        inputs = (node for node in (self.last_input, *state) if node is not None)
+        return max((source, *inputs), key=self.order.__getitem__)
+
+
+def _insert(reader: _Reader, site: Insertion, fuses: frozenset[str]) -> int:
+    """Inserts one site; returns in how many places."""
     if site.mode is Mode.OFF:
         return 0
+    lifting = reader.lift(site.edges) if site.role == "activation" else Lifting(set(site.edges))
     if site.role == "output":
-        sources = {unit_end(node, fuses): None for node, _ in site.edges}
-    elif site.role == "weight":
-        sources = {operands(node)[name]: None for node, name in site.edges}
+        sources = dict.fromkeys(unit_end(node, fuses) for node, _ in site.edges)
     else:
-        lifting = lift(graph, site.edges)
-        sources = {lifting.source(edge): None for edge in site.edges}
+        sources = dict.fromkeys(lifting.source(edge) for edge in site.edges)
+    done = 0
     for source in sources:
         if not is_float(source):
             continue
+        done += 1
         users = list(source.users)
-        with graph.inserting_after(_last_placeholder(graph, source)):
-            quantized = _quantize(graph, source, site)
+        with reader.graph.inserting_after(reader.behind(source, site.state)):
+            quantized = _quantize(reader.graph, source, site)
         if quantized is None:
             continue
-        if site.role == "output":
-            for user in users:
+        for user in users:
+            if site.role == "output" or user in lifting.lifted:
                 user.replace_input_with(source, quantized)
-        elif site.role == "weight":
-            for node, name in site.edges:
-                if operands(node).get(name) is source:
-                    replace_operand(node, name, quantized)
-        else:
-            _replace_uses(source, quantized, users, site.edges, lifting.lifted)
-    return len(sources)
-
-
-def _replace_uses(
-    source: fx.Node, quantized: fx.Node, users: list[fx.Node], edges: Iterable[Operand], lifted: set[fx.Node]
-) -> None:
-    for user in users:
-        if user in lifted:
-            user.replace_input_with(source, quantized)
-    for node, name in edges:
-        if operands(node).get(name) is source:
-            replace_operand(node, name, quantized)
-
-
-def _last_placeholder(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    """Where nodes that read ``source`` may go: behind it, and behind all inputs of the graph."""
-    if source.op != "placeholder":
-        return source
-    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+        for node, name in site.edges:
+            if operands(node).get(name) is source:
+                replace_operand(node, name, quantized)
+    return done
 
 
 def _quantize(graph: fx.Graph, source: fx.Node, site: Insertion) -> fx.Node | None:
@@ -166,9 +156,7 @@ def _quantize(graph: fx.Graph, source: fx.Node, site: Insertion) -> fx.Node | No
         return None
     limits = (spec.quant_min, spec.quant_max)
     if spec.axis is None:
-        node = builder.call(
-            fake_quantize.PER_TENSOR, source, scale, zero_point, *limits, rounding=spec.rounding
-        )
+        node = builder.call(fake_quantize.PER_TENSOR, source, scale, zero_point, *limits, rounding=spec.rounding)
     else:
         node = builder.call(
             fake_quantize.PER_CHANNEL, source, scale, zero_point, spec.axis, *limits, rounding=spec.rounding

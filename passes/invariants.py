@@ -13,23 +13,37 @@ def check_invariants(gm: fx.GraphModule, when: str) -> None:
     """Raises InvariantViolated unless fake-quant nodes are well formed and read what they may.
 
     - its input and result have the same shape and dtype, a floating one;
-    - its scale and zero point are float32 and integer tensors;
-    - no fake-quantized value reaches another op as a scale.
+    - no fake-quantized value is a scale;
+    - scale and zero point of a site are float32 and an integer (the op itself allows others to those who call it).
     """
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target not in FAKE_QUANTIZE:
             continue
-        source, scale = node.args[0], node.args[1]
-        value, origin = node.meta.get("val"), source.meta.get("val")
-        if isinstance(value, torch.Tensor) and isinstance(origin, torch.Tensor):
-            if value.dtype != origin.dtype or value.shape != origin.shape or not value.is_floating_point():
-                raise InvariantViolated(
-                    f"{when}: {node.name} must keep shape and floating dtype: got {tuple(value.shape)} {value.dtype} "
-                    f"from {tuple(origin.shape)} {origin.dtype}."
-                )
-        if isinstance(scale, fx.Node):
-            if scale.op == "call_function" and scale.target in FAKE_QUANTIZE:
-                raise InvariantViolated(f"{when}: the scale of {node.name} must not be fake-quantized itself.")
-            found = scale.meta.get("val")
-            if isinstance(found, torch.Tensor) and found.dtype != torch.float32:
-                raise InvariantViolated(f"{when}: the scale of {node.name} must be float32: got {found.dtype}.")
+        _check_value(node, when)
+        scale, zero_point = node.args[1:3]
+        if isinstance(scale, fx.Node) and scale.target in FAKE_QUANTIZE:
+            raise InvariantViolated(f"{when}: the scale of {node.name} must not be fake-quantized itself.")
+        if "site" not in node.meta:
+            continue
+        found = _tensor(scale)
+        if found is not None and found.dtype != torch.float32:
+            raise InvariantViolated(f"{when}: the scale of {node.name} must be float32: got {found.dtype}.")
+        found = _tensor(zero_point)
+        if found is not None and found.dtype.is_floating_point:
+            raise InvariantViolated(f"{when}: the zero point of {node.name} must be an integer: got {found.dtype}.")
+
+
+def _check_value(node: fx.Node, when: str) -> None:
+    value, origin = _tensor(node), _tensor(node.args[0])
+    if value is None or origin is None:
+        return
+    if value.dtype != origin.dtype or value.shape != origin.shape or not value.is_floating_point():
+        raise InvariantViolated(
+            f"{when}: {node.name} must keep shape and floating dtype: got {tuple(value.shape)} {value.dtype} "
+            f"from {tuple(origin.shape)} {origin.dtype}."
+        )
+
+
+def _tensor(argument: object) -> torch.Tensor | None:
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None

@@ -39,23 +39,41 @@ class LowerFakeQuantize(Pass):
         """Replaces every fake-quant node by its traced body."""
         nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _KERNELS]
         table = dict(self.decompositions()) if nodes else {}
+        bodies: dict[tuple[object, ...], fx.Graph] = {}
         for node in nodes:
-            _inline(gm.graph, node, table)
+            key = _signature(node)
+            if key not in bodies:
+                bodies[key] = _traced(node, table)
+            _inline(gm.graph, node, bodies[key])
         return len(nodes)
 
 
-def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Callable[..., Any]]) -> None:
-    flat: list[fx.Node] = [a for a in node.args if isinstance(a, fx.Node)]
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [a for a in node.args if isinstance(a, fx.Node)]
+
+
+def _signature(node: fx.Node) -> tuple[object, ...]:
+    """Nodes with equal signatures have equal bodies; tracing is what costs, so layers of one shape share it."""
+    numbers = tuple(None if isinstance(a, fx.Node) else a for a in node.args)
+    values = (n.meta["val"] for n in _operands(node))
+    tensors = tuple((v.dtype, v.device, str(tuple(v.shape)), str(v.stride())) for v in values)
+    return node.target, numbers, tuple(node.kwargs.items()), tensors
+
+
+def _traced(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.Graph:
     kernel = functools.partial(_positional, _KERNELS[node.target], node.args, dict(node.kwargs))
-    values = [n.meta["val"] for n in flat]
+    values = [n.meta["val"] for n in _operands(node)]
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     assert mode is not None, f"{node.name} reads no fake tensor"
     with mode:
-        body = make_fx(kernel, decomposition_table=table)(*values)
+        return make_fx(kernel, decomposition_table=table)(*values).graph
+
+
+def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph) -> None:
     mapped: dict[fx.Node, fx.Node] = {}
-    placeholders = iter(flat)
+    placeholders = iter(_operands(node))
     with graph.inserting_before(node):
-        for inner in body.graph.nodes:
+        for inner in body.nodes:
             if inner.op == "placeholder":
                 mapped[inner] = next(placeholders)
             elif inner.op == "output":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import fx
@@ -30,6 +31,8 @@ class TagRecompute(Pass):
             for parameter in (node.args[1], node.args[2]):
                 if isinstance(parameter, fx.Node) and parameter.op != "placeholder":
                     done += _tag(parameter, CheckpointPolicy.MUST_SAVE, override=True)
+                    if parameter.target is operator.getitem:  # the partitioner looks at the op with several results
+                        done += _tag(parameter.args[0], CheckpointPolicy.MUST_SAVE, override=True)  # type: ignore[arg-type]
             done += _tag(node, CheckpointPolicy.MUST_RECOMPUTE, override=False)
         return done
 

@@ -9,8 +9,7 @@ from torch import fx
 
 from fxquant.graph import call_nodes, kind_of, operands
 from fxquant.ops import fake_quantize, qparams
-from fxquant.passes.base import Pass, PassResult, call, drop_dead_nodes, item
-from fxquant.passes.insert_fake_quantize import all_graphs
+from fxquant.passes.base import Pass, PassResult, all_graphs, call, drop_dead_nodes, item
 from fxquant.profiles import Profile
 
 aten = torch.ops.aten
@@ -42,46 +41,48 @@ class UnifyScales(Pass):
         return done
 
     def _unify(self, graph: fx.Graph, concat: fx.Node, result: PassResult) -> int:
-        members = [*operands(concat).values(), *(u for u in concat.users if u.target is fake_quantize.PER_TENSOR)]
-        if any(m.target is not fake_quantize.PER_TENSOR for m in members):
+        inner = list(dict.fromkeys(operands(concat).values()))
+        outer = [user for user in concat.users if user.target is fake_quantize.PER_TENSOR]
+        pairs = {member: _qparams(member) for member in (*inner, *outer)}
+        if None in pairs.values():
             self.decline(result, concat, "not every operand has a scale of its own to share")
             return 0
-        pairs = list(dict.fromkeys(m.args[1].args[0] for m in members))  # type: ignore[union-attr]
-        if len(pairs) < 2:
+        made_by = list(dict.fromkeys(pair for pair in pairs.values() if pair is not None))
+        if len(made_by) < 2:
             return 0
-        if any(p.target is not qparams.AFFINE_QPARAMS or p.args[2:] != pairs[0].args[2:] for p in pairs):
+        if any(pair.args[2:] != made_by[0].args[2:] for pair in made_by):
             self.decline(result, concat, "its operands have different formats")
             return 0
-        inner = operands(concat).values()
-        sources = list(dict.fromkeys(m.args[1].args[0] for m in inner))  # type: ignore[union-attr]
+        ranges = [pair for pair in made_by if pair in {pairs[member] for member in inner}]
         order = {node: i for i, node in enumerate(graph.nodes)}
-        last = max(sources, key=order.__getitem__)
-        if any(order[user] < order[last] for m in inner for user in m.users):
+        last = max(ranges, key=order.__getitem__)
+        if any(order[user] < order[last] for member in inner for user in member.users):
             self.decline(result, concat, "an operand is used quantized before the others' ranges are known")
             return 0
-        with graph.inserting_after(last):
-            shared = self._shared(graph, sources, last)
-        for member in members:
-            member.update_arg(1, shared[0])
-            member.update_arg(2, shared[1])
+        scale, zero_point = _widest(graph, ranges, last)
+        for member in pairs:
+            member.update_arg(1, scale)
+            member.update_arg(2, zero_point)
         for member in inner:
-            shared[1].append(member)  # behind the scale that it now reads
+            zero_point.append(member)  # behind the scale that it now reads
         drop_dead_nodes(graph)
         return 1
 
-    def _shared(self, graph: fx.Graph, pairs: list[fx.Node], last: fx.Node) -> tuple[fx.Node, fx.Node]:
-        nodes: list[fx.Node] = []
 
-        def after(make):  # type: ignore[no-untyped-def]
-            with graph.inserting_after(nodes[-1] if nodes else last):
-                nodes.append(make())
-            return nodes[-1]
+def _qparams(member: fx.Node) -> fx.Node | None:
+    """The op that makes the scale of a fake-quant node from a range, if that is what ``member`` is."""
+    scale = member.args[1] if member.target is fake_quantize.PER_TENSOR else None
+    pair = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
+    return pair if isinstance(pair, fx.Node) and pair.target is qparams.AFFINE_QPARAMS else None
 
-        low, high = pairs[0].args[:2]
-        for pair in pairs[1:]:
-            left, right = low, pair.args[0]
-            low = after(lambda left=left, right=right: call(graph, aten.minimum.default, left, right, like=last))
-            left, right = high, pair.args[1]
-            high = after(lambda left=left, right=right: call(graph, aten.maximum.default, left, right, like=last))
-        both = after(lambda: call(graph, qparams.AFFINE_QPARAMS, low, high, *last.args[2:], like=last))
-        return after(lambda: item(graph, both, 0)), after(lambda: item(graph, both, 1))
+
+def _widest(graph: fx.Graph, pairs: list[fx.Node], last: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Scale and zero point of the union of the ranges, behind the last of them."""
+    (low, high), *others = ((pair.args[0], pair.args[1]) for pair in pairs)
+    end = last.next
+    with graph.inserting_before(end):
+        for other_low, other_high in others:
+            low = call(graph, aten.minimum.default, low, other_low, like=last)
+            high = call(graph, aten.maximum.default, high, other_high, like=last)
+        both = call(graph, qparams.AFFINE_QPARAMS, low, high, *last.args[2:], like=last)
+        return item(graph, both, 0), item(graph, both, 1)

@@ -225,7 +225,9 @@ def _compare_codes(
         largest = int(distance.max()) if distance.numel() else 0
         rows.append(CodeRow(key=key, differing=differing, compared=distance.numel(), largest=largest))
         at_inputs += differing if x.data_ptr() in inputs else 0
-        return dequantize(theirs, scale, zero_point).to(y.dtype) if follow and differing else None
+        if not (follow and differing):
+            return None
+        return torch.empty_like(y).copy_(dequantize(theirs, scale, zero_point))  # in y's strides, which views rely on
 
     record(model, args, kwargs, visit)
     return tuple(rows), at_inputs

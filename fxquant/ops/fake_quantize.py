@@ -17,14 +17,12 @@ from fxquant import numerics
 from fxquant.ops.library import LIBRARY, define
 from fxquant.spec import ROUNDINGS
 
-_INTEGERS = (torch.int32, torch.int64)
+_ZERO_POINTS = (torch.int32, torch.int64, torch.float32)
 
 
 def _check_range(quant_min: int, quant_max: int, rounding: str) -> None:
     if quant_min > quant_max:
-        raise RuntimeError(
-            f"`quant_min` should be less than or equal to `quant_max`: got quant_min={quant_min}, quant_max={quant_max}."
-        )
+        raise RuntimeError(f"`quant_min` should be less than or equal to `quant_max`: got {quant_min} and {quant_max}.")
     if rounding not in ROUNDINGS:
         raise RuntimeError(f"`rounding` must be one of {ROUNDINGS}: got {rounding!r}.")
 
@@ -32,7 +30,7 @@ def _check_range(quant_min: int, quant_max: int, rounding: str) -> None:
 def _check_qparams(scale: Tensor, zero_point: Tensor) -> None:
     if scale.dtype not in (torch.float32, torch.bfloat16):
         raise RuntimeError(f"Scale must be Float or BFloat16, found {scale.dtype}.")
-    if zero_point.dtype not in (*_INTEGERS, torch.float32):
+    if zero_point.dtype not in _ZERO_POINTS:
         raise RuntimeError(f"Zero-point must be Int32, Int64 or Float, found {zero_point.dtype}.")
 
 
@@ -89,9 +87,7 @@ def _per_tensor_grad(grad, x, scale, zero_point, quant_min, quant_max, *, roundi
 
 
 def _per_channel_grad(grad, x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    return numerics.fake_quantize_per_channel_backward(
-        grad, x, scale, zero_point, axis, quant_min, quant_max, rounding
-    )
+    return numerics.fake_quantize_per_channel_backward(grad, x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
 _TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
@@ -106,9 +102,7 @@ PER_TENSOR_SCALAR = define(
 PER_TENSOR = define(
     f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor", _per_tensor
 )
-PER_CHANNEL = define(
-    f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor", _per_channel
-)
+PER_CHANNEL = define(f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor", _per_channel)
 PER_TENSOR_BACKWARD = define(
     f"fake_quantize_per_tensor_affine_backward(Tensor grad, Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
     _per_tensor_grad,

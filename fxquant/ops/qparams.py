@@ -13,6 +13,8 @@ from fxquant.ops.library import define
 
 # torch.ao's floor for activation scales; a constant-zero tensor then has codes 0 and exact zeros.
 ACTIVATION_SCALE_FLOOR = torch.finfo(torch.float32).eps
+# A range from −3e38 to 3e38 is finite, its width is not: 0 · inf would make NaN of every value.
+_SCALE_CEILING = torch.finfo(torch.float32).max
 # Far below any weight that matters, so that folding a small BatchNorm factor scales codes exactly.
 WEIGHT_SCALE_FLOOR = 2.0**-60
 
@@ -60,16 +62,14 @@ def _ranges_like(x: Tensor, minimum: Tensor, maximum: Tensor, *_: float) -> tupl
     return torch.empty_like(minimum), torch.empty_like(maximum)
 
 
-def _affine(
-    minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def _affine(minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     low, high = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
     if symmetric:
         reach = (quant_max - quant_min) // 2
-        scale = (torch.maximum(-low, high) / reach).clamp(min=ACTIVATION_SCALE_FLOOR)
+        scale = (torch.maximum(-low, high) / reach).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
         middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(min=ACTIVATION_SCALE_FLOOR)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
     point = quant_min - torch.round(low / scale)
     return scale, point.clamp(quant_min, quant_max).to(torch.int32)
 
@@ -81,7 +81,10 @@ def _affine_like(minimum: Tensor, *_: Tensor | int) -> tuple[Tensor, Tensor]:
 def _symmetric(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
     others = [d for d in range(x.dim()) if d != axis]
     # amax of no dimension would mean all of them: a 1-D tensor per channel keeps its elements.
-    amax = x.abs().amax(dim=others) if others else x.abs()
+    if x.numel() == 0:
+        amax = x.new_zeros(() if axis is None else x.shape[axis])
+    else:
+        amax = x.abs().amax(dim=others) if others else x.abs()
     scale = (amax.to(torch.float32) / quant_max).clamp(min=WEIGHT_SCALE_FLOOR)
     if axis is None:
         scale = scale.reshape(1)
@@ -140,9 +143,7 @@ def resolve_min_max(input: Tensor, min: Tensor, max: Tensor) -> tuple[Tensor, Te
     return RESOLVE_MIN_MAX(input, min, max)
 
 
-def affine_qparams(
-    min: Tensor, max: Tensor, quant_min: int, quant_max: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def affine_qparams(min: Tensor, max: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """(scale, zero_point) for a range widened to hold 0: float32 and int32, shaped like ``min``.
 
     Asymmetric: ``scale = (max − min) / (quant_max − quant_min)``, ``zero_point = quant_min − round(min / scale)``.

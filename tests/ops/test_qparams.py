@@ -1,0 +1,156 @@
+"""Ranges and scales, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxquant.ops import affine_qparams, extend_min_max, resolve_min_max, symmetric_qparams, update_min_max
+from fxquant.ops.fake_quantize import PER_TENSOR
+from fxquant.ops.qparams import ACTIVATION_SCALE_FLOOR, WEIGHT_SCALE_FLOOR
+
+NAN, INF = float("nan"), float("inf")
+UNSET = (torch.tensor([NAN]), torch.tensor([NAN]))
+X = torch.tensor([[-2.0, 0.5], [4.0, 1.0]])
+
+
+def pair(low: float, high: float) -> tuple[Tensor, Tensor]:
+    return torch.tensor([low]), torch.tensor([high])
+
+
+def numbers(found: tuple[Tensor, Tensor]) -> list[float]:
+    assert all(t.shape == (1,) and t.dtype == torch.float32 for t in found)
+    return [t.item() for t in found]
+
+
+class TestRanges:
+    def test_first_batch_sets(self) -> None:
+        assert numbers(update_min_max(X, *UNSET, 0.01)) == [-2, 4]
+        assert numbers(extend_min_max(X, *UNSET)) == [-2, 4]
+        assert numbers(resolve_min_max(X, *UNSET)) == [-2, 4]
+
+    def test_later_batches(self) -> None:
+        assert numbers(update_min_max(X, *pair(-1.0, 8.0), 0.25)) == [-1.25, 7]
+        assert numbers(extend_min_max(X, *pair(-1.0, 8.0))) == [-2, 8]
+        assert numbers(resolve_min_max(X, *pair(-1.0, 8.0))) == [-1, 8]
+
+    def test_moving_average_over_many_steps_in_float64(self) -> None:
+        low, high = UNSET
+        expected: list[float] = []
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(200):
+            x = torch.randn(50, generator=generator)
+            low, high = update_min_max(x, low, high, 0.05)
+            batch = [x.min().double().item(), x.max().double().item()]
+            expected = [r + 0.05 * (b - r) for r, b in zip(expected or batch, batch, strict=True)]
+        assert numbers((low, high)) == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("bad", [NAN, INF, -INF])
+    def test_non_finite_batch_keeps_the_range(self, bad: float) -> None:
+        x = torch.tensor([1.0, bad, -3.0])
+        assert numbers(update_min_max(x, *pair(-1.0, 8.0), 0.25)) == [-1, 8]
+        assert numbers(extend_min_max(x, *pair(-1.0, 8.0))) == [-1, 8]
+        assert all(map(math.isnan, numbers(update_min_max(x, *UNSET, 0.25))))
+        assert all(map(math.isnan, numbers(extend_min_max(x, *UNSET))))
+
+    def test_empty_input_keeps_the_range(self) -> None:
+        x = torch.empty(0, 3)
+        for state in (pair(-1.0, 8.0), UNSET):
+            for found in (update_min_max(x, *state, 0.1), extend_min_max(x, *state), resolve_min_max(x, *state)):
+                torch.testing.assert_close(found, state, equal_nan=True)
+                assert found[0] is not state[0]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_ranges_are_float32_for_every_input(self, dtype: torch.dtype) -> None:
+        assert numbers(update_min_max(X.to(dtype), *UNSET, 0.01)) == [-2, 4]
+
+    def test_inputs_stay(self) -> None:
+        low, high = pair(-1.0, 8.0)
+        update_min_max(X, low, high, 0.5)
+        assert (low.item(), high.item()) == (-1, 8)
+
+
+class TestAffine:
+    @pytest.mark.parametrize(
+        ("low", "high", "codes", "symmetric", "scale", "point"),
+        [
+            (-1.0, 3.0, (0, 255), False, 4 / 255, 64),
+            (0.0, 6.0, (0, 255), False, 6 / 255, 0),
+            (1.0, 6.0, (0, 255), False, 6 / 255, 0),  # widened to hold 0
+            (-6.0, -1.0, (0, 255), False, 6 / 255, 255),
+            (-1.0, 3.0, (-128, 127), False, 4 / 255, -64),
+            (-1.0, 3.0, (-128, 127), True, 3 / 127, 0),
+            (-1.0, 3.0, (-127, 127), True, 3 / 127, 0),
+            (-1.0, 3.0, (0, 255), True, 3 / 127, 128),
+            (-1.0, 3.0, (-2, 1), True, 3.0, 0),
+            (0.0, 0.0, (0, 255), False, ACTIVATION_SCALE_FLOOR, 0),
+            (-1e-9, 1e-9, (-128, 127), True, ACTIVATION_SCALE_FLOOR, 0),
+            (5.0, 5.0, (0, 255), False, 5 / 255, 0),  # a constant tensor
+        ],
+    )
+    def test_cases(
+        self, low: float, high: float, codes: tuple[int, int], symmetric: bool, scale: float, point: int
+    ) -> None:
+        found, zero = affine_qparams(*pair(low, high), *codes, symmetric)
+        assert found.item() == pytest.approx(scale, rel=1e-6) and zero.item() == point
+        assert found.shape == zero.shape == (1,) and found.dtype == torch.float32 and zero.dtype == torch.int32
+
+    @settings(deadline=None, derandomize=True, max_examples=150)
+    @given(
+        low=st.floats(-(2.0**125), 2.0**125, width=32),
+        width=st.floats(0, 2.0**125, width=32),
+        bits=st.integers(2, 16),
+        signed=st.booleans(),
+        symmetric=st.booleans(),
+    )
+    def test_zero_is_exact_and_the_scale_is_right(
+        self, low: float, width: float, bits: int, signed: bool, symmetric: bool
+    ) -> None:
+        codes = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        minimum, maximum = torch.tensor([low]), torch.tensor([low + width]).float()
+        scale, zero = affine_qparams(minimum, maximum, *codes, symmetric)
+        assert codes[0] <= zero.item() <= codes[1] and scale.item() >= ACTIVATION_SCALE_FLOOR
+        assert PER_TENSOR(torch.zeros(1), scale, zero, *codes, rounding="divide").item() == 0
+        left, right = min(low, 0.0), max(maximum.double().item(), 0.0)
+        steps = codes[1] - codes[0]
+        exact = max(-left, right) / (steps // 2) if symmetric else (right - left) / steps
+        assert scale.item() == pytest.approx(max(exact, ACTIVATION_SCALE_FLOOR), rel=1e-6)
+
+    def test_a_range_wider_than_float32_makes_no_nan(self) -> None:
+        scale, zero = affine_qparams(*pair(-3e38, 3e38), 0, 1, False)
+        assert torch.isfinite(scale) and not PER_TENSOR(X, scale, zero, 0, 1).isnan().any()
+
+
+class TestSymmetric:
+    def test_per_channel_is_amax_of_each_slice(self) -> None:
+        w = torch.randn(4, 3, 5)
+        for axis in range(3):
+            scale, zero = symmetric_qparams(w, axis, 127)
+            others = [d for d in range(3) if d != axis]
+            expected = (w.double().abs().amax(others) / 127).float()
+            assert torch.equal(scale, expected) and not zero.any() and zero.dtype == torch.int32
+
+    def test_per_tensor_has_one_element(self) -> None:
+        scale, zero = symmetric_qparams(torch.tensor([[1.0, -14.0]]), None, 7)
+        assert scale.tolist() == [2.0] and zero.tolist() == [0]
+
+    def test_a_vector_per_channel_keeps_its_elements(self) -> None:
+        assert symmetric_qparams(torch.tensor([7.0, -14.0]), 0, 7)[0].tolist() == [1, 2]
+
+    def test_scalar_and_empty(self) -> None:
+        assert symmetric_qparams(torch.tensor(14.0), None, 7)[0].tolist() == [2]
+        assert symmetric_qparams(torch.empty(3, 0), 0, 7)[0].tolist() == [WEIGHT_SCALE_FLOOR] * 3
+        assert symmetric_qparams(torch.empty(0, 3), None, 7)[0].tolist() == [WEIGHT_SCALE_FLOOR]
+
+    def test_zero_channel_gets_the_floor_and_stays_zero(self) -> None:
+        scale, _ = symmetric_qparams(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), 0, 127)
+        assert scale[0] == WEIGHT_SCALE_FLOOR
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_scales_are_float32(self, dtype: torch.dtype) -> None:
+        assert symmetric_qparams(X.to(dtype), 0, 127)[0].dtype == torch.float32

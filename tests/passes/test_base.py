@@ -1,0 +1,119 @@
+"""What all passes share: the contract of `run`, keys of caches, invariants."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxquant.errors import InvariantViolated
+from fxquant.passes.base import Pass, PassResult, all_graphs, run_all, source_digest
+from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
+from fxquant.passes.unify_scales import UnifyScales
+from fxquant.profiles import ONNXRUNTIME
+from fxquant.recipes import INT8, W4A8
+from fxquant.spec import CurrentTensor
+from tests.passes.graphs import QUANTIZE, captured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Pass):
+    """Does to each fake-quant node what the test says."""
+
+    field: str
+    value: Any
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        done = 0
+        for module in all_graphs(gm):
+            for node in module.graph.nodes:
+                if "site" in node.meta:
+                    self.edit(node)
+                    self.decline(result, node, "because")
+                    done += 1
+        return done
+
+    def edit(self, node: fx.Node) -> None:
+        target = {"value": node, "scale": node.args[1], "point": node.args[2]}.get(self.field)
+        if self.field == "nested scale":
+            node.update_arg(1, node.args[0])
+            node.args[0].target = node.target  # type: ignore[union-attr]
+        elif isinstance(target, fx.Node):
+            target.meta["val"] = target.meta["val"].to(self.value) if self.value else target.meta["val"][..., :0]
+
+
+def graph() -> fx.GraphModule:
+    return captured(nn.Sequential(nn.ReLU(), nn.Linear(3, 3)), torch.randn(2, 3), passes=QUANTIZE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("value", torch.float16, r"after Edit: fake_quantize\S* must keep shape and floating dtype: got \(.*float16"),
+        ("value", None, r"after Edit: fake_quantize\S* must keep shape and floating dtype"),
+        ("scale", torch.float64, r"after Edit: the scale of fake_quantize\S* must be float32: got torch.float64"),
+        (
+            "point",
+            torch.float32,
+            r"after Edit: the zero point of fake_quantize\S* must be an integer: got torch.float32",
+        ),
+    ],
+)
+def test_a_broken_invariant_names_the_pass(field: str, value: Any, message: str) -> None:
+    gm = graph()
+    with pytest.raises(InvariantViolated, match=message):
+        Edit(field=field, value=value).run(gm)
+    with pytest.raises(InvariantViolated, match="before LowerFakeQuantize"):
+        LowerFakeQuantize().run(gm)
+
+
+def test_a_quantized_scale_is_refused() -> None:
+    gm = graph()
+    first, *_ = [node for node in gm.graph.nodes if "site" in node.meta]
+    first.update_arg(1, [node for node in gm.graph.nodes if "site" in node.meta][-1])
+    with pytest.raises(InvariantViolated, match="must not be fake-quantized itself"):
+        LowerFakeQuantize().run(gm)
+
+
+def test_result_adds_up() -> None:
+    edit = Edit(field="none", value=None)
+    gm = graph()
+    one = edit.run(gm)
+    assert one.modified and one.rewrites == 2 and one.seconds > 0
+    assert str(one.declines[0]).startswith("Edit declined fake_quantize") and str(one.declines[0]).endswith(": because")
+    total = run_all([edit, edit], gm)
+    assert total.rewrites == 4 and len(total.declines) == 4 and total.seconds > 0
+
+
+def test_uuid_follows_name_options_and_sources() -> None:
+    wide = UnifyScales(profile=ONNXRUNTIME)
+    lines = [
+        p.uuid()
+        for r in (INT8, W4A8, INT8.with_range(CurrentTensor()))
+        for p in training_passes(r, ONNXRUNTIME, stateless=True)
+    ]
+    inserts = {line for line in lines if line.startswith("InsertFakeQuantize")}
+    assert len(inserts) == 3
+    assert all(line.endswith(source_digest()) for line in lines)
+    assert len({p.uuid() for p in (*joint_passes(), *post_grad_passes(), wide)}) == 3
+    assert LowerFakeQuantize(decompositions=lambda: {}).uuid() == LowerFakeQuantize().uuid()
+
+
+def test_uuid_is_the_same_in_every_process() -> None:
+    code = (
+        "from fxquant.passes.unify_scales import UnifyScales; from fxquant.profiles import ONNXRUNTIME;"
+        "print(UnifyScales(profile=ONNXRUNTIME).uuid())"
+    )
+    lines = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(lines) == 1

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxquant.ops import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from fxquant.ops.fake_quantize import PER_CHANNEL_BACKWARD, PER_TENSOR_BACKWARD
+from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from tests.ops.oracle import assert_same_bits, hard_values
+from tests.passes.graphs import apply, captured, show, untouched
+
+SCALE, POINT = torch.tensor([0.3]), torch.tensor([3], dtype=torch.int32)
+
+
+def test_snapshot() -> None:
+    gm = captured(
+        lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15, rounding="divide"),
+        torch.ones(3, 2),
+        SCALE,
+        POINT,
+    )
+    assert apply(LowerFakeQuantize(), gm).rewrites == 1
+    assert_expected_inline(
+        show(gm),
+        """\
+view = view(arg0_1, [])
+view_1 = view(arg1_1, [])
+div = div(arg2_1, view)
+round_1 = round(div)
+_to_copy = _to_copy(view_1)
+add = add(round_1, _to_copy)
+ge = ge(add, 0)
+scalar_tensor = scalar_tensor(0)
+where = where(ge, add, scalar_tensor)
+clamp = clamp(where, None, 15)
+_to_copy_1 = _to_copy(view_1)
+sub = sub(clamp, _to_copy_1)
+mul = mul(sub, view)
+return [mul]
+""",
+    )
+
+
+def test_every_op_keeps_its_bits() -> None:
+    scales, points = torch.tensor([0.3, 1.0]), torch.tensor([0, 3], dtype=torch.int32)
+
+    def model(x: Tensor, s: Tensor, z: Tensor, scales: Tensor, points: Tensor) -> tuple[Tensor, ...]:
+        rows = torch.stack([x, x])
+        return (
+            fake_quantize_per_tensor_affine(x, 0.3, 3, 0, 15),
+            fake_quantize_per_tensor_affine(x, s, z, 0, 15, rounding="divide"),
+            fake_quantize_per_channel_affine(rows, scales, points, 0, 0, 15),
+            PER_TENSOR_BACKWARD(x, x, s, z, 0, 15),
+            PER_CHANNEL_BACKWARD(rows, rows, scales, points, 0, 0, 15, rounding="divide"),
+        )
+
+    inputs = (hard_values(0.3, 0, 15), SCALE, POINT, scales, points)
+    gm = make_fx(model, tracing_mode="fake")(*inputs)
+    expected = gm(*inputs)
+    assert apply(LowerFakeQuantize(), gm).rewrites == 5
+    assert "fxquant" not in gm.code
+    for got, want in zip(gm(*inputs), expected, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_origin_is_kept_and_the_table_is_used() -> None:
+    gm = captured(lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15), torch.ones(3), SCALE, POINT)
+    (node,) = [n for n in gm.graph.nodes if "fake_quantize" in n.name]
+    node.meta["partitioner_tag"] = "is_backward"
+    before = set(gm.graph.nodes)
+    table = {torch.ops.aten.reciprocal.default: lambda x: torch.ones_like(x) / x}
+    apply(LowerFakeQuantize(decompositions=lambda: table), gm)
+    made = [n for n in gm.graph.nodes if n not in before]
+    assert made and all(n.meta["partitioner_tag"] == "is_backward" and "val" in n.meta for n in made)
+    assert "ones_like" in gm.code and "reciprocal" not in gm.code
+
+
+def test_untouched() -> None:
+    assert untouched(LowerFakeQuantize(), captured(lambda x: x + 1, torch.ones(3))).declines == []

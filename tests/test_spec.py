@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from fxquant.errors import InvalidArgument
+from fxquant.profiles import ONNXRUNTIME, get_profile
+from fxquant.recipes import INT8, Recipe, get_recipe
+from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
+
+SPECS = [
+    QuantSpec(),
+    QuantSpec(bits=2, signed=False, symmetric=False),
+    QuantSpec(bits=4, narrow=True, axis=1, range=CurrentTensor(), rounding="reciprocal"),
+    QuantSpec(signed=False, symmetric=False, range=Fixed(min=-0.1, max=6.0)),
+    QuantSpec(bits=16, range=MovingAverage(constant=1 / 3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "codes"),
+    [
+        ({}, (-128, 127)),
+        ({"narrow": True}, (-127, 127)),
+        ({"signed": False}, (0, 255)),
+        ({"bits": 2}, (-2, 1)),
+        ({"bits": 2, "narrow": True}, (-1, 1)),
+        ({"bits": 16, "signed": False}, (0, 65535)),
+        ({"bits": 4}, (-8, 7)),
+    ],
+)
+def test_codes(fields: dict[str, Any], codes: tuple[int, int]) -> None:
+    spec = QuantSpec(**fields)
+    assert (spec.quant_min, spec.quant_max) == codes
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_round_trip(spec: QuantSpec) -> None:
+    fields = json.loads(json.dumps(spec.to_dict()))
+    assert QuantSpec.from_dict(fields) == spec and fields["range"]["kind"] == spec.range.kind
+    assert hash(QuantSpec.from_dict(fields)) == hash(spec)
+
+
+def test_words() -> None:
+    assert [str(spec) for spec in SPECS] == ["s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 1}, "QuantSpec.bits must be from 2 to 16: got 1."),
+        ({"bits": 17}, "QuantSpec.bits must be from 2 to 16: got 17."),
+        ({"rounding": "up"}, "QuantSpec.rounding must be one of ('reciprocal', 'divide'): got 'up'."),
+        (
+            {"narrow": True, "signed": False},
+            "QuantSpec.narrow must go with signed=True: an unsigned code has no mirror.",
+        ),
+        ({"axis": -1}, "QuantSpec.axis must be counted from the front: got -1."),
+        ({"axis": 0, "symmetric": False}, "QuantSpec per channel must be symmetric: runtimes take zero point 0 there."),
+    ],
+)
+def test_invalid_specs(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        QuantSpec(**fields)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("limits", [(1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_invalid_fixed_ranges(limits: tuple[float, float]) -> None:
+    with pytest.raises(InvalidArgument, match="Fixed range must be finite with min < max: got"):
+        Fixed(min=limits[0], max=limits[1])
+
+
+@pytest.mark.parametrize("constant", [0.0, -0.1, 1.1, float("nan")])
+def test_invalid_constants(constant: float) -> None:
+    with pytest.raises(InvalidArgument, match=r"MovingAverage.constant must be in \(0, 1\]: got"):
+        MovingAverage(constant=constant)
+
+
+def test_specs_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantSpec().bits = 4  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        QuantSpec(4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight": QuantSpec(axis=0)}, r"Recipe.weight.range must be CurrentTensor: got MovingAverage"),
+        ({"weight": QuantSpec(range=Fixed(min=-1, max=1))}, r"Recipe.weight.range must be CurrentTensor: got Fixed"),
+        ({"weight": QuantSpec(signed=False, range=CurrentTensor())}, "must be signed and symmetric: got u8"),
+        ({"weight": QuantSpec(symmetric=False, range=CurrentTensor())}, "must be signed and symmetric: got s8"),
+        ({"weight": QuantSpec(axis=1, range=CurrentTensor())}, r"Recipe.weight.axis must be 0 .* got 1"),
+        ({"activation": QuantSpec(axis=1)}, "Recipe.activation.axis must be None: got 1"),
+    ],
+)
+def test_invalid_recipes(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        Recipe(name="mine", **fields)
+
+
+def test_names_of_recipes_and_profiles() -> None:
+    assert get_recipe("int8") is INT8 and get_recipe(INT8) is INT8 and get_profile("onnxruntime") is ONNXRUNTIME
+    with pytest.raises(InvalidArgument, match="recipe must be a Recipe or one of 'int8', 'w4a8': got 'int7'"):
+        get_recipe("int7")
+    with pytest.raises(InvalidArgument, match="got 8"):
+        get_recipe(8)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="target must be one of 'onnxruntime': got 'tpu'"):
+        get_profile("tpu")
+
+
+def test_with_range() -> None:
+    assert INT8.with_range(CurrentTensor()).activation.range == CurrentTensor()
+    assert INT8.with_range(CurrentTensor()).weight == INT8.weight
+
+
+def test_a_profile_puts_each_kind_in_one_place() -> None:
+    profile = ONNXRUNTIME
+    assert not profile.hard & profile.soft and not (profile.hard | profile.soft) & profile.refused.keys()
+    assert profile.needs_output <= profile.hard
