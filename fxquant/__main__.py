@@ -13,7 +13,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fxquant", description="Quantization-aware training for ONNX.")
     parser.add_argument("--version", action="version", version=f"fxquant {fxquant.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("demo", help="train, quantize, export and verify two nets on handwritten digits", add_help=False)
+    commands.add_parser(
+        "demo", help="train, quantize, export and verify two nets on handwritten digits", add_help=False
+    )
     kernels = commands.add_parser("kernels", help="which nodes of an ONNX file onnxruntime runs on integers")
     kernels.add_argument("path", help="an ONNX file")
     known, rest = parser.parse_known_args(argv)
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _kernels(path: str) -> int:
     from fxquant.onnx.kernels import kernel_rows
-    from fxquant.report.table import table
+    from fxquant.table import table
 
     try:
         rows = kernel_rows(path)

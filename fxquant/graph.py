@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx
 
-import fxquant
 from fxquant.ops.binding import BIND
 
 aten = torch.ops.aten
@@ -220,7 +219,7 @@ def is_bind(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is BIND
 
 
-_LIBRARIES = tuple(str(Path(inspect.getfile(module)).parent) for module in (torch, fxquant))
+_LIBRARIES = (str(Path(inspect.getfile(torch)).parent), str(Path(__file__).parent))
 
 
 def user_line(node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import fx, nn
 from fxquant.capture import dynamo_graphs, own_code, untouched
 from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind, kind_of, user_line
+from fxquant.lift import Operand
 from fxquant.ops.binding import bind
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.place import Placement, place
@@ -243,8 +245,13 @@ class _Naming:
 
     def add(self, placed: Placement, declined: list[Declined]) -> None:
         first = placed.edges[0][0]
-        owner = self._owner(placed)
+        owner = self._owner(placed.edges)
         if owner is None:
+            parts = self._parts(placed)
+            for part in parts if len(parts) > 1 else ():
+                self.add(part, declined)
+            if len(parts) > 1:
+                return
             where = " → ".join(frame.path for frame in enclosing(first, self.root)[1:]) or "the model's forward"
             declined.append(
                 Declined(
@@ -262,9 +269,16 @@ class _Naming:
         local = LocalSite(name=_name(edges[0], taken), role=placed.role, spec=placed.spec, edges=edges)
         self.sites[path, edges] = Site(owner=path, local=local, reason=placed.reason, source=user_line(first))
 
-    def _owner(self, placed: Placement) -> tuple[str, str] | None:
+    def _parts(self, placed: Placement) -> list[Placement]:
+        """One placement for each owner: quantizers of their own, which see the same tensor and find the same range."""
+        groups: dict[tuple[object, object], list[Operand]] = {}
+        for edge in placed.edges:
+            groups.setdefault((self._owner((edge,)), edge[0].meta.get("region")), []).append(edge)
+        return [dataclasses.replace(placed, edges=tuple(edges)) for edges in groups.values()]
+
+    def _owner(self, operands: tuple[Operand, ...]) -> tuple[str, str] | None:
         """Call key and path of the innermost module whose frame starts in this graph and runs all the operators."""
-        nodes = [node for node, _ in placed.edges]
+        nodes = [node for node, _ in operands]
         regions = {node.meta.get("region") for node in nodes}
         if len(regions) > 1:
             return None

@@ -117,6 +117,7 @@ class _Visitor(fx.Interpreter):
             site = self.sites[n]
             args, _ = self.fetch_args_kwargs_from_env(n)
             key = _current.numbered(site.key(_current, self.inputs))
-            instead = _current.visit(key, site.role, *args[:3], value)
+            x, scale, zero_point = args[:3]
+            instead = _current.visit(key, site.role, x, scale, zero_point, value)
             return value if instead is None else instead
         return value

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import functools
 import hashlib
-import inspect
 import operator
 import time
 from collections.abc import Iterable, Iterator
@@ -107,9 +106,7 @@ def _stable(value: Any) -> str:
 @functools.cache
 def source_digest() -> str:
     """Digest of every source file of fxquant: compiled code made by other sources is never reused."""
-    import fxquant
-
-    root = Path(inspect.getfile(fxquant)).parent
+    root = Path(__file__).parent.parent  # as imported, through the link fxquant/passes
     found = hashlib.sha256(torch.__version__.encode())
     for folder in (root, root / "ops", root / "passes"):
         for path in sorted(folder.glob("*.py")):

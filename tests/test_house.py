@@ -20,7 +20,7 @@ MAX_LINES = 500
 # A unit is what stands directly in fxquant/: a module or a subpackage. It may import its own layer and those
 # before. A new one joins the earliest layer that has all it imports in or before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec"),
+    ("errors", "spec", "progress", "table"),
     ("numerics",),
     ("kernels",),
     ("ops",),
@@ -28,8 +28,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "graph", "lift", "place", "resolve"),
     ("passes",),
     ("capture",),
-    ("state", "prepare", "calibrate"),
-    ("backend", "onnx"),
+    ("state", "prepare"),
+    ("backend",),
+    ("recording",),
+    ("calibrate", "onnx"),
     ("report",),
     ("__init__",),
     ("demo", "__main__"),

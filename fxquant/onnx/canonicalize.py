@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -44,15 +45,8 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
     graph = gm.graph
     with graph.inserting_before(node):
         transposed = _transposed(gm, codes)  # type: ignore[arg-type]
-        dequantized = call(
-            graph,
-            DEQUANTIZE,
-            transposed,
-            scale,
-            zero_point,
-            None if axis is None else 1 - axis,
-            like=weight,  # type: ignore[operator]
-        )
+        other = None if axis is None else 1 - int(axis)  # type: ignore[arg-type]
+        dequantized = call(graph, DEQUANTIZE, transposed, scale, zero_point, other, like=weight)
         product = call(graph, aten.matmul.default, x, dequantized, like=node)
         if isinstance(bias, fx.Node):
             negative = _negated(gm, bias)
@@ -80,7 +74,7 @@ def _attention(graph: fx.Graph, node: fx.Node) -> str | None:
     The product then reads q and k straight from their DQ and runs on integers.
     """
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value = given["query"], given["key"], given["value"]
     if given.get("enable_gqa"):
         return "grouped queries"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,23 +15,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.capture import exported_graph
-from fxquant.errors import ExportError, FxquantError, InvalidArgument, NotQuantizedWarning, RangeNotSet
+from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
 from fxquant.onnx.canonicalize import canonicalize
 from fxquant.onnx.freeze import Frozen, freeze
 from fxquant.onnx.require import require
-from fxquant.onnx.translate import translation_table
+from fxquant.onnx.write import beside, pack_int4, save, to_onnx
 from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import training_passes
 from fxquant.plan import Plan
 from fxquant.profiles import Profile, get_profile
 from fxquant.recipes import get_recipe
 from fxquant.recording import evaluating
-from fxquant.report.table import megabytes
 from fxquant.state import bound_forward, exporting, owners, quantizers, require_plan, unwrap
+from fxquant.table import megabytes
 
 WeightStorage = Literal["int8", "int4"]
-# Protocol buffers end at 2 GiB; beyond, weights go into a file beside the model.
-_EXTERNAL_BYTES = 1_800_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +98,15 @@ def export_onnx(
     opset = _check_opset(opset, profile, weight_storage)
     destination = _check_path(path)
     _check_ranges(plain)
-    kwargs = dict(kwargs or {})
+    named: dict[str, Any] = dict(kwargs or {})
     if dynamic_shapes is None and dynamic_batch:
-        args, kwargs = _at_least_two(args), _at_least_two(kwargs)
-        dynamic_shapes = open_shapes(plain, args, kwargs)
-    gm, frozen = quantized_graph(plain, args, kwargs, dynamic_shapes, plan)
+        args, named = _at_least_two(args), _at_least_two(named)
+        dynamic_shapes = open_shapes(plain, args, named)
+    gm, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
     notes = [*frozen.notes, *canonicalize(gm)]
-    program = to_onnx(gm, args, kwargs, dynamic_shapes, opset)
+    program = to_onnx(gm, args, named, dynamic_shapes, opset)
     if weight_storage == "int4":
-        notes += _pack_int4(program.model, set(frozen.weights))
+        notes += pack_int4(program.model, set(frozen.weights))
     save(program, destination)
     return ExportReport(
         path=os.fspath(path),
@@ -120,7 +115,7 @@ def export_onnx(
         activations=tuple(frozen.activations),
         weights=tuple(frozen.weights),
         dynamic_batch=any(not isinstance(d, int) for i in program.model.graph.inputs for d in (i.shape or [])[:1]),
-        file_bytes=sum(f.stat().st_size for f in (destination, _beside(destination)) if f.exists()),
+        file_bytes=sum(f.stat().st_size for f in (destination, beside(destination)) if f.exists()),
         float_bytes=4 * sum(p.numel() for p in plain.parameters()),
         notes=tuple(notes),
     )
@@ -155,62 +150,6 @@ def quantized_graph(
 
 def _wanted(model: nn.Module, key: str) -> bool:
     return dict(quantizers(model))[key].enabled
-
-
-def to_onnx(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, opset: int) -> Any:
-    """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
-    gm.training = False
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                gm,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                custom_translation_table=translation_table(),
-                opset_version=opset,
-                dynamic_shapes=dynamic_shapes,
-                verbose=False,
-            )
-        except Exception as error:
-            raise ExportError(f"model must translate to ONNX: got {type(error).__name__}: {error}") from error
-    assert program is not None
-    for node in program.model.graph:
-        node.metadata_props.clear()  # stack traces with the paths of this machine
-    return program
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def save(program: Any, destination: Path) -> None:
-    """Writes beside the destination and moves into place, so that no half file is ever there."""
-    onnx = require("onnx")
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fxquant-") as folder:
-        temporary = Path(folder) / destination.name
-        size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
-        try:
-            program.save(temporary, external_data=size > _EXTERNAL_BYTES)
-            onnx.checker.check_model(os.fspath(temporary))
-        except FxquantError:
-            raise
-        except Exception as error:
-            raise ExportError(f"{destination.name} must be a valid ONNX model: got {error}") from error
-        for written in sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name):
-            shutil.move(written, destination.parent / written.name)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".data")
 
 
 def _check_path(path: str | os.PathLike[str]) -> Path:
@@ -288,33 +227,3 @@ def open_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return positional
     # torch.export wants one mapping by parameter name as soon as there are keyword inputs.
     return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)
-
-
-def _pack_int4(model: Any, weights: set[str]) -> list[str]:
-    """Codes in −8…7 as ONNX int4, with their zero points."""
-    import ml_dtypes
-    import onnx_ir as ir
-
-    packed = 0
-    for node in list(model.graph):
-        if node.op_type != "DequantizeLinear":
-            continue
-        codes, _, zero_point = node.inputs
-        if codes is None or codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8:
-            continue
-        array = codes.const_value.numpy()
-        if array.min() < -8 or array.max() > 7:
-            continue
-        for index, value in ((0, codes), (2, zero_point)):
-            name = f"{value.name}_int4"
-            if name not in model.graph.initializers:
-                tensor = ir.tensor(value.const_value.numpy().astype(ml_dtypes.int4), name=name)
-                fresh = ir.Value(
-                    name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT4), const_value=tensor
-                )
-                model.graph.register_initializer(fresh)
-            node.replace_input_with(index, model.graph.initializers[name])
-        packed += 1
-    for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
-        del model.graph.initializers[name]
-    return [f"{packed} weights stored as int4"]

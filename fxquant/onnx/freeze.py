@@ -45,8 +45,8 @@ class _Values:
                     value = getattr(value, part)
                 self.known[node] = value.detach()
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.__getitem__)  # type: ignore[misc]
-                self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator, misc]
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.__getitem__)
+                self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.known[node]
 
 
@@ -98,8 +98,10 @@ def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Value
     quant_min, quant_max = node.args[-2:]
     if axis is not None:
         scale = _guard_bias(node, scale, values, label, frozen)
-    shown = [numerics.per_channel_view(v, weight.dim(), axis) if axis is not None else v for v in (scale, zero_point)]
-    code = numerics.code_before_clamp(weight, *shown, node.kwargs["rounding"])
+    shown_scale, shown_point = (
+        numerics.per_channel_view(v, weight.dim(), axis) if axis is not None else v for v in (scale, zero_point)
+    )
+    code = numerics.code_before_clamp(weight, shown_scale, shown_point, node.kwargs["rounding"])  # type: ignore[arg-type]
     code = numerics.clamp_code(code, quant_min, quant_max).to(torch.int8 if quant_max <= 127 else torch.int16)  # type: ignore[arg-type, operator]
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())

@@ -16,14 +16,15 @@ from fxquant.backend import fxquant_eager
 from fxquant.capture import compiled_aside, exported_graph
 from fxquant.errors import InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
-from fxquant.onnx.export import open_shapes, save, to_onnx
+from fxquant.onnx.export import open_shapes
 from fxquant.onnx.kernels import KernelRow, kernel_rows
 from fxquant.onnx.require import require
 from fxquant.onnx.runtime import integer_dot_support, latency, run_codes, run_outputs, session
+from fxquant.onnx.write import save, to_onnx
 from fxquant.plan import Role
 from fxquant.recording import evaluating, record
-from fxquant.report.table import table
 from fxquant.state import quantizers, require_plan, unwrap
+from fxquant.table import table
 
 if TYPE_CHECKING:
     import numpy as np

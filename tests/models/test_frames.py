@@ -154,6 +154,46 @@ def test_a_graph_break_inside_forward() -> None:
     assert set(grads(model)) == {name for name, _ in model.named_parameters()}
 
 
+class BreakingAttention(nn.Module):
+    """Three consumers of one tensor, in a frame that cannot own its quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        x = torch.tanh(x)
+        return self.q(x) * self.k(x) - self.v(x)
+
+
+def test_a_tensor_shared_in_a_broken_frame_is_quantized_for_each_consumer() -> None:
+    x = torch.randn(2, 8)
+    model = plain_and_quantized(BreakingAttention, x, whole(x))
+    assert set(ranges(model)) == {"q.input", "k.input", "v.input"}
+    assert len(set(ranges(model).values())) == 1
+    assert not plan_of(model).declined  # type: ignore[union-attr]
+
+
+class FunctionalBreaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return torch.nn.functional.linear(self.inner(x), self.weight)
+
+
+def test_an_operator_of_a_broken_frame_itself_is_declined_with_the_reason() -> None:
+    x = torch.randn(2, 8)
+    model = plain_and_quantized(FunctionalBreaking, x, whole(x))
+    assert set(ranges(model)) == {"inner.input"}
+    reasons = {each.reason for each in plan_of(model).declined}  # type: ignore[union-attr]
+    assert reasons == {"a graph break or checkpoint lies between it and the start of the model's forward"}
+
+
 class Frames(nn.Module):
     """What runs the two linears is chosen by the caller."""
 
@@ -345,5 +385,5 @@ def test_recurrent_layers_stay_float_beside_quantized_ones(kind: type[nn.Module]
 
 
 def test_a_recurrent_layer_alone_is_refused() -> None:
-    with pytest.raises(fxquant.errors.UnsupportedModel, match="found none to quantize .*Dynamo made no graph of it"):
+    with pytest.raises(fxquant.errors.UnsupportedModel, match=r"found none to quantize .*Dynamo made no graph of it"):
         prepared(nn.LSTM(8, 8), torch.randn(2, 3, 8))

@@ -9,9 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-FLOAT, FLOAT16, INT64, BOOL = (
-    getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT64", "BOOL")
-)
+FLOAT, FLOAT16, INT64, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT64", "BOOL"))
 
 
 class Graph:
@@ -61,25 +59,19 @@ class Graph:
         codes = self.op("QuantizeLinear", x, scale_name, zero, name=name, **attributes)
         return self.op("DequantizeLinear", codes, scale_name, zero, **attributes)
 
-    def weight(
-        self, *shape: int, axis: int, dtype: Any = np.int8, limit: int = 127, scale: float | None = None
-    ) -> str:
+    def weight(self, *shape: int, axis: int, dtype: Any = np.int8, limit: int = 127, scale: float | None = None) -> str:
         """Symmetric codes per output channel behind a DequantizeLinear; scales at random unless given."""
         codes = self.const(self.rng.integers(-limit, limit + 1, shape).astype(dtype))
         scales = np.full(shape[axis], scale or 0.0)
         if scale is None:
             scales = self.rng.uniform(0.005, 0.015, shape[axis])
         scale_name = self.const(scales.astype(np.float32))
-        return self.op(
-            "DequantizeLinear", codes, scale_name, self.const(np.zeros(shape[axis], dtype)), axis=axis
-        )
+        return self.op("DequantizeLinear", codes, scale_name, self.const(np.zeros(shape[axis], dtype)), axis=axis)
 
     def floats(self, *shape: int, name: str | None = None) -> str:
         return self.const(self.rng.standard_normal(shape).astype(np.float32), name)
 
-    def conv(
-        self, x: str, channels: int = 4, *, name: str = "conv", bias: bool = True, **attributes: Any
-    ) -> str:
+    def conv(self, x: str, channels: int = 4, *, name: str = "conv", bias: bool = True, **attributes: Any) -> str:
         inputs = [x, self.weight(channels, 4, 3, 3, axis=0), *([self.floats(channels)] if bias else [])]
         return self.op("Conv", *inputs, name=name, pads=[1] * 4, **attributes)
 

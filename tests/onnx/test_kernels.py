@@ -40,9 +40,7 @@ def clip(graph: Graph, x: str, low: float, high: float) -> str:
 
 # How every reason of these two kinds ends.
 APART = "Write the bias as Sub(MatMul, -bias), which stays apart"
-NBITS = (
-    "MatMulNBits rounds the other operand in its own way unless session.qdq_matmulnbits_accuracy_level is 1"
-)
+NBITS = "MatMulNBits rounds the other operand in its own way unless session.qdq_matmulnbits_accuracy_level is 1"
 
 INTEGER_CONV: dict[str, Build] = {
     "plain": lambda g, x: g.qdq(g.conv(x)),
@@ -115,8 +113,7 @@ FLOAT_CONV: dict[str, tuple[Build, str]] = {
     ),
     "clip inside the codes": (
         lambda g, x: g.qdq(clip(g, g.conv(x), 0, 6), 0.05, 0, name="q"),
-        "Clip 'clip' stays a node of its own: QuantizeLinear 'q' covers [0, 12.75],"
-        " which is not inside [0, 6]",
+        "Clip 'clip' stays a node of its own: QuantizeLinear 'q' covers [0, 12.75], which is not inside [0, 6]",
     ),
     "16-bit output": (
         lambda g, x: g.qdq(g.conv(x), 0.001, 0, np.int16),
@@ -249,22 +246,18 @@ FLOAT_LINEAR: dict[str, tuple[str, Build, str]] = {
     ),
     "scale between": (
         "FusedMatMul",
-        lambda g, x: g.op(
-            "MatMul", g.op("Mul", x, g.const(np.float32(0.5)), name="mul"), g.op("Transpose", x)
-        ),
+        lambda g, x: g.op("MatMul", g.op("Mul", x, g.const(np.float32(0.5)), name="mul"), g.op("Transpose", x)),
         "operand 0 'mul' is not the output of a DequantizeLinear: it comes from Mul 'mul'",
     ),
     "weight only": (
         "MatMulNBits",
         lambda g, x: linear(g, g.op("Tanh", x, name="tanh")),
-        "weight-only: operand 0 'tanh' is not the output of a DequantizeLinear: it comes from Tanh 'tanh';"
-        f" {NBITS}",
+        f"weight-only: operand 0 'tanh' is not the output of a DequantizeLinear: it comes from Tanh 'tanh'; {NBITS}",
     ),
     "behind a flatten of floats": (
         "MatMulNBits",
         lambda g, x: linear(g, g.op("Flatten", g.op("Tanh", x), name="flat")),
-        "weight-only: operand 0 'flat' is not the output of a DequantizeLinear: it comes from Flatten 'flat';"
-        f" {NBITS}",
+        f"weight-only: operand 0 'flat' is not the output of a DequantizeLinear: it comes from Flatten 'flat'; {NBITS}",
     ),
     "behind a flatten": (
         "MatMulNBits",
@@ -321,9 +314,7 @@ class TestNames:
 
     def rows(self, folder: Path, rename: Callable[[int], str]) -> list[tuple[str, str]]:
         graph, x = image()
-        model = graph.model(
-            graph.qdq(graph.conv(graph.qdq(graph.conv(x)), name="last")), graph.conv(x, name="float")
-        )
+        model = graph.model(graph.qdq(graph.conv(graph.qdq(graph.conv(x)), name="last")), graph.conv(x, name="float"))
         for index, node in enumerate(node for node in model.graph.node if node.op_type == "Conv"):
             node.name = rename(index)
         onnx.save(model, folder / "model.onnx")

@@ -94,9 +94,7 @@ class TestCodes:
             ("float8_e4m3fn", 0, "uint8"),
         ],
     )
-    def test_every_type_with_ties_and_saturation(
-        self, tmp_path: Path, dtype: str, zero_point: int, given: str
-    ) -> None:
+    def test_every_type_with_ties_and_saturation(self, tmp_path: Path, dtype: str, zero_point: int, given: str) -> None:
         kind = getattr(pytest.importorskip("ml_dtypes"), dtype, None) or getattr(np, dtype)
         graph = Graph()
         out = graph.qdq(graph.input(9), 0.5, zero_point, kind, name="q")
@@ -189,9 +187,7 @@ class TestOutputs:
         with pytest.raises(InvalidArgument, match=r"feeds must name the model's inputs \['x'\]: got \['y'\]"):
             runtime.run_outputs(path, {"y": pixels()["x"]}, optimize=True)
 
-    @pytest.mark.parametrize(
-        "read", [runtime.quantize_outputs, lambda path: runtime.session(path, optimize=True)]
-    )
+    @pytest.mark.parametrize("read", [runtime.quantize_outputs, lambda path: runtime.session(path, optimize=True)])
     def test_files_that_are_no_models(self, tmp_path: Path, read: Callable[[Path], object]) -> None:
         with pytest.raises(ExportError, match=r"absent\.onnx must"):
             read(tmp_path / "absent.onnx")
@@ -206,17 +202,13 @@ class TestOutputs:
         built = runtime.session(data, optimize=True, threads=1, optimized_path=tmp_path / "seen.onnx")
         assert built.get_providers() == ["CPUExecutionProvider"]
         assert built.get_session_options().intra_op_num_threads == 1
-        assert "MatMulIntegerToFloat" in {
-            node.op_type for node in onnx.load(tmp_path / "seen.onnx").graph.node
-        }
+        assert "MatMulIntegerToFloat" in {node.op_type for node in onnx.load(tmp_path / "seen.onnx").graph.node}
         with pytest.raises(ExportError, match=r"^The model must load in onnxruntime"):
             runtime.session(b"junk", optimize=True)
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_external_data_beside_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
-) -> None:
+def test_external_data_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
     graph, x = rows()
     model = graph.model(graph.op("MatMul", x, graph.weight(8, 5, axis=1)))
     (tmp_path / "inside").mkdir()
@@ -291,9 +283,7 @@ class TestRequire:
         assert str(caught.value) == expected
         assert isinstance(caught.value, ImportError)
 
-    def test_passes_on_what_an_installed_package_misses(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_passes_on_what_an_installed_package_misses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "half_installed.py").write_text("import no_such_module_at_all")
         monkeypatch.syspath_prepend(str(tmp_path))
         with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all") as caught:

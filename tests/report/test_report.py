@@ -12,7 +12,7 @@ from torch import nn
 import fxquant
 from fxquant.errors import InvalidArgument
 from fxquant.report import sqnr
-from fxquant.report.table import megabytes, table
+from fxquant.table import megabytes, table
 
 
 class Net(nn.Module):
@@ -54,7 +54,7 @@ def test_explain_prints_and_serializes(model):
     found = fxquant.explain(model)
     text = str(found)
     assert text.startswith("recipe 'int8' for onnxruntime: 4 sites") and "left in float: 1" in text
-    assert [site["key"] for site in json.loads(json.dumps(found.to_dict()))["sites"]][0] == "up.input"
+    assert json.loads(json.dumps(found.to_dict()))["sites"][0]["key"] == "up.input"
 
 
 def test_sqnr_is_the_ratio_of_its_definition():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import nn
 
 from fxquant.backend import compile_reports
 from fxquant.plan import Declined, Plan
-from fxquant.report.table import table
 from fxquant.state import BoundForward, Quantizer, bound_forward, owners, quantizers, require_plan, unwrap
+from fxquant.table import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,10 @@ def _statuses(model: nn.Module) -> dict[str, str]:
     that this instance ran. Owners without ranges are judged by those of the whole model.
     """
     digests = {digest for report in compile_reports() for digest in report.digests}
-    held = {path: [q for q in found.values() if q.stateful] for path, _, found in owners(model)}
-    ran = {path for path, those in held.items() if any(q.settle() for q in those)}
+    held = {
+        path: [q for q in found.values() if isinstance(q, Quantizer) and q.stateful] for path, _, found in owners(model)
+    }
+    ran = {path for path, those in held.items() if any(not math.isnan(q.min_val.item()) for q in those)}
     found = {}
     for path, bound in _bound(model).items():
         seen = path in ran if held[path] else bool(ran)
@@ -118,4 +121,4 @@ def _range(quantizer: Quantizer) -> str:
     if not quantizer.stateful:
         return "of the tensor" if quantizer.spec.range.kind == "current" else ""
     low, high = quantizer.min_val.item(), quantizer.max_val.item()
-    return "unset" if low != low else f"[{low:.4g}, {high:.4g}]"
+    return "unset" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"

@@ -1,0 +1,110 @@
+"""From a canonical graph to a file: torch.onnx's exporter, int4 packing, and a write that is whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.errors import ExportError, FxquantError
+from fxquant.onnx.require import require
+from fxquant.onnx.translate import translation_table
+
+# Protocol buffers end at 2 GiB; beyond, weights go into a file beside the model.
+_EXTERNAL_BYTES = 1_800_000_000
+
+
+def to_onnx(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, opset: int) -> Any:
+    """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
+    gm.training = False
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                gm,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                custom_translation_table=translation_table(),
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(f"model must translate to ONNX: got {type(error).__name__}: {error}") from error
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces with the paths of this machine
+    return program
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def save(program: Any, destination: Path) -> None:
+    """Writes beside the destination and moves into place, so that no half file is ever there."""
+    onnx = require("onnx")
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fxquant-") as folder:
+        temporary = Path(folder) / destination.name
+        size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+        try:
+            program.save(temporary, external_data=size > _EXTERNAL_BYTES)
+            onnx.checker.check_model(os.fspath(temporary))
+        except FxquantError:
+            raise
+        except Exception as error:
+            raise ExportError(f"{destination.name} must be a valid ONNX model: got {error}") from error
+        for written in sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name):
+            shutil.move(written, destination.parent / written.name)
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
+
+
+def pack_int4(model: Any, weights: set[str]) -> list[str]:
+    """Codes in −8…7 as ONNX int4, with their zero points."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    packed = 0
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes, _, zero_point = node.inputs
+        if codes is None or codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8:
+            continue
+        array = codes.const_value.numpy()
+        if array.min() < -8 or array.max() > 7:
+            continue
+        for index, value in ((0, codes), (2, zero_point)):
+            name = f"{value.name}_int4"
+            if name not in model.graph.initializers:
+                small = value.const_value.numpy().astype(ml_dtypes.int4)
+                tensor = ir.tensor(small, name=name)
+                fresh = ir.Value(
+                    name=name, shape=ir.Shape(small.shape), type=ir.TensorType(ir.DataType.INT4), const_value=tensor
+                )
+                model.graph.register_initializer(fresh)
+            node.replace_input_with(index, model.graph.initializers[name])
+        packed += 1
+    for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
+        del model.graph.initializers[name]
+    return [f"{packed} weights stored as int4"]
