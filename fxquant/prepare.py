@@ -26,11 +26,11 @@ from fxquant.state import (
     ATTRIBUTE,
     BoundForward,
     QuantizerSet,
-    RootQuantizerSet,
+    Root,
     bound_forward,
     freeze_batch_norm,
     owners,
-    refuse_other_plan,
+    plan_of,
 )
 
 
@@ -73,19 +73,17 @@ def prepare(
 def strip(model: nn.Module) -> nn.Module:
     """Takes plan, quantizers and frozen BatchNorm modes off again: the float model, with its trained weights."""
     freeze_batch_norm(model, frozen=False)
-    for _, module, holder in list(owners(model)):
+    for _, module, _ in list(owners(model)):
         bound = bound_forward(module)
         if bound is not None:
             del module.__dict__["forward"]
             if bound.inner is not None:
                 module.__dict__["forward"] = bound.inner
-        for each in (bound, holder.bound):
-            if each is not None:
-                each.release()
+            bound.release()
         delattr(module, ATTRIBUTE)
-        for key, hook in list(module._load_state_dict_pre_hooks.items()):
-            if getattr(hook, "hook", None) is refuse_other_plan:
-                del module._load_state_dict_pre_hooks[key]
+    root = model.__dict__.get(Root.SLOT)
+    if root is not None:
+        root.detach()
     return model
 
 
@@ -108,9 +106,9 @@ def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
         raise InvalidArgument(
             f"model must not be compiled yet: {compiled[0]} is. Prepare first, torch.compile or .compile() afterwards."
         )
-    found = next(iter(owners(model)), None)
-    if found is not None:
-        where = f"{found[0] or 'the model itself'} has a plan" if found[2].plan else "it is a part of a prepared model"
+    planned = [path or "the model itself" for path, module in model.named_modules() if plan_of(module) is not None]
+    if planned or any(owners(model)):
+        where = f"{planned[0]} has a plan" if planned else "it is a part of a prepared model"
         raise InvalidArgument(
             f"model must not be prepared twice: {where}. Call fxquant.strip on the prepared model first."
         )
@@ -303,7 +301,7 @@ def _name(edge: Edge, taken: set[str]) -> str:
 
 
 def _attach(model: nn.Module, plan: Plan) -> None:
-    by_owner = {"": (), **plan.owners()}  # the root always has a set: it holds the plan
+    by_owner = plan.owners()
     modules = dict(model.named_modules())
     for path in by_owner:
         if hasattr(modules[path], ATTRIBUTE):
@@ -311,15 +309,9 @@ def _attach(model: nn.Module, plan: Plan) -> None:
                 f"{path or 'model'} must not have an attribute {ATTRIBUTE!r} of its own: fxquant keeps state there. "
                 "Rename it."
             )
+    Root(model, plan).attach()
     devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}
     for path, sites in by_owner.items():
         locals_ = tuple(site.local for site in sites)
-        holder = QuantizerSet(locals_) if path else RootQuantizerSet(locals_, plan)
-        modules[path].add_module(ATTRIBUTE, holder.to(devices[path]))
-        bound = BoundForward(modules[path], locals_)
-        if locals_:
-            modules[path].__dict__["forward"] = bound.method
-        else:
-            # Nothing to bind. A forward that holds a graph break would get one more around it.
-            holder.bound = bound
-    model.register_load_state_dict_pre_hook(refuse_other_plan)
+        modules[path].add_module(ATTRIBUTE, QuantizerSet(locals_).to(devices[path]))
+        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_).method

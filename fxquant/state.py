@@ -104,9 +104,6 @@ class Quantizer(nn.Module):
 class QuantizerSet(nn.ModuleDict):
     """The quantizers of one owner, by site name."""
 
-    plan: Plan | None = None
-    bound: BoundForward | None = None
-
     def __init__(self, sites: tuple[LocalSite, ...]) -> None:
         super().__init__({site.name: Quantizer(site) for site in sites})
 
@@ -115,35 +112,52 @@ class QuantizerSet(nn.ModuleDict):
         return value
 
 
-class RootQuantizerSet(QuantizerSet):
-    """The root's quantizers, which also hold the model's plan; it is saved with them as extra state."""
+class Root:
+    """What makes a module the root of a prepared model: its plan, saved with the module's state dict.
 
-    def __init__(self, sites: tuple[LocalSite, ...], plan: Plan) -> None:
-        super().__init__(sites)
-        self.plan = plan
+    Kept in the module's ``__dict__`` and not as a child: a prepared ``nn.Sequential`` keeps its length.
+    """
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The plan as JSON."""
-        assert self.plan is not None
-        return {"plan": self.plan.to_json()}
+    SLOT = "_fxquant_root"
+    KEY = f"{ATTRIBUTE}.plan"  # in state dicts, so that one filter on "quantizers" leaves the float model's keys
 
-    def set_extra_state(self, state: Any) -> None:
-        """Nothing to set: `refuse_other_plan` has compared it before loading began."""
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.module, self.plan = module, plan
+        _LIVE.add(self)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _, _, missing, _, _ = args
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "_extra_state" in missing:  # a float checkpoint has no plan
-            missing.remove(prefix + "_extra_state")
+    def attach(self) -> None:
+        """Puts the plan and its hooks on the module."""
+        self.module.__dict__[Root.SLOT] = self
+        self.module.register_state_dict_post_hook(_save_plan)
+        self.module.register_load_state_dict_pre_hook(_refuse_other_plan)
+
+    def detach(self) -> None:
+        """Takes them off again."""
+        del self.module.__dict__[Root.SLOT]
+        for hooks in (self.module._state_dict_hooks, self.module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) in (_save_plan, _refuse_other_plan):
+                    del hooks[key]
+        _LIVE.discard(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _LIVE.add(self)
 
 
-def refuse_other_plan(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load hook of a prepared root: raises PlanMismatch before any tensor is copied."""
-    saved = state_dict.get(f"{prefix}{ATTRIBUTE}._extra_state")
+def _save_plan(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """State-dict hook of a root."""
     plan = plan_of(module)
+    assert plan is not None
+    state_dict[prefix + Root.KEY] = plan.to_json()
+
+
+def _refuse_other_plan(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook of a root: raises PlanMismatch before any tensor is copied; a float checkpoint has no plan."""
+    saved, plan = state_dict.pop(prefix + Root.KEY, None), plan_of(module)
     if not saved or plan is None:
         return
-    lines = plan.difference(Plan.from_json(saved["plan"]))
+    lines = plan.difference(Plan.from_json(saved))
     if lines:
         shown = "\n  ".join(lines[:20] + ([f"… and {len(lines) - 20} more"] if len(lines) > 20 else []))
         raise PlanMismatch(
@@ -250,7 +264,7 @@ def _code_for(name: str) -> types.CodeType:
     return own_code(BoundForward.__call__, name).__code__
 
 
-_LIVE: weakref.WeakSet[BoundForward] = weakref.WeakSet()
+_LIVE: weakref.WeakSet[BoundForward | Root] = weakref.WeakSet()
 
 
 def bound_forward(module: nn.Module) -> BoundForward | None:
@@ -261,14 +275,14 @@ def bound_forward(module: nn.Module) -> BoundForward | None:
 
 def of_prepared_model(tensors: Iterable[Any]) -> bool:
     """Whether any of the tensors is a parameter of a prepared model that is alive."""
-    known = {id(parameter) for bound in _LIVE for parameter in bound.module.parameters()}
+    known = {id(parameter) for part in _LIVE for parameter in part.module.parameters()}
     return any(id(tensor) in known for tensor in tensors)
 
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan of a prepared model, None for any other."""
-    found = model._modules.get(ATTRIBUTE)
-    return found.plan if isinstance(found, QuantizerSet) else None
+    root = model.__dict__.get(Root.SLOT)
+    return root.plan if isinstance(root, Root) else None
 
 
 def require_plan(model: nn.Module, caller: str) -> Plan:
@@ -295,7 +309,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizerSet]]:
-    """Every module that owns quantizers (or the plan), with its path."""
+    """Every module that owns quantizers, with its path."""
     for path, module in model.named_modules():
         found = module._modules.get(ATTRIBUTE)
         if isinstance(found, QuantizerSet):

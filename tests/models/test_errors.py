@@ -190,7 +190,7 @@ def test_an_already_compiled_model() -> None:
         fxquant.prepare(model, (X,))
 
 
-@pytest.mark.parametrize("where", ["", "first"])
+@pytest.mark.parametrize("where", ["first", "second"])
 def test_an_attribute_named_quantizers(where: str) -> None:
     model = Mlp()
     model.get_submodule(where).quantizers = "mine"  # type: ignore[assignment]
@@ -298,8 +298,8 @@ def test_a_checkpoint_of_another_architecture_names_missing_sites() -> None:
 def test_a_checkpoint_of_another_version() -> None:
     model = prepared(Mlp(), X)
     state = model.state_dict()
-    plan = state["quantizers._extra_state"]["plan"]
-    state["quantizers._extra_state"] = {"plan": plan.replace('"version": 1', '"version": 99')}
+    plan = state["quantizers.plan"]
+    state["quantizers.plan"] = plan.replace('"version": 1', '"version": 99')
     with refused(model, PlanMismatch, "checkpoint's plan must be of version 1: got 99"):
         model.load_state_dict(state)
 

@@ -109,7 +109,7 @@ def test_state_dict_keys_stand_with_their_owners() -> None:
     assert sorted(keys) == [
         "first.quantizers.input.max_val",
         "first.quantizers.input.min_val",
-        "quantizers._extra_state",
+        "quantizers.plan",
         "second.quantizers.input.max_val",
         "second.quantizers.input.min_val",
     ]
@@ -236,6 +236,7 @@ def test_a_sequential_runs_as_before(nested: bool) -> None:
     plain = nn.Sequential(layers) if nested else layers
     model = prepared(copy.deepcopy(plain), x)
     assert torch.equal(model(x), plain(x))
+    assert len(model) == len(plain) and type(model[-1]) is type(plain[-1])
     step(torch.compile(model, backend=EAGER), x)
     assert len(ranges(model)) == 2 and not unset(model)
 

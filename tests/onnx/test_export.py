@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument, MissingDependency, NotQuantizedWarning, RangeNotSet
 from fxquant.ops.qdq import QUANTIZE_DEQUANTIZE
-from fxquant.state import quantizers
+from fxquant.state import plan_of, quantizers
 from tests.onnx.models import Attention, ConvNet, calibrated, snapshot
 
 
@@ -32,7 +32,7 @@ def test_every_site_is_one_quantizelinear_named_by_its_key(exported):
     model, path, report = exported
     graph = onnx.load(path).graph
     named = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    plan = model.quantizers.plan
+    plan = plan_of(model)
     assert named == {site.key for site in plan.sites if site.local.role != "weight"} == set(report.activations)
     assert set(report.weights) == {site.key for site in plan.sites if site.local.role == "weight"}
 
@@ -116,7 +116,7 @@ def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
 
     x = torch.randn(4, 3, 8, 8)
     record(model, (x,), None, visit)
-    gm, _ = quantized_graph(model, (x,), {}, None, model.quantizers.plan)
+    gm, _ = quantized_graph(model, (x,), {}, None, plan_of(model))
     nodes = [n for n in gm.graph.nodes if n.target is QUANTIZE_DEQUANTIZE]
     assert {n.args[5]: (n.args[1], n.args[2]) for n in nodes} == seen
 

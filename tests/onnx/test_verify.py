@@ -13,6 +13,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument
+from fxquant.state import plan_of
 from tests.onnx.models import ConvNet, calibrated, snapshot
 
 
@@ -35,7 +36,7 @@ def test_every_weighted_node_is_an_integer_kernel(verified):
 
 def test_codes_are_training_s(verified):
     model, _, report = verified
-    sites = [site for site in model.quantizers.plan.sites if site.local.role != "weight"]
+    sites = [site for site in plan_of(model).sites if site.local.role != "weight"]
     assert {row.key for row in report.codes} == {site.key for site in sites}
     assert report.compared_codes == sum(row.compared for row in report.codes) > 10_000
     assert report.input_differing_codes == 0
