@@ -75,8 +75,11 @@ def fxquant(
     _require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}
-    lowering = post_grad_passes(select_decomp_table)
-    patches = _with_passes(patches, joint_custom_post_pass=joint_passes(), post_grad_custom_pre_pass=lowering)
+    patches = _with_passes(
+        patches,
+        joint_custom_post_pass=joint_passes(select_decomp_table),
+        post_grad_custom_pre_pass=post_grad_passes(select_decomp_table),
+    )
     table = _DecompositionTable({**select_decomp_table(), **decompositions()})
     compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)
     return compiled

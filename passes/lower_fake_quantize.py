@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.ops import fake_quantize
 from fxquant.passes.base import Pass, PassResult
@@ -22,13 +23,16 @@ _KERNELS: dict[Any, Callable[..., torch.Tensor]] = {
     fake_quantize.PER_CHANNEL_BACKWARD: fake_quantize._per_channel_grad,
 }
 
+_KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowerFakeQuantize(Pass):
     """``fake_quantize(x, s, z)``  →  ``div, round, add, where, where, sub, mul`` on the same operands.
 
-    The arithmetic is traced from the op's own kernel, so eager and compiled code share one definition. Runs on
-    post-grad graphs, forward and backward alike; the clip mask exists only inside fused kernels.
+    The arithmetic is traced from the op's own kernel, so eager and compiled code share one definition. What is
+    inlined keeps the node's recompute tags; in the backward op, what does not depend on the gradient (the clip mask)
+    must be recomputed, so that it exists only inside fused kernels.
 
     ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only.
     """
@@ -72,6 +76,8 @@ def _traced(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.Graph:
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph) -> None:
     mapped: dict[fx.Node, fx.Node] = {}
     placeholders = iter(_operands(node))
+    backward = node.target in fake_quantize.BACKWARD
+    behind = {next(iter(body.nodes))}  # what depends on the incoming gradient
     with graph.inserting_before(node):
         for inner in body.nodes:
             if inner.op == "placeholder":
@@ -80,9 +86,14 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph) -> None:
                 node.replace_all_uses_with(mapped[inner.args[0]])
             else:
                 mapped[inner] = graph.node_copy(inner, mapped.__getitem__)
-                for key in ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag"):
+                for key in _KEPT:
                     if key in node.meta:
                         mapped[inner].meta[key] = node.meta[key]
+                if backward and not any(n in behind for n in inner.all_input_nodes):
+                    # The clip mask: a function of the input that forward could compute and keep.
+                    mapped[inner].meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                elif backward:
+                    behind.add(inner)
     graph.erase_node(node)
 
 

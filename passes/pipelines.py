@@ -28,11 +28,19 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
     )
 
 
-def joint_passes() -> tuple[Pass, ...]:
-    """On AOTAutograd's joint graph of forward and backward, before it is partitioned."""
-    return (TagRecompute(),)
+Table = Callable[[], Mapping[Any, Callable[..., Any]]]
 
 
-def post_grad_passes(decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] = dict) -> tuple[Pass, ...]:
-    """On Inductor's forward and backward graphs, before its own passes; ``decompositions`` is its table."""
+def joint_passes(decompositions: Table | None = None) -> tuple[Pass, ...]:
+    """On AOTAutograd's joint graph of forward and backward, before it is partitioned.
+
+    With ``decompositions``, the table of a compiler that fuses, fake-quants are lowered here: the partitioner then
+    sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every quantizer's input.
+    """
+    tags = TagRecompute()
+    return (tags,) if decompositions is None else (tags, LowerFakeQuantize(decompositions=decompositions))
+
+
+def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
+    """On Inductor's forward and backward graphs, before its own passes: what was not lowered before."""
     return (LowerFakeQuantize(decompositions=decompositions),)

@@ -4,6 +4,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.ops import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
 from fxquant.ops.fake_quantize import PER_CHANNEL_BACKWARD, PER_TENSOR_BACKWARD
@@ -41,6 +42,25 @@ mul = mul(sub, view)
 return [mul]
 """,
     )
+
+
+def test_a_mask_is_computed_again_and_tags_are_kept() -> None:
+    """The mask needs no gradient, so a partitioner could keep it from forward; what follows it needs one."""
+    gm = captured(
+        lambda g, x, s, z: PER_TENSOR_BACKWARD(g, fake_quantize_per_tensor_affine(x, s, z, 0, 15), s, z, 0, 15),
+        *(torch.ones(3), torch.ones(3), SCALE, POINT),
+    )
+    forward, backward = (node for node in gm.graph.nodes if "fake_quantize" in node.name)
+    forward.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    forward.meta["ac_graph_id"] = 7
+    apply(LowerFakeQuantize(), gm)
+    policies = {node.name: node.meta.get("recompute") for node in gm.graph.nodes if node.op == "call_function"}
+    assert policies["div" if "div" in policies else "reciprocal"] is CheckpointPolicy.PREFER_RECOMPUTE
+    assert {n.meta["ac_graph_id"] for n in gm.graph.nodes if "ac_graph_id" in n.meta} == {7}
+    (mask,) = (name for name in policies if "and" in name)
+    assert policies[mask] is CheckpointPolicy.MUST_RECOMPUTE
+    (product,) = (n.name for n in next(iter(reversed(gm.graph.nodes))).all_input_nodes)
+    assert policies[product] is None
 
 
 def test_every_op_keeps_its_bits() -> None:
