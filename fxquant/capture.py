@@ -23,6 +23,9 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint  # private; t
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 
+from fxquant.passes.base import drop_dead_nodes
+from fxquant.resolve import tell_calls_apart
+
 
 class _Retrace(fx.Interpreter):
     """Runs a Dynamo graph under make_fx, keeping whole what must not be traced through."""
@@ -68,7 +71,7 @@ class _Retrace(fx.Interpreter):
         for body in args[:bodies]:
             if bodies == 1:
                 meta = body.meta
-                body = reenter_make_fx(_Retrace(body).run)(*operands)
+                body = _without_dead_nodes(reenter_make_fx(_Retrace(body).run)(*operands))
                 body.meta.update(meta)
             name = tracer.get_fresh_qualname("nested_graph")
             tracer.root.register_module(name, body)
@@ -112,7 +115,15 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
     with context.fake_mode, torch.fx.traceback.preserve_node_meta():
         traced = proxy_tensor.make_fx(_Retrace(gm, inline_checkpoints).run, pre_dispatch=True)(*fakes)
     _describe_placeholders(gm, traced, example_inputs)
-    return traced
+    tell_calls_apart(traced)
+    return _without_dead_nodes(traced)
+
+
+def _without_dead_nodes(gm: fx.GraphModule) -> fx.GraphModule:
+    """Without what a model computes for nothing: a site there would have no place in the artifact."""
+    drop_dead_nodes(gm.graph)
+    gm.recompile()
+    return gm
 
 
 def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -160,8 +171,7 @@ def exported_graph(
     for node in list(gm.graph.nodes):
         if node.op == "get_attr" and node is not first:
             first.prepend(node)
-    gm.recompile()
-    return gm
+    return _without_dead_nodes(gm)
 
 
 @contextlib.contextmanager

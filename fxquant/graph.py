@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ AGNOSTIC = frozenset(
         *(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.upsample_nearest1d, aten.upsample_nearest2d),
     }
 )
+ZEROS = frozenset({aten.zeros, aten.zeros_like, aten.new_zeros})
 DROPOUT = frozenset({aten.dropout, aten.feature_dropout})
 _RELU6 = frozenset({aten.relu6, aten.hardtanh, aten.clamp})
 
@@ -132,6 +134,9 @@ def is_agnostic(node: fx.Node) -> bool:
     """Moves values only; dropout counts where it is switched off."""
     if node.op != "call_function":
         return False
+    if packet(node) is aten.slice:  # ``x[:]``, which is traced only where the size is symbolic
+        given = list(node.args[2:])
+        return all(value in whole for value, whole in zip(given, ((None, 0), (None, sys.maxsize), (1,)), strict=False))
     return packet(node) in AGNOSTIC or (packet(node) in DROPOUT and node.args[2] is False)
 
 
@@ -240,7 +245,7 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
             found.add(node)
             continue
         inputs = node.all_input_nodes if node.op == "call_function" and not is_bind(node) else []
-        if inputs and found.issuperset(inputs):
+        if found.issuperset(inputs) and (inputs or packet(node) is aten.full):
             found.add(node)
     return found
 

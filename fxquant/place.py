@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxquant.graph import (
+    ZEROS,
     activation_name,
     call_nodes,
     changed_in_place,
@@ -22,6 +23,7 @@ from fxquant.graph import (
     is_float,
     kind_of,
     operands,
+    packet,
     unit_end,
     user_line,
 )
@@ -100,8 +102,9 @@ class _Solver:
             constant = operand in self.constants
             if constant and name == kind.weight:
                 axis, dim = kind.weight_axis, operand.meta["val"].dim()
-                # The only axis of a vector is the one that the operator sums over.
-                axis = None if axis is None or dim < 2 else axis % dim
+                # The only axis of a vector is the one that the operator sums over; columns of a batch of matrices
+                # would want a scale for each column of each matrix.
+                axis = None if axis is None or dim < 2 or (axis < 0 and dim > 2) else axis % dim
                 self.weights.setdefault(operand, {})[node, name] = axis
             elif constant and kind.name == "einsum":
                 self.weights.setdefault(operand, {})[node, name] = None
@@ -209,7 +212,11 @@ class _Solver:
     def _activations(self, lifting: Lifting, units: dict[fx.Node, fx.Node]) -> list[Placement]:
         by_source: dict[fx.Node, list[Operand]] = {}
         for edge in self.demands:
-            by_source.setdefault(lifting.source(edge), []).append(edge)
+            source = lifting.source(edge)
+            if packet(source) in ZEROS:  # a first state: where the module runs again, its site comes from there
+                self.declined.append((edge[0], f"its operand {source.name} is all zeros, which have no range"))
+            else:
+                by_source.setdefault(source, []).append(edge)
         return [
             Placement(
                 role="activation",

@@ -233,23 +233,28 @@ class _Naming:
 
     def __init__(self, gm: fx.GraphModule, sites: dict[tuple[str, tuple[Edge, ...]], Site]) -> None:
         self.sites = sites
-        self.index = positions(gm)
+        self.places = {(position[0], node): position for position, node in positions(gm).items()}
         self.root = next((enclosing(node, "")[0].path for node in gm.graph.nodes), "")
+        self.taken: dict[str, set[str]] = {}  # names, by owner
+        for site in sites.values():
+            self.taken.setdefault(site.owner, set()).add(site.local.name)
         self.starts: dict[tuple[str, str | None], str] = {}
         for node in gm.graph.nodes:
             if is_bind(node):
                 frame = enclosing(node, self.root)[-1]
-                self.starts[frame.key, node.meta.get("region")] = str(node.args[0])
+                # Later binds in a frame are of modules whose forward was called by name, which begins no frame.
+                self.starts.setdefault((frame.key, node.meta.get("region")), str(node.args[0]))
 
     def add(self, placed: Placement, declined: list[Declined]) -> None:
         first = placed.edges[0][0]
         owner = self._owner(placed.edges)
-        if owner is None:
+        if owner is None or self._is_of_repeated_module(placed):
             parts = self._parts(placed)
             for part in parts if len(parts) > 1 else ():
                 self.add(part, declined)
             if len(parts) > 1:
                 return
+        if owner is None:
             where = " → ".join(frame.path for frame in enclosing(first, self.root)[1:]) or "the model's forward"
             declined.append(
                 Declined(
@@ -260,12 +265,18 @@ class _Naming:
             )
             return
         key, path = owner
-        edges = edges_of(self.index, key, placed.edges)
+        edges = edges_of(self.places, key, placed.edges)
         if (path, edges) in self.sites:
             return  # another call of the same module: one quantizer serves both
-        taken = {site.local.name for site in self.sites.values() if site.owner == path}
+        taken = self.taken.setdefault(path, set())
         local = LocalSite(name=_name(edges[0], taken), role=placed.role, spec=placed.spec, edges=edges)
+        taken.add(local.name)
         self.sites[path, edges] = Site(owner=path, local=local, reason=placed.reason, source=user_line(first))
+
+    def _is_of_repeated_module(self, placed: Placement) -> bool:
+        """Whether calls of one module read the weight, maybe as many as its input is long: each has its own site."""
+        owners = [self._owner((edge,)) for edge in placed.edges]
+        return placed.role == "weight" and len({owner and owner[1] for owner in owners}) == 1 < len(set(owners))
 
     def _parts(self, placed: Placement) -> list[Placement]:
         """One placement for each owner: quantizers of their own, which see the same tensor and find the same range."""

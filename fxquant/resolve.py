@@ -61,6 +61,26 @@ def execution_order(gm: fx.GraphModule) -> Iterator[fx.Node]:
                 yield from execution_order(body)
 
 
+def tell_calls_apart(gm: fx.GraphModule) -> None:
+    """Gives every call that begins with a bind a key of its own in ``nn_module_stack``.
+
+    Dynamo numbers calls by the expression that reached the module: two ways to it, and two calls have one key.
+    """
+    begun: dict[str, object] = {}
+    current: dict[str, str] = {}
+    for node in execution_order(gm):
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            continue
+        if is_bind(node):
+            key = next(reversed(stack))
+            if key in begun and begun[key] == node.args[0]:
+                current[key] = f"{current.get(key, key)}+"
+            begun.setdefault(key, node.args[0])
+        if not current.keys().isdisjoint(stack):
+            node.meta["nn_module_stack"] = {current.get(key, key): module for key, module in stack.items()}
+
+
 def enclosing(node: fx.Node, root: str) -> tuple[Frame, ...]:
     """The calls around a node with the compiled frame itself first, under the key ``""``."""
     return (Frame("", root), *frames(node))
@@ -84,13 +104,11 @@ def positions(gm: fx.GraphModule) -> dict[Position, fx.Node]:
     return found
 
 
-def edges_of(index: dict[Position, fx.Node], frame_key: str, operands: tuple[Operand, ...]) -> tuple[Edge, ...]:
-    """The operands as edges of one call."""
-    wanted = {node for node, _ in operands}
-    at = {node: position for position, node in index.items() if position[0] == frame_key and node in wanted}
+def edges_of(places: dict[tuple[str, fx.Node], Position], call: str, operands: tuple[Operand, ...]) -> tuple[Edge, ...]:
+    """The operands as edges of one call; ``places`` is `positions` the other way round, by call and node."""
     edges = []
     for node, operand in operands:
-        _, path, kind, ordinal = at[node]
+        _, path, kind, ordinal = places[call, node]
         edges.append(Edge(path=path, kind=kind, ordinal=ordinal, operand=operand))
     return tuple(edges)
 
@@ -119,9 +137,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
             if operands:
                 owner = relative(frame.path, root)
                 found.append(
-                    BoundSite(
-                        site=site, owner=owner, edges=tuple(operands), mode=int(mode), state=mine, bind=bind
-                    )
+                    BoundSite(site=site, owner=owner, edges=tuple(operands), mode=int(mode), state=mine, bind=bind)
                 )
             else:
                 missing.append(Missing(site=site, bind=bind))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.graph import packet
 from fxquant.passes.invariants import check_invariants
 from fxquant.resolve import nested_graphs
 
@@ -138,7 +139,7 @@ def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> 
         if key in like.meta:
             node.meta[key] = like.meta[key]
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
+    mode = next((v.fake_mode for v in _tensors((values, like.meta.get("val"))) if hasattr(v, "fake_mode")), None)
     if mode is None:
         raise AssertionError(f"{op} has no fake operand to compute its value from")
     with mode, torch.no_grad():
@@ -163,5 +164,7 @@ def drop_dead_nodes(graph: fx.Graph) -> None:
 
 
 def _mutates(node: fx.Node) -> bool:
+    if packet(node) in (torch.ops.aten.batch_norm, torch.ops.aten.instance_norm):
+        return True  # of the running statistics, which their schemas keep silent about
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable

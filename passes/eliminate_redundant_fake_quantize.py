@@ -12,7 +12,7 @@ from fxquant.graph import call_nodes, changed_in_place, is_agnostic
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, drop_dead_nodes
 
-_PURE = (*qparams.QPARAM_OPS, operator.getitem, torch.ops.aten.detach.default, torch.ops.aten.new_full.default)
+_PURE = (*qparams.QPARAM_OPS, operator.getitem, torch.ops.aten.detach.default, torch.ops.aten.full.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ def _eliminate(graph: fx.Graph) -> int:
         twin = seen.setdefault(key, node)
         before = twin if twin is not node else _quantized_before(node, parameters, representative, changed)
         if before is not None:
+            if "site" in node.meta:
+                before.meta.setdefault("stands_for", []).append(node.meta["site"].label)
             node.replace_all_uses_with(before)
             graph.erase_node(node)
             done += 1
@@ -55,10 +57,8 @@ def _equal_qparams(graph: fx.Graph, changed: set[fx.Node]) -> dict[fx.Node, fx.N
     first: dict[tuple[object, ...], fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in call_nodes(graph):
-        # A constant is made "like" some tensor, and is the same constant whichever that is.
-        reads = node.args[1:] if node.target is torch.ops.aten.new_full.default else node.args
-        if node.target in _PURE and not any(isinstance(a, fx.Node) and a in changed for a in reads):
-            args = tuple(same.get(a, a) if isinstance(a, fx.Node) else a for a in reads)
+        if node.target in _PURE and not any(isinstance(a, fx.Node) and a in changed for a in node.args):
+            args = tuple(same.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
             same[node] = first.setdefault((node.target, str(args), str(node.kwargs)), node)
     return same
 

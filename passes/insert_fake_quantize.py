@@ -224,4 +224,5 @@ class _Builder:
         return new
 
     def _constant(self, value: fx.Node, number: float) -> fx.Node:
-        return self.call(aten.new_full.default, value, [1], number, dtype=torch.float32)
+        # Not new_full of the value: export takes for constant what no input reaches.
+        return self.call(aten.full.default, [1], number, dtype=torch.float32, device=value.meta["val"].device)

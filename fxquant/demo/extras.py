@@ -31,8 +31,7 @@ def require(module: str) -> ModuleType:
             raise
         package = PACKAGES.get(top, top)
         raise MissingDependency(
-            f"fxquant's demo needs {package}, which is not installed. "
-            f'Install it with: pip install "fxquant[demo]"'
+            f'fxquant\'s demo needs {package}, which is not installed. Install it with: pip install "fxquant[demo]"'
         ) from error
 
 

@@ -49,9 +49,7 @@ def compose(panels: Sequence[Panel]) -> Any:
     """The figure: a column for each net, as tall as its sites need, with one scale for all SQNRs."""
     sites = [rows(panel.runs) for panel in panels]
     lower = 0.165 * max([12, *map(len, sites)]) + 0.3
-    figure = require("matplotlib.figure").Figure(
-        figsize=(6.2 * len(panels), 2.9 + lower), layout="constrained"
-    )
+    figure = require("matplotlib.figure").Figure(figsize=(6.2 * len(panels), 2.9 + lower), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1, hspace=0.02, wspace=0.04)
     axes = figure.subplots(2, len(panels), squeeze=False, height_ratios=(2.4, lower))
     for axis in axes[1, 1:]:

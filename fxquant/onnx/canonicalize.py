@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph import call_nodes, packet
+from fxquant.graph import call_nodes, is_agnostic, packet
 from fxquant.onnx.freeze import constant
-from fxquant.ops.qdq import DEQUANTIZE
+from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
 
 aten = torch.ops.aten
+
+
+# Ops that onnxruntime moves no DequantizeLinear across; of the others that move values, it does.
+_STOPPING = frozenset({aten.expand, aten.upsample_nearest1d, aten.upsample_nearest2d})
 
 
 def canonicalize(gm: fx.GraphModule) -> list[str]:
@@ -22,6 +26,10 @@ def canonicalize(gm: fx.GraphModule) -> list[str]:
     for node in list(call_nodes(gm.graph)):
         if packet(node) is aten.linear:
             _linear(gm, node)
+        elif packet(node) is aten.addmm:
+            _addmm(gm, node)
+        elif packet(node) in _STOPPING:
+            _requantize(gm.graph, node)
         elif packet(node) is aten.scaled_dot_product_attention:
             why = _attention(gm.graph, node)
             if why:
@@ -53,6 +61,32 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
             product = call(graph, aten.sub.Tensor, product, negative, like=node)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
+
+
+def _addmm(gm: fx.GraphModule, node: fx.Node) -> None:
+    """``addmm(b, x, DQ(w))``  →  ``matmul(x, DQ(w)) − (−b)``, for the same reason."""
+    bias, x, weight = node.args[:3]
+    constant_bias = isinstance(bias, fx.Node) and bias.op == "get_attr"
+    if node.kwargs or not constant_bias or not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE:
+        return  # with alpha or beta, or a sum of two products
+    with gm.graph.inserting_before(node):
+        product = call(gm.graph, aten.matmul.default, x, weight, like=node)
+        product = call(gm.graph, aten.sub.Tensor, product, _negated(gm, bias), like=node)  # type: ignore[arg-type]
+    node.replace_all_uses_with(product)
+    gm.graph.erase_node(node)
+
+
+def _requantize(graph: fx.Graph, node: fx.Node) -> None:
+    """``expand(QDQ(x))``  →  ``QDQ(expand(QDQ(x)))`` with the same scale, which gives the same codes."""
+    source = node.all_input_nodes[0]
+    while is_agnostic(source):
+        source = source.all_input_nodes[0]
+    if source.target is not QUANTIZE_DEQUANTIZE:
+        return
+    *qparams, label = source.args[1:]
+    with graph.inserting_after(node):
+        again = call(graph, QUANTIZE_DEQUANTIZE, node, *qparams, f"{label}@{node.name}", like=node)
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
 
 
 def _transposed(gm: fx.GraphModule, codes: fx.Node) -> fx.Node:

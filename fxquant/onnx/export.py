@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import tempfile
 import warnings
@@ -29,6 +30,7 @@ from fxquant.recording import evaluating
 from fxquant.state import bound_forward, exporting, owners, quantizers, require_plan, unwrap
 from fxquant.table import megabytes
 
+ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
 WeightStorage = Literal["int8", "int4"]
 
 
@@ -105,6 +107,9 @@ def export_onnx(
     gm, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
     notes = [*frozen.notes, *canonicalize(gm)]
     program = to_onnx(gm, args, named, dynamic_shapes, opset)
+    written = {value.name for node in program.model.graph for value in node.outputs}
+    merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
+    program.model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     if weight_storage == "int4":
         notes += pack_int4(program.model, set(frozen.weights))
     save(program, destination)
@@ -136,7 +141,7 @@ def quantized_graph(
     result = run_all(passes, gm)
     frozen = freeze(gm)
     frozen.notes += [str(d) for d in result.declines]
-    placed = {label.split("@")[0] for label in frozen.activations} | set(frozen.weights)
+    placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
     absent = [site.key for site in plan.sites if site.key not in placed and _wanted(model, site.key)]
     if absent:
         warnings.warn(

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxquant import numerics
 from fxquant.errors import ExportError
 from fxquant.graph import constant_nodes, is_agnostic, kind_of, operands
+from fxquant.onnx.translate import storage
 from fxquant.ops import fake_quantize
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
@@ -26,7 +27,7 @@ class Frozen:
     weights: list[str] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    weight_elements: int = 0
+    absorbed: list[str] = field(default_factory=list)  # no QuantizeLinear of their own: constants, equals of others
 
 
 class _Values:
@@ -61,7 +62,7 @@ def freeze(gm: fx.GraphModule) -> Frozen:
     constant too.
     """
     values = _Values(gm)
-    frozen = Frozen()
+    frozen = Frozen(absorbed=[label for node in gm.graph.nodes for label in node.meta.get("stands_for", ())])
     seen: dict[str, int] = {}
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in fake_quantize.FAKE_QUANTIZE]
     for node in sorted(nodes, key=lambda n: n.args[0] in values.constants):  # activations first: biases need scales
@@ -102,7 +103,8 @@ def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Value
         numerics.per_channel_view(v, weight.dim(), axis) if axis is not None else v for v in (scale, zero_point)
     )
     code = numerics.code_before_clamp(weight, shown_scale, shown_point, node.kwargs["rounding"])  # type: ignore[arg-type]
-    code = numerics.clamp_code(code, quant_min, quant_max).to(torch.int8 if quant_max <= 127 else torch.int16)  # type: ignore[arg-type, operator]
+    dtype = getattr(torch, storage(quant_min, quant_max)[0])  # type: ignore[arg-type]
+    code = numerics.clamp_code(code, quant_min, quant_max).to(dtype)  # type: ignore[arg-type]
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     with gm.graph.inserting_before(node):
@@ -111,8 +113,11 @@ def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Value
         new = call(gm.graph, DEQUANTIZE, *held, axis, like=node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-    frozen.weights.append(label)
-    frozen.weight_elements += code.numel()
+    if node.meta["site"].role == "weight":
+        frozen.weights.append(label)
+    else:  # of a learned query, as an example: stored as a weight is
+        frozen.activations.append(label)
+        frozen.absorbed.append(label)
 
 
 def _guard_bias(node: fx.Node, scale: Tensor, values: _Values, label: str, frozen: Frozen) -> Tensor:
@@ -150,9 +155,14 @@ def _freeze_rest(gm: fx.GraphModule, values: _Values) -> None:
                     node.replace_all_uses_with(constant(gm, f"folded.{node.name}", value, node))
 
 
+def held_name(name: str) -> str:
+    """What a constant is called in the exported file."""
+    return name.replace(".", "__").replace("@", "__")
+
+
 def constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.Node:
     """A buffer of ``gm`` holding ``value``, and the node that reads it, at the insertion point."""
-    target = name.replace(".", "__").replace("@", "__")
+    target = held_name(name)
     while hasattr(gm, target):
         target += "_"
     gm.register_buffer(target, value.contiguous())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ from fxquant.backend import fxquant_eager
 from fxquant.capture import compiled_aside, exported_graph
 from fxquant.errors import InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
-from fxquant.onnx.export import open_shapes
+from fxquant.onnx.export import ABSORBED, open_shapes
+from fxquant.onnx.freeze import held_name
 from fxquant.onnx.kernels import KernelRow, kernel_rows
 from fxquant.onnx.require import require
-from fxquant.onnx.runtime import integer_dot_support, latency, run_codes, run_outputs, session
+from fxquant.onnx.runtime import Wiring, integer_dot_support, latency, load_model, run_codes, run_outputs, session
 from fxquant.onnx.write import save, to_onnx
 from fxquant.plan import Role
 from fxquant.recording import evaluating, record
@@ -155,8 +157,10 @@ def verify_onnx(
         raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
     plain, kwargs = unwrap(model), dict(kwargs or {})
     feeds = _feeds(path, args, kwargs)
+    absorbed = _absorbed_codes(path)
     found = run_codes(path, feeds)
-    _check_sites(plain, path, found)
+    _check_sites(plain, path, found.keys() | absorbed.keys())
+    found |= {key: codes for key, codes in absorbed.items() if codes is not None}
     cascaded, _ = _compare_codes(plain, args, kwargs, found, follow=False)
     codes, at_inputs = _compare_codes(plain, args, kwargs, found, follow=True)
     with evaluating(plain), torch.no_grad(), compiled_aside(plain, fxquant_eager, dynamic=False) as run:
@@ -192,9 +196,19 @@ def _feeds(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str
     return {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
 
 
-def _check_sites(model: nn.Module, path: str | os.PathLike[str], found: Mapping[str, np.ndarray]) -> None:
+def _absorbed_codes(path: str | os.PathLike[str]) -> dict[str, np.ndarray | None]:
+    """Codes of the sites that are constants in the file; None for those that are a part of another one."""
+    model = load_model(path)
+    listed = next((p.value for p in model.metadata_props if p.key == ABSORBED), "[]")
+    held = Wiring(model=model, folder=os.fspath(Path(path).absolute().parent)).initializers
+    tensors = {key: held.get(held_name(f"{key}.codes")) for key in json.loads(listed)}
+    to_array = require("onnx.numpy_helper").to_array
+    return {key: None if tensor is None else to_array(tensor) for key, tensor in tensors.items()}
+
+
+def _check_sites(model: nn.Module, path: str | os.PathLike[str], found: Set[str]) -> None:
     wanted = {key for key, q in quantizers(model) if q.enabled and q.site.role != "weight"}
-    absent = sorted(wanted - found.keys())
+    absent = sorted(wanted - found)
     if absent:
         raise InvalidArgument(
             f"{os.fspath(path)} must be an export of this model: it has no QuantizeLinear for {', '.join(absent[:5])}. "

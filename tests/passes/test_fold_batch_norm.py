@@ -167,7 +167,7 @@ def test_snapshot() -> None:
     layer = Layer(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4)).eval()
     gm = captured(layer, torch.randn(2, 5), passes=QUANTIZE)
     apply(FOLD, gm)
-    plumbing = ("new_full", "resolve_min_max", "affine_qparams", "getitem", "detach_default = ")
+    plumbing = ("full_default", "resolve_min_max", "affine_qparams", "getitem", "detach_default = ")
     assert_expected_inline(
         "\n".join(s for s in show(gm).splitlines() if not s.startswith(plumbing)),
         """\
