@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from fxquant.onnx.runtime import Wiring, integer_dot_support, latency, load_mode
 from fxquant.onnx.write import save, to_onnx
 from fxquant.plan import Role
 from fxquant.recording import evaluating, record
-from fxquant.state import quantizers, require_plan, unwrap
+from fxquant.state import require_plan, unwrap
 from fxquant.table import table
 
 if TYPE_CHECKING:
@@ -159,10 +159,10 @@ def verify_onnx(
     feeds = _feeds(path, args, kwargs)
     absorbed = _absorbed_codes(path)
     found = run_codes(path, feeds)
-    _check_sites(plain, path, found.keys() | absorbed.keys())
     found |= {key: codes for key, codes in absorbed.items() if codes is not None}
-    cascaded, _ = _compare_codes(plain, args, kwargs, found, follow=False)
-    codes, at_inputs = _compare_codes(plain, args, kwargs, found, follow=True)
+    cascaded = _compare_codes(plain, args, kwargs, found, follow=False)
+    _check_sites(path, cascaded.unknown - absorbed.keys())
+    compared = _compare_codes(plain, args, kwargs, found, follow=True)
     with evaluating(plain), torch.no_grad(), compiled_aside(plain, fxquant_eager, dynamic=False) as run:
         reference = run(*args, **kwargs)
     flat = [t.detach().numpy() for t in torch.utils._pytree.tree_leaves(reference) if isinstance(t, Tensor)]
@@ -173,9 +173,9 @@ def verify_onnx(
     return VerifyReport(
         path=os.fspath(path),
         rows=kernel_rows(path),
-        codes=codes,
-        input_differing_codes=at_inputs,
-        cascaded_codes=sum(row.differing for row in cascaded),
+        codes=tuple(compared.rows),
+        input_differing_codes=compared.at_inputs,
+        cascaded_codes=sum(row.differing for row in cascaded.rows),
         max_output_difference=_largest(run_outputs(path, feeds, optimize=False), flat),
         optimized_output_difference=_largest(run_outputs(path, feeds, optimize=True), flat),
         output_spread=float(max((value.std() for value in flat), default=0.0)),
@@ -206,14 +206,21 @@ def _absorbed_codes(path: str | os.PathLike[str]) -> dict[str, np.ndarray | None
     return {key: None if tensor is None else to_array(tensor) for key, tensor in tensors.items()}
 
 
-def _check_sites(model: nn.Module, path: str | os.PathLike[str], found: Set[str]) -> None:
-    wanted = {key for key, q in quantizers(model) if q.enabled and q.site.role != "weight"}
-    absent = sorted(wanted - found)
+def _check_sites(path: str | os.PathLike[str], absent: Set[str]) -> None:
     if absent:
         raise InvalidArgument(
-            f"{os.fspath(path)} must be an export of this model: it has no QuantizeLinear for {', '.join(absent[:5])}. "
-            "Export the model again."
+            f"{os.fspath(path)} must be an export of this model: it has no QuantizeLinear for "
+            f"{', '.join(sorted(absent)[:5])}. Export the model again."
         )
+
+
+@dataclass
+class _Comparison:
+    """Rows per site, codes that differ at the model's inputs, and sites that the file does not know."""
+
+    rows: list[CodeRow] = field(default_factory=list)
+    at_inputs: int = 0
+    unknown: set[str] = field(default_factory=set)
 
 
 def _compare_codes(
@@ -223,29 +230,30 @@ def _compare_codes(
     found: Mapping[str, np.ndarray],
     *,
     follow: bool,
-) -> tuple[tuple[CodeRow, ...], int]:
-    """Rows per site, and how many codes differ at inputs; ``follow``: each site goes on from onnxruntime's codes."""
-    rows: list[CodeRow] = []
+) -> _Comparison:
+    """Evaluates the model and compares every site; ``follow``: each goes on from onnxruntime's codes."""
+    result = _Comparison()
     inputs = {t.data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-    at_inputs = 0
 
     def visit(key: str, role: Role, x: Tensor, scale: Tensor, zero_point: Tensor, y: Tensor) -> Tensor | None:
-        nonlocal at_inputs
-        if role == "weight" or key not in found:
+        if role == "weight":
+            return None
+        if key not in found:
+            result.unknown.add(key)
             return None
         theirs = torch.from_numpy(found[key].astype("int64")).reshape(y.shape)
         ours = code_before_clamp(y, scale, zero_point, "divide").to(torch.int64)
         distance = (theirs - ours).abs()
         differing = int((distance > 0).sum())
         largest = int(distance.max()) if distance.numel() else 0
-        rows.append(CodeRow(key=key, differing=differing, compared=distance.numel(), largest=largest))
-        at_inputs += differing if x.data_ptr() in inputs else 0
+        result.rows.append(CodeRow(key=key, differing=differing, compared=distance.numel(), largest=largest))
+        result.at_inputs += differing if x.data_ptr() in inputs else 0
         if not (follow and differing):
             return None
         return torch.empty_like(y).copy_(dequantize(theirs, scale, zero_point))  # in y's strides, which views rely on
 
     record(model, args, kwargs, visit)
-    return tuple(rows), at_inputs
+    return result
 
 
 def _largest(found: list[np.ndarray], reference: list[np.ndarray]) -> float:

@@ -175,12 +175,13 @@ def test_dict_and_keyword_inputs(tmp_path):
     assert verified.differing_codes == 0 and verified.integer_share == 1.0
 
 
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
+
+
 class TestRefusals:
     """Each bad input: its own message, no file, nothing changed."""
-
-    @pytest.fixture(scope="class")
-    def model(self) -> nn.Module:
-        return calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
 
     x: Tensor = torch.zeros(2, 3, 8, 8)
 
@@ -263,6 +264,7 @@ def test_a_site_that_the_evaluation_graph_lacks_is_reported(tmp_path):
     torch.compile(model, backend="fxquant_eager")(x)
     with pytest.warns(NotQuantizedWarning, match="have no place in the exported graph"):
         fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    assert fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1).integer_share == 1.0
 
 
 def test_vanishing_channels_get_a_scale_that_their_bias_can_bear(tmp_path):

@@ -50,7 +50,7 @@ def test_a_mask_is_computed_again_and_tags_are_kept() -> None:
         lambda g, x, s, z: PER_TENSOR_BACKWARD(g, fake_quantize_per_tensor_affine(x, s, z, 0, 15), s, z, 0, 15),
         *(torch.ones(3), torch.ones(3), SCALE, POINT),
     )
-    forward, backward = (node for node in gm.graph.nodes if "fake_quantize" in node.name)
+    forward = next(node for node in gm.graph.nodes if "fake_quantize" in node.name)
     forward.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     forward.meta["ac_graph_id"] = 7
     apply(LowerFakeQuantize(), gm)
