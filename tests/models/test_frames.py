@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,14 +32,7 @@ from tests.models.nets import (
 EAGER = "fxquant_eager"
 
 
-@pytest.fixture(autouse=True)
-def cold() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", NotQuantizedWarning)
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("cold")
 
 
 def plain_and_quantized(make: Callable[[], nn.Module], x: Tensor, run: Callable[[nn.Module, str], Any]) -> nn.Module:

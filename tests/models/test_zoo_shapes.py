@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.backend import compile_reports
-from fxquant.errors import NotQuantizedWarning
 from fxquant.state import plan_of
 from tests.models.nets import prepared, step, unset
 
@@ -180,14 +178,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cold() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", NotQuantizedWarning)
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("cold")
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
