@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import platform
 import statistics
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
+from fxquant.onnx.runtime import integer_dot_support
 
 Step = Callable[[Tensor], Tensor]
 
@@ -92,7 +94,7 @@ def gradients(model: nn.Module, step: Step, x: Tensor) -> list[Tensor]:
 
 
 def check(model: nn.Module, x: Tensor) -> None:
-    """Compiled gradients equal the eager oracle's within float32 noise."""
+    """Compiled gradients equal the eager oracle's but for codes that float32 noise moved: at most 1.6e-2 was seen."""
     first, second = copy.deepcopy(model), copy.deepcopy(model)
     compiled = gradients(first, torch.compile(first, backend="fxquant"), x)
     eager = gradients(second, torch.compile(second, backend="fxquant_eager"), x)
@@ -137,11 +139,21 @@ def run(net: str, steps: int) -> list[dict[str, object]]:
             "saved_ratio": round(kept[name] / kept["plain"], 3),
             "steps": steps,
             "torch": torch.__version__,
-            "machine": platform.machine(),
+            "date": datetime.date.today().isoformat(),
+            "cpu": cpu(),
             "threads": torch.get_num_threads(),
         }
         for name in variants
     ]
+
+
+def cpu() -> str:
+    """What runs it: model name, and whether it multiplies 8-bit integers in hardware."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line), name)
+    return f"{name}, {'no VNNI' if integer_dot_support() else 'VNNI'}"
 
 
 def main() -> None:

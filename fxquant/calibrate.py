@@ -39,15 +39,16 @@ def calibrate(model: M, data: Iterable[Any], *, method: Method = "max", progress
         raise InvalidArgument(f"method must be one of {', '.join(map(repr, _MODES))}: got {method!r}.")
     plain = unwrap(model)
     found = [(key, q) for key, q in quantizers(plain) if q.stateful]
-    kept = [(q.min_val.clone(), q.max_val.clone()) for _, q in found]
+    kept = [(q.min_val.clone(), q.max_val.clone(), q.resolved) for _, q in found]
     try:
         batches = _observe(plain, data, _MODES[method], progress)
         if not batches:
             raise InvalidArgument("data must hold at least one batch: got none.")
     except BaseException:
-        for (_, q), (low, high) in zip(found, kept, strict=True):
+        for (_, q), (low, high, resolved) in zip(found, kept, strict=True):
             q.min_val.copy_(low)
             q.max_val.copy_(high)
+            q.resolved = resolved
         raise
     unseen = [key for key, q in found if not q.settle()]
     if unseen:
@@ -78,8 +79,8 @@ def _observe(model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool) 
 
 def _start(quantizer: Quantizer, mode: Mode) -> None:
     quantizer.calibrating = mode
-    quantizer.resolved = False
     if quantizer.stateful:
+        quantizer.resolved = False
         quantizer.min_val.fill_(float("nan"))
         quantizer.max_val.fill_(float("nan"))
 

@@ -50,6 +50,10 @@ KINDS: dict[Any, Kind] = {
     aten.addmm: Kind("linear", {"input": 1, "weight": 2}, "weight", -1),
     **dict.fromkeys((aten.matmul, aten.bmm, aten.mm), _MATMUL),
     aten.baddbmm: Kind("matmul", {"lhs": 1, "rhs": 2}, "rhs", -1),
+    aten.mv: Kind("mv", {"lhs": 0, "rhs": 1}),
+    **dict.fromkeys(
+        (aten.gru_cell, aten.lstm_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell), Kind("recurrent_cell", {})
+    ),
     aten.einsum: Kind("einsum", {}),
     aten.embedding: Kind("embedding", {"weight": 0}, "weight", None),
     aten.scaled_dot_product_attention: Kind("sdpa", {"query": 0, "key": 1, "value": 2}),

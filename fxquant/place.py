@@ -71,12 +71,13 @@ class _Solver:
     def solve(self) -> Placements:
         for node in call_nodes(self.graph):
             kind = kind_of(node)
+            if kind is not None and kind.name in self.profile.refused:
+                self.declined.append((node, self.profile.refused[kind.name]))
+                continue
             if kind is None or not is_float(node):
                 continue
             if self.recipe.kinds is not None and kind.name not in self.recipe.kinds:
                 self.declined.append((node, f"recipe {self.recipe.name!r} leaves {kind.name} out"))
-            elif kind.name in self.profile.refused:
-                self.declined.append((node, self.profile.refused[kind.name]))
             elif any(operand in self._changed for operand in operands(node).values()):
                 self.declined.append((node, "one operand is changed in place while it is in use"))
             elif kind.name in self.profile.hard:

@@ -65,7 +65,7 @@ def prepare(
     try:
         _attach(model, plan)
     except BaseException:
-        strip(model)
+        _detach(model)
         raise
     return model
 
@@ -73,6 +73,12 @@ def prepare(
 def strip(model: nn.Module) -> nn.Module:
     """Takes plan, quantizers and frozen BatchNorm modes off again: the float model, with its trained weights."""
     freeze_batch_norm(model, frozen=False)
+    _detach(model)
+    return model
+
+
+def _detach(model: nn.Module) -> None:
+    """Undoes `_attach`, however far it came."""
     for _, module, _ in list(owners(model)):
         bound = bound_forward(module)
         if bound is not None:
@@ -84,7 +90,6 @@ def strip(model: nn.Module) -> nn.Module:
     root = model.__dict__.get(Root.SLOT)
     if root is not None:
         root.detach()
-    return model
 
 
 def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:

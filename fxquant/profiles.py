@@ -42,7 +42,11 @@ ONNXRUNTIME = Profile(
     needs_output=frozenset({"conv"}),
     fuses=frozenset({"relu", "relu6"}),
     joins_scale=False,
-    refused={"conv_transpose": "onnxruntime has no integer ConvTranspose kernel"},
+    refused={
+        "conv_transpose": "onnxruntime has no integer ConvTranspose kernel",
+        "recurrent_cell": "a fused recurrent cell is not looked into: its products stay float",
+        "mv": "products of a matrix and a vector stay float",
+    },
 )
 
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (ONNXRUNTIME,)}

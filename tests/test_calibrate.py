@@ -79,10 +79,11 @@ def _fails_in_the_second_batch():
 )
 def test_after_an_error_the_old_ranges_are_back(model, data, error, match):
     fxquant.calibrate(model, [torch.ones(4, 6)])
-    before = _ranges(model)
+    before, modes = _ranges(model), [q.mode(training=False) for _, q in quantizers(model)]
     with pytest.raises(error, match=match):
         fxquant.calibrate(model, data)
     assert _ranges(model) == before
+    assert [q.mode(training=False) for _, q in quantizers(model)] == modes
     assert all(q.calibrating is None for _, q in quantizers(model))
 
 

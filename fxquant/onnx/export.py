@@ -20,7 +20,7 @@ from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, Ra
 from fxquant.onnx.canonicalize import canonicalize
 from fxquant.onnx.freeze import Frozen, freeze
 from fxquant.onnx.require import require
-from fxquant.onnx.write import beside, pack_int4, save, to_onnx
+from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import training_passes
 from fxquant.plan import Plan
@@ -111,8 +111,8 @@ def export_onnx(
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     program.model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     if weight_storage == "int4":
-        notes += pack_int4(program.model, set(frozen.weights))
-    save(program, destination)
+        notes += pack_int4(program.model)
+    size = save(program, destination)
     return ExportReport(
         path=os.fspath(path),
         target=plan.target,
@@ -120,7 +120,7 @@ def export_onnx(
         activations=tuple(frozen.activations),
         weights=tuple(frozen.weights),
         dynamic_batch=any(not isinstance(d, int) for i in program.model.graph.inputs for d in (i.shape or [])[:1]),
-        file_bytes=sum(f.stat().st_size for f in (destination, beside(destination)) if f.exists()),
+        file_bytes=size,
         float_bytes=4 * sum(p.numel() for p in plain.parameters()),
         notes=tuple(notes),
     )

@@ -58,8 +58,8 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def save(program: Any, destination: Path) -> None:
-    """Writes beside the destination and moves into place, so that no half file is ever there."""
+def save(program: Any, destination: Path) -> int:
+    """Writes beside the destination and moves into place, so that no half file is ever there; returns bytes written."""
     onnx = require("onnx")
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fxquant-") as folder:
         temporary = Path(folder) / destination.name
@@ -71,15 +71,14 @@ def save(program: Any, destination: Path) -> None:
             raise
         except Exception as error:
             raise ExportError(f"{destination.name} must be a valid ONNX model: got {error}") from error
-        for written in sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name):
+        files = sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name)  # what it refers to first
+        total = sum(written.stat().st_size for written in files)
+        for written in files:
             shutil.move(written, destination.parent / written.name)
+    return total
 
 
-def beside(path: Path) -> Path:
-    return path.with_name(path.name + ".data")
-
-
-def pack_int4(model: Any, weights: set[str]) -> list[str]:
+def pack_int4(model: Any) -> list[str]:
     """Codes in −8…7 as ONNX int4, with their zero points."""
     import ml_dtypes
     import onnx_ir as ir

@@ -198,6 +198,16 @@ def test_an_attribute_named_quantizers(where: str) -> None:
         fxquant.prepare(model, (X,))
 
 
+def test_a_refused_prepare_leaves_batch_norm_frozen() -> None:
+    model = ConvNet()
+    fxquant.freeze_batch_norm(model)
+    model.conv1.quantizers = "mine"  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModel, match="must not have an attribute 'quantizers' of its own"):
+        fxquant.prepare(model, (torch.randn(2, 3, 8, 8),))
+    model.train()
+    assert not model.bn1.training
+
+
 def test_a_kind_that_matches_nothing() -> None:
     model = Mlp()
     recipe = dataclasses.replace(INT8, name="mine", kinds=frozenset({"linear", "conv", "embedding"}))
