@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxquant.capture import capture
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
-from fxquant.ops.qparams import decompositions
+from fxquant.ops.library import DECOMPOSITIONS
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.profiles import get_profile
@@ -80,7 +80,7 @@ def fxquant(
         joint_custom_post_pass=joint_passes(select_decomp_table),
         post_grad_custom_pre_pass=post_grad_passes(select_decomp_table),
     )
-    table = _DecompositionTable({**select_decomp_table(), **decompositions()})
+    table = _DecompositionTable({**select_decomp_table(), **DECOMPOSITIONS})
     compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)
     return compiled
 

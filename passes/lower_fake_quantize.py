@@ -13,16 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.ops import fake_quantize
+from fxquant.ops.library import ARITHMETIC
 from fxquant.passes.base import Pass, PassResult
 
-_KERNELS: dict[Any, Callable[..., torch.Tensor]] = {
-    fake_quantize.PER_TENSOR_SCALAR: fake_quantize._per_tensor_scalar,
-    fake_quantize.PER_TENSOR: fake_quantize._per_tensor,
-    fake_quantize.PER_CHANNEL: fake_quantize._per_channel,
-    fake_quantize.PER_TENSOR_BACKWARD: fake_quantize._per_tensor_grad,
-    fake_quantize.PER_CHANNEL_BACKWARD: fake_quantize._per_channel_grad,
-}
-
+_OPS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD)
 _KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
 
 
@@ -41,7 +35,7 @@ class LowerFakeQuantize(Pass):
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every fake-quant node by its traced body."""
-        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _KERNELS]
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _OPS]
         table = dict(self.decompositions()) if nodes else {}
         bodies: dict[tuple[object, ...], fx.Graph] = {}
         for node in nodes:
@@ -65,7 +59,7 @@ def _signature(node: fx.Node) -> tuple[object, ...]:
 
 
 def _traced(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.Graph:
-    kernel = functools.partial(_positional, _KERNELS[node.target], node.args, dict(node.kwargs))
+    kernel = functools.partial(_positional, ARITHMETIC[node.target], node.args, dict(node.kwargs))
     values = [n.meta["val"] for n in _operands(node)]
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     assert mode is not None, f"{node.name} reads no fake tensor"

@@ -210,9 +210,7 @@ def test_cold_import_costs_no_more_than_torch() -> None:
     foreign = sorted(roots - {"fxquant", "torch"} - sys.stdlib_module_names)
     assert not foreign, f"`import fxquant` loads {foreign}, which `import torch` does not"
     compilers = sorted(extra & COMPILERS)
-    assert not compilers, (
-        f"`import fxquant` loads {compilers}, which is slow: import it where a model is compiled"
-    )
+    assert not compilers, f"`import fxquant` loads {compilers}, which is slow: import it where a model is compiled"
 
 
 def test_cold_import_has_one_copy_of_the_passes() -> None:
@@ -251,9 +249,7 @@ def test_every_public_module_has_a_docstring() -> None:
 
 def test_every_package_folder_is_a_package() -> None:
     folders = {path.parent for path, _ in package_files()}
-    bare = [
-        folder.relative_to(ROOT).as_posix() for folder in folders if not (folder / "__init__.py").exists()
-    ]
+    bare = [folder.relative_to(ROOT).as_posix() for folder in folders if not (folder / "__init__.py").exists()]
     assert not bare, f"folders without __init__.py would be left out of the wheel: {bare}"
     assert (ROOT / "fxquant" / "passes").resolve() == ROOT / "passes", "fxquant/passes must lead to ../passes"
 
@@ -288,9 +284,7 @@ def test_no_machine_path_and_no_index_host() -> None:
     assert not found, "\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "line", ["see /home/ann/x", "path=/work/main", "'/root/.cache'", "https://pypi.org/simple"]
-)
+@pytest.mark.parametrize("line", ["see /home/ann/x", "path=/work/main", "'/root/.cache'", "https://pypi.org/simple"])
 def test_the_path_rule_itself(line: str) -> None:
     assert MACHINE_PATH.search(line) or INDEX_HOST.search(line)
 

@@ -18,7 +18,7 @@ def _bind(key: str, modes: Sequence[int], state: Sequence[Tensor]) -> None:
     return None
 
 
-BIND = define("bind(str key, int[] modes, Tensor[] state) -> ()", _bind)
+BIND = define("bind(str key, int[] modes, Tensor[] state) -> ()", _bind, decompose=False)
 # Nothing uses its (absent) result; without this, tracers would drop it as dead code.
 torch.fx.node.has_side_effect(BIND)
 

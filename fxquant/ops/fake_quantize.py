@@ -14,70 +14,104 @@ import torch
 from torch import Tensor
 
 from fxquant import numerics
-from fxquant.ops.library import LIBRARY, define
-from fxquant.spec import ROUNDINGS
+from fxquant.ops.checks import can_read, check_floating, check_range, check_rounding, scalar_type
+from fxquant.ops.library import define, same_arguments
 
-_ZERO_POINTS = (torch.int32, torch.int64, torch.float32)
-
-
-def _check_range(quant_min: int, quant_max: int, rounding: str) -> None:
-    if quant_min > quant_max:
-        raise RuntimeError(f"`quant_min` should be less than or equal to `quant_max`: got {quant_min} and {quant_max}.")
-    if rounding not in ROUNDINGS:
-        raise RuntimeError(f"`rounding` must be one of {ROUNDINGS}: got {rounding!r}.")
+_ZERO_POINTS = (torch.int32, torch.int64, torch.float32, torch.float16)
 
 
 def _check_qparams(scale: Tensor, zero_point: Tensor) -> None:
     if scale.dtype not in (torch.float32, torch.bfloat16):
-        raise RuntimeError(f"Scale must be Float or BFloat16, found {scale.dtype}.")
+        raise RuntimeError(f"Scale must be Float or BFloat16, found {scalar_type(scale.dtype)}.")
     if zero_point.dtype not in _ZERO_POINTS:
-        raise RuntimeError(f"Zero-point must be Int32, Int64 or Float, found {zero_point.dtype}.")
-
-
-def _check_tensor_qparams(scale: Tensor, zero_point: Tensor) -> None:
-    _check_qparams(scale, zero_point)
-    if scale.numel() != 1 or zero_point.numel() != 1:
         raise RuntimeError(
-            "per-tensor scale and zero_point must hold one element each: "
-            f"got shapes {tuple(scale.shape)} and {tuple(zero_point.shape)}."
+            f"Zero-point must be Int32, Float or Half, found {scalar_type(zero_point.dtype)} (Long is accepted too)."
         )
 
 
 def _check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> None:
-    _check_qparams(scale, zero_point)
-    if scale.dim() != 1 or zero_point.dim() != 1:
-        raise RuntimeError("scale and zero-point need to be 1-D tensors.")
+    if scale.dim() != 1:
+        raise RuntimeError(f"scale should be a 1-D tensor: got shape {tuple(scale.shape)}.")
+    if zero_point.dim() != 1:
+        raise RuntimeError(f"zero point should be a 1-D tensor: got shape {tuple(zero_point.shape)}.")
+    if scale.shape[0] != zero_point.shape[0]:
+        raise RuntimeError(
+            "scale and zero-point need to have the same dimensions: "
+            f"got {scale.shape[0]} and {zero_point.shape[0]} elements."
+        )
     if not 0 <= axis < x.dim():
         raise RuntimeError(f"`axis` must be between 0 and number of dimensions of input: got {axis} of {x.dim()}.")
-    if scale.shape[0] != x.shape[axis] or zero_point.shape[0] != x.shape[axis]:
+    if scale.shape[0] != x.shape[axis]:
         raise RuntimeError(
             "dimensions of scale and zero-point are not consistent with input tensor: "
-            f"got {scale.shape[0]} and {zero_point.shape[0]} for {x.shape[axis]} slices of axis {axis}."
+            f"got {scale.shape[0]} of each for {x.shape[axis]} slices of axis {axis}."
         )
+
+
+def _refuse_zero_point(zero_point: object, quant_min: int, quant_max: int) -> None:
+    raise RuntimeError(
+        "`zero_point` must be between `quant_min` and `quant_max`: "
+        f"got {zero_point}, not in [{quant_min}, {quant_max}]."
+    )
+
+
+def _check_zero_points(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+    """Values, where a look is free; torch leaves floating ones unchecked too."""
+    per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
+    if can_read(zero_point) and not zero_point.is_floating_point():
+        outside = zero_point[(zero_point < quant_min) | (zero_point > quant_max)]
+        if outside.numel():
+            _refuse_zero_point(outside[0].item(), quant_min, quant_max)
+
+
+def per_channel_arguments(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: str
+) -> None:
+    """Checks what shapes, dtypes and numbers of a per-channel call show, in torch's order."""
+    check_rounding(rounding)
+    check_floating("input", x)
+    _check_qparams(scale, zero_point)
+    _check_channels(x, scale, zero_point, axis)
+    check_range(quant_min, quant_max)
+
+
+def per_tensor_arguments(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: str
+) -> None:
+    """The same for one scale and zero point, each a tensor of one element."""
+    check_rounding(rounding)
+    check_floating("input", x)
+    check_range(quant_min, quant_max)
+    _check_qparams(scale, zero_point)
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor.numel() != 1:
+            raise RuntimeError(f"{name} must be a 1-element tensor: got shape {tuple(tensor.shape)}.")
 
 
 def _per_tensor_scalar(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    _check_range(quant_min, quant_max, rounding)
+    check_rounding(rounding)
+    check_floating("input", x)
+    check_range(quant_min, quant_max)
     if not quant_min <= zero_point <= quant_max:
-        raise RuntimeError(
-            f"`zero_point` must be between `quant_min` and `quant_max`: got {zero_point}, not in "
-            f"[{quant_min}, {quant_max}]."
-        )
-    scale_tensor = torch.full((), scale, dtype=torch.float32, device=x.device)
-    point = torch.full((), zero_point, dtype=torch.int32, device=x.device)
-    return numerics.fake_quantize_per_tensor(x, scale_tensor, point, quant_min, quant_max, rounding)
+        _refuse_zero_point(zero_point, quant_min, quant_max)
+    return numerics.fake_quantize_per_tensor(x, *_constants(x, scale, zero_point), quant_min, quant_max, rounding)
+
+
+def _constants(x: Tensor, scale: float, zero_point: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.full((), scale, dtype=torch.float32, device=x.device),
+        torch.full((), zero_point, dtype=torch.int32, device=x.device),
+    )
 
 
 def _per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    _check_range(quant_min, quant_max, rounding)
-    _check_tensor_qparams(scale, zero_point)
+    per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     scale, point = scale.reshape(()), zero_point.reshape(())
     return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
 def _per_channel(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    _check_range(quant_min, quant_max, rounding)
-    _check_channels(x, scale, zero_point, axis)
+    per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     return numerics.fake_quantize_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
@@ -90,75 +124,70 @@ def _per_channel_grad(grad, x, scale, zero_point, axis, quant_min, quant_max, *,
     return numerics.fake_quantize_per_channel_backward(grad, x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
+# The backward ops are linear in `grad`, so their own gradient is themselves, applied to the new one.
+def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
+    found = PER_TENSOR_BACKWARD(grad, a.input, a.scale, a.zero_point, a.quant_min, a.quant_max, rounding=a.rounding)
+    return {"input": found}
+
+
+def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
+    a.scale, a.zero_point = _constants(a.input, a.scale, a.zero_point)
+    return _backward_per_tensor(a, grad)
+
+
+def _backward_per_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
+    found = PER_CHANNEL_BACKWARD(
+        grad, a.input, a.scale, a.zero_point, a.axis, a.quant_min, a.quant_max, rounding=a.rounding
+    )
+    return {"input": found}
+
+
 _TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
 _CHANNEL = "Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max"
 _ROUNDING = '*, str rounding="reciprocal"'
+_SAVED = ("input", "scale", "zero_point")
 
+# Nodes to the end of our passes (decompose=False): places, export and the partitioner's tags need one node a site.
 PER_TENSOR_SCALAR = define(
     "fake_quantize_per_tensor_affine(Tensor input, float scale, int zero_point, int quant_min, int quant_max, "
     f"{_ROUNDING}) -> Tensor",
     _per_tensor_scalar,
+    backward=_backward_scalar,
+    lift=same_arguments,
+    decompose=False,
 )
 PER_TENSOR = define(
-    f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor", _per_tensor
+    f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
+    _per_tensor,
+    backward=_backward_per_tensor,
+    lift=same_arguments,
+    decompose=False,
 )
-PER_CHANNEL = define(f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor", _per_channel)
+PER_CHANNEL = define(
+    f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
+    _per_channel,
+    check=_check_zero_points,
+    backward=_backward_per_channel,
+    lift=lambda x, scale, point, axis, *rest: (x, scale, point, axis + 1, *rest),
+    decompose=False,
+)
 PER_TENSOR_BACKWARD = define(
     f"fake_quantize_per_tensor_affine_backward(Tensor grad, Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
     _per_tensor_grad,
+    backward=lambda a, grad: {"grad": _backward_per_tensor(a, grad)["input"]},
+    saves=_SAVED,
+    decompose=False,
 )
 PER_CHANNEL_BACKWARD = define(
     f"fake_quantize_per_channel_affine_backward(Tensor grad, Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
     _per_channel_grad,
+    backward=lambda a, grad: {"grad": _backward_per_channel(a, grad)["input"]},
+    saves=_SAVED,
+    decompose=False,
 )
 
 FAKE_QUANTIZE = (PER_TENSOR_SCALAR, PER_TENSOR, PER_CHANNEL)
 BACKWARD = (PER_TENSOR_BACKWARD, PER_CHANNEL_BACKWARD)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    tensors = [a for a in inputs if isinstance(a, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.static = tuple(a for a in inputs if not isinstance(a, Tensor))
-    ctx.rounding = keyword_only_inputs["rounding"]
-
-
-def _backward_scalar(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
-    scale, zero_point, quant_min, quant_max = ctx.static
-    scale = torch.full((), scale, dtype=torch.float32, device=x.device)
-    zero_point = torch.full((), zero_point, dtype=torch.int32, device=x.device)
-    grad = PER_TENSOR_BACKWARD(grad, x, scale, zero_point, quant_min, quant_max, rounding=ctx.rounding)
-    return grad, None, None, None, None
-
-
-def _backward_with(op: Any, count: int) -> Any:
-    """Gradient of a forward op with ``count`` arguments, by its backward op; saved are x, scale, zero_point."""
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (op(grad, *ctx.saved_tensors, *ctx.static, rounding=ctx.rounding), *(None,) * (count - 1))
-
-    return backward
-
-
-def _double_backward_with(op: Any, count: int) -> Any:
-    """The backward op is linear in its gradient, so its own gradient is itself, applied to the new one."""
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, *saved = ctx.saved_tensors
-        return (op(grad, *saved, *ctx.static, rounding=ctx.rounding), *(None,) * (count - 1))
-
-    return backward
-
-
-for _name, _backward in (
-    ("fake_quantize_per_tensor_affine", _backward_scalar),
-    ("fake_quantize_per_tensor_affine.tensor_qparams", _backward_with(PER_TENSOR_BACKWARD, 5)),
-    ("fake_quantize_per_channel_affine", _backward_with(PER_CHANNEL_BACKWARD, 6)),
-    ("fake_quantize_per_tensor_affine_backward", _double_backward_with(PER_TENSOR_BACKWARD, 6)),
-    ("fake_quantize_per_channel_affine_backward", _double_backward_with(PER_CHANNEL_BACKWARD, 7)),
-):
-    torch.library.register_autograd(f"fxquant::{_name}", _backward, setup_context=_save, lib=LIBRARY)
 
 
 def fake_quantize_per_tensor_affine(

@@ -1,25 +1,139 @@
-"""The ``fxquant`` operator library and the one way an operator is put into it."""
+"""The ``fxquant`` operator library and the one way an operator is put into it.
+
+An operator is one pure function, its *arithmetic*. From it come the eager kernel (value checks first), the fake
+implementation and the decomposition that Inductor fuses; a second pure function is its gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Kept alive here: a Library that is collected unregisters its operators.
 LIBRARY = torch.library.Library("fxquant", "DEF")
 
+Arithmetic = Callable[..., Any]
+# Gradient of a named set of arguments, from the arguments by name and one gradient per output.
+Backward = Callable[..., Mapping[str, Tensor | None]]
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any] | None = None) -> Any:
-    """Registers ``schema`` with one kernel for every device; returns its OpOverload.
+ARITHMETIC: dict[Any, Arithmetic] = {}
+"""op → the function that it stands for, without value checks."""
 
-    ``fake`` gives shapes and dtypes; without it the kernel itself serves, which is right for kernels made
-    of shape-preserving torch calls only.
+DECOMPOSITIONS: dict[Any, Arithmetic] = {}
+"""The part of `ARITHMETIC` that a compiler takes apart as it traces; the rest stays a node for our passes."""
+
+
+def define(
+    schema: str,
+    arithmetic: Arithmetic,
+    *,
+    check: Callable[..., None] | None = None,
+    fake: Arithmetic | None = None,
+    backward: Backward | None = None,
+    saves: Sequence[str] | None = None,
+    decompose: bool = True,
+    lift: Callable[..., Sequence[Any]] | None = None,
+) -> Any:
+    """Registers ``schema`` for every device; returns its OpOverload.
+
+    Args:
+        schema: name, overload and signature. What receives a gradient must be positional.
+        arithmetic: torch calls only, no host reads; static properties (shapes, dtypes, numbers) are checked here.
+        check: called first with the same arguments by the eager kernel only, so it may read values.
+        fake: shapes and dtypes; the arithmetic itself by default.
+        backward: ``backward(arguments, *grads)`` → gradients by argument name; ``arguments`` has the op's arguments
+            as attributes. Differentiable itself, as it is made of torch calls. Absent: no gradient.
+        saves: the tensor arguments that ``backward`` reads; all by default.
+        decompose: whether compilers trace the arithmetic, or the op as one node.
+        lift: for torch.vmap over the first argument alone: its batch stands in front, ``lift(*args)`` gives the
+            positional arguments that do the whole batch in one call. Absent, or other arguments mapped: one call
+            a sample.
     """
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if check is not None:
+            check(*args, **kwargs)
+        return arithmetic(*args, **kwargs)
+
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxquant::{name}", fake or kernel, lib=LIBRARY)
+    LIBRARY.impl(name, kernel if check is not None else arithmetic, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxquant::{name}", fake or arithmetic, lib=LIBRARY)
     packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.fxquant, packet), overload or "default")
+    op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
+    gradient = _Gradient(op, backward, saves) if backward is not None else None
+    if gradient is not None:
+        torch.library.register_autograd(
+            f"fxquant::{name}", gradient.backward, setup_context=gradient.setup_context, lib=LIBRARY
+        )
+    torch.library.register_vmap(f"fxquant::{name}", _vmap_rule(op, lift), lib=LIBRARY)
+    ARITHMETIC[op] = arithmetic
+    if decompose:
+        DECOMPOSITIONS[op] = arithmetic
+    return op
+
+
+def _by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    found = {argument.name: argument.default_value for argument in op._schema.arguments}
+    found.update(zip(found, args, strict=False))
+    return {**found, **kwargs}
+
+
+def _vmap_rule(op: Any, lift: Callable[..., Sequence[Any]] | None) -> Callable[..., Any]:
+    """The op itself on the whole batch where ``lift`` can say how, else once for each sample.
+
+    Either way autograd, tracing and further levels of vmap meet ordinary calls of the op.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        mapped = [(i, dim) for i, dim in enumerate(in_dims) if dim is not None]
+        front = list(args)
+        for i, dim in mapped:
+            front[i] = args[i].movedim(dim, 0)
+        if lift is not None and [i for i, _ in mapped] == [0]:
+            out = op(*lift(*front), **kwargs)
+            return out, (0,) * len(out) if isinstance(out, tuple) else 0
+        samples = []
+        for k in range(info.batch_size):
+            sample = list(front)
+            for i, _ in mapped:
+                sample[i] = front[i][k]
+            samples.append(op(*sample, **kwargs))
+        if isinstance(samples[0], tuple):
+            return tuple(torch.stack(each) for each in zip(*samples, strict=True)), (0,) * len(samples[0])
+        return torch.stack(samples), 0
+
+    return rule
+
+
+def same_arguments(*args: Any) -> Sequence[Any]:
+    """``lift`` of an elementwise op: a batch in front of the input changes nothing."""
+    return args
+
+
+class _Gradient:
+    """A backward function in the form that torch.library takes."""
+
+    def __init__(self, op: Any, function: Backward, saves: Sequence[str] | None) -> None:
+        self.op = op
+        self.function = function
+        self.saves = saves
+        self.positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
+
+    def setup_context(
+        self, ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Mapping[str, Any], output: Any
+    ) -> None:
+        arguments = _by_name(self.op, inputs, keyword_only_inputs)
+        tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+        ctx.saved_names = [name for name in tensors if self.saves is None or name in self.saves]
+        ctx.static = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+        ctx.save_for_backward(*(arguments[name] for name in ctx.saved_names))
+
+    def backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = types.SimpleNamespace(**ctx.static, **dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True)))
+        found = self.function(arguments, *grads)
+        return tuple(found.get(name) for name in self.positional)

@@ -21,10 +21,13 @@ def _quantize_dequantize(
     return PER_TENSOR_SCALAR(x, scale, zero_point, quant_min, quant_max, rounding="divide")
 
 
-DEQUANTIZE = define("dequantize_affine(Tensor code, Tensor scale, Tensor zero_point, int? axis) -> Tensor", _dequantize)
+DEQUANTIZE = define(
+    "dequantize_affine(Tensor code, Tensor scale, Tensor zero_point, int? axis) -> Tensor", _dequantize, decompose=False
+)
 QUANTIZE_DEQUANTIZE = define(
     "quantize_dequantize(Tensor input, float scale, int zero_point, int quant_min, int quant_max, str label) -> Tensor",
     _quantize_dequantize,
+    decompose=False,
 )
 
 

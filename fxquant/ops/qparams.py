@@ -97,35 +97,26 @@ def _symmetric_like(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor
 
 
 UPDATE_MIN_MAX = define(
-    "update_min_max(Tensor input, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)", _update, _ranges_like
+    "update_min_max(Tensor input, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
+    _update,
+    fake=_ranges_like,
 )
 EXTEND_MIN_MAX = define(
-    "extend_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _extend, _ranges_like
+    "extend_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _extend, fake=_ranges_like
 )
 RESOLVE_MIN_MAX = define(
-    "resolve_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _resolve, _ranges_like
+    "resolve_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _resolve, fake=_ranges_like
 )
 AFFINE_QPARAMS = define(
     "affine_qparams(Tensor min, Tensor max, int quant_min, int quant_max, bool symmetric) -> (Tensor, Tensor)",
     _affine,
-    _affine_like,
+    fake=_affine_like,
 )
 SYMMETRIC_QPARAMS = define(
-    "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, _symmetric_like
+    "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, fake=_symmetric_like
 )
 
 QPARAM_OPS = (UPDATE_MIN_MAX, EXTEND_MIN_MAX, RESOLVE_MIN_MAX, AFFINE_QPARAMS, SYMMETRIC_QPARAMS)
-
-
-def decompositions() -> dict[object, object]:
-    """op → arithmetic, for AOTAutograd: these run in every step and Inductor fuses them with their producer."""
-    return {
-        UPDATE_MIN_MAX: _update,
-        EXTEND_MIN_MAX: _extend,
-        RESOLVE_MIN_MAX: _resolve,
-        AFFINE_QPARAMS: _affine,
-        SYMMETRIC_QPARAMS: _symmetric,
-    }
 
 
 def update_min_max(input: Tensor, min: Tensor, max: Tensor, constant: float) -> tuple[Tensor, Tensor]:

@@ -130,9 +130,7 @@ def test_standardized_by_the_training_images_alone(digits: Any) -> None:
 def test_an_epoch_is_shuffled_in_full_batches_and_repeats_with_its_seed(digits: Any) -> None:
     from fxquant.demo import data
 
-    first, again, other = (
-        list(data.epoch(digits, torch.Generator().manual_seed(seed))) for seed in (3, 3, 4)
-    )
+    first, again, other = (list(data.epoch(digits, torch.Generator().manual_seed(seed))) for seed in (3, 3, 4))
     assert len(first) == 1347 // 64 and all(images.shape == (64, 1, 8, 8) for images, _ in first)
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, again, strict=True))
     assert not torch.equal(first[0][1], other[0][1])
@@ -178,9 +176,7 @@ def test_rate_rises_to_the_peak_then_falls_to_nothing() -> None:
 def test_same_seed_same_training(digits: Any) -> None:
     schedule = Schedule(epochs=2, learning_rate=3e-3, steps_per_epoch=3)
     console = Console(io.StringIO())
-    first, again, other = (
-        job.train_float("vit", digits, schedule, seed=seed, console=console) for seed in (5, 5, 6)
-    )
+    first, again, other = (job.train_float("vit", digits, schedule, seed=seed, console=console) for seed in (5, 5, 6))
     assert first.curve == again.curve and first.accuracy == again.accuracy
     assert first.curve != other.curve
 
@@ -306,9 +302,7 @@ def fake_panel(net: str, recipes: tuple[str, ...] = ("int8", "w4a8"), sites: int
     sqnr = {f"block{i}.conv1.quantizers.weight": 30.0 + i for i in range(sites)}
     sqnr |= {f"block{i}.quantizers.relu": 25.0 + i for i in range(sites)} | {"q.exact": float("inf")}
     runs = [Quantized(result=result(net, recipe), curve=[0.2, 0.1], sqnr=sqnr) for recipe in recipes]
-    return plot.Panel(
-        trained=Trained(net=net, model=nn.Identity(), accuracy=0.99, curve=[2.0, 1.0, 0.5]), runs=runs
-    )
+    return plot.Panel(trained=Trained(net=net, model=nn.Identity(), accuracy=0.99, curve=[2.0, 1.0, 0.5]), runs=runs)
 
 
 @pytest.mark.parametrize("panels", [[fake_panel("cnn")], [fake_panel("cnn"), fake_panel("vit", sites=0)]])
@@ -382,9 +376,7 @@ def faked(monkeypatch: Any) -> list[str]:
     return calls
 
 
-def test_stages_come_in_order_and_everything_is_written(
-    faked: list[str], tmp_path: Path, capsys: Any
-) -> None:
+def test_stages_come_in_order_and_everything_is_written(faked: list[str], tmp_path: Path, capsys: Any) -> None:
     assert fxquant.demo.main(["--quick", "--out", str(tmp_path), "--nets", "cnn", "--recipes", "int8"]) == 0
     assert faked == [
         "prepare", "calibrate", "fxquant_eager", "fxquant", "freeze_batch_norm", "freeze_ranges",

@@ -85,9 +85,7 @@ def test_a_lost_quantizer_is_noticed(verified, tmp_path):
                         names[index] = "something"
 
     edited = _edit(path, tmp_path / "r.onnx", rename)
-    with pytest.raises(
-        InvalidArgument, match=r"an export of this model: it has no QuantizeLinear for head\.inp"
-    ):
+    with pytest.raises(InvalidArgument, match=r"an export of this model: it has no QuantizeLinear for head\.inp"):
         fxquant.verify_onnx(model, (torch.randn(4, 3, 8, 8),), edited)
 
 

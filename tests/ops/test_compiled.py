@@ -20,7 +20,7 @@ from fxquant.ops import (
     symmetric_qparams,
     update_min_max,
 )
-from fxquant.ops.qparams import decompositions
+from fxquant.ops.library import DECOMPOSITIONS
 from fxquant.passes.pipelines import post_grad_passes
 from tests.ops.oracle import assert_same_bits, hard_values
 
@@ -31,7 +31,7 @@ SCALE = torch.tensor([0.3])
 
 def lowering(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor with our lowering, and nothing else of ours."""
-    table = {**select_decomp_table(), **decompositions()}
+    table = {**select_decomp_table(), **DECOMPOSITIONS}
     patches = _with_passes({}, post_grad_custom_pre_pass=post_grad_passes(select_decomp_table))
     return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
 

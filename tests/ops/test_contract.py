@@ -189,17 +189,17 @@ def test_no_gradient_to_scale_and_zero_point() -> None:
         (lambda x: fake_quantize_per_tensor_affine(x, S, Z, 5, 4), r"got 5 and 4"),
         (lambda x: fake_quantize_per_tensor_affine(x, 0.1, 16, 0, 15), r"`zero_point` must be between .*: got 16"),
         (lambda x: fake_quantize_per_tensor_affine(x, S, 0, 0, 15), "both be numbers or both be tensors"),
-        (lambda x: fake_quantize_per_tensor_affine(x, SC, Z, 0, 15), r"one element each: got shapes \(3,\) and \(1,\)"),
+        (lambda x: fake_quantize_per_tensor_affine(x, SC, Z, 0, 15), r"scale must be a 1-element tensor: got shape \(3,\)"),
         (lambda x: fake_quantize_per_tensor_affine(x, S.double(), Z, 0, 15), "Scale must be Float or BFloat16"),
         (
             lambda x: fake_quantize_per_tensor_affine(x, S, Z.double(), 0, 15),
-            "Zero-point must be Int32, Int64 or Float",
+            r"Zero-point must be Int32, Float or Half, found Double",
         ),
         (lambda x: fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 15, rounding="up"), r"`rounding` must be one of"),
-        (lambda x: fake_quantize_per_channel_affine(x, S, Z, 1, 0, 15), "1 and 1 for 3 slices of axis 1"),
+        (lambda x: fake_quantize_per_channel_affine(x, S, Z, 1, 0, 15), "not consistent with input tensor: got 1 of each for 3 slices of axis 1"),
         (lambda x: fake_quantize_per_channel_affine(x, SC, ZC, 2, 0, 15), "`axis` must be between 0 and.*got 2 of 2"),
         (lambda x: fake_quantize_per_channel_affine(x, SC, ZC, -1, 0, 15), "`axis` must be between 0"),
-        (lambda x: fake_quantize_per_channel_affine(x, SC[None], ZC, 1, 0, 15), "need to be 1-D"),
+        (lambda x: fake_quantize_per_channel_affine(x, SC[None], ZC, 1, 0, 15), "scale should be a 1-D tensor"),
     ],
 )
 def test_errors(call: Any, message: str) -> None:

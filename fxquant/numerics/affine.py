@@ -1,4 +1,4 @@
-"""The one definition of affine quantize and dequantize, as pure tensor functions.
+"""Affine quantize and dequantize.
 
 Eager kernels, the lowering for Inductor, gradients and export all call these, so they agree bit for bit::
 
