@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxquant.capture import capture
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
-from fxquant.ops.library import DECOMPOSITIONS
+from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.profiles import get_profile
@@ -65,8 +65,8 @@ def fxquant(
 ) -> Callable[..., Any]:
     """Backend ``"fxquant"``: the QAT graph of ``gm``, compiled by Inductor.
 
-    ``mode`` is torch.compile's. ``options``: ``recipe`` and ``target`` for a model that was not prepared, and
-    ``inductor``, a mapping of Inductor config entries.
+    ``mode`` is torch.compile's. ``options``: ``recipe`` and ``target`` for a model that was not prepared (recipe None
+    places nothing: for a model that calls ``fxquant.ops`` itself), and ``inductor``, a mapping of Inductor settings.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13
@@ -80,9 +80,27 @@ def fxquant(
         joint_custom_post_pass=joint_passes(select_decomp_table),
         post_grad_custom_pre_pass=post_grad_passes(select_decomp_table),
     )
-    table = _DecompositionTable({**select_decomp_table(), **DECOMPOSITIONS})
+    theirs = {op: decompose for op, decompose in select_decomp_table().items() if op not in ARITHMETIC}
+    table = _DecompositionTable({**theirs, **DECOMPOSITIONS})
     compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)
     return compiled
+
+
+def fuse_in_inductor() -> None:
+    """Lets ``torch.compile`` without our backend fuse calls of ``fxquant.ops``, which would otherwise stay calls.
+
+    Adds our operators to Inductor's decompositions, and the digest of our sources to ``cache_key_tag``: torch's cache
+    of traced graphs knows an operator by its name only. Happens by itself when Dynamo first meets one of them.
+    """
+    from torch._inductor import decomposition  # private; tried on 2.13
+
+    # Without a result there is nothing to compute, only a mark that must not vanish.
+    fusible = {op: arithmetic for op, arithmetic in ARITHMETIC.items() if op._schema.returns}
+    decomposition.decompositions.update(fusible)
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made when it was first asked for
+    tag = f"fxquant {source_digest()}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
 
 
 def fxquant_eager(
@@ -136,11 +154,14 @@ def quantize_graph(
             "Give them to fxquant.prepare."
         )
     _refuse_buckets(captured)
-    stateless = not prepared and any(map(_is_trainable, example_inputs))
-    passes = training_passes(chosen.recipe, get_profile(chosen.target), stateless=stateless)
-    result = run_all(passes, captured)
-    if not digests and not stateless:
-        result.declines.append(_left_alone(captured))
+    if chosen.recipe is None:
+        result = PassResult(declines=[_left_alone(captured, "recipe=None places nothing")])
+    else:
+        stateless = not prepared and any(map(_is_trainable, example_inputs))
+        passes = training_passes(chosen.recipe, get_profile(chosen.target), stateless=stateless)
+        result = run_all(passes, captured)
+        if not digests and not stateless:
+            result.declines.append(_left_alone(captured))
     _report(captured, digests, result)
     return captured
 
@@ -166,9 +187,11 @@ def _is_trainable(value: Any) -> bool:
     return isinstance(value, nn.Parameter) or (value.is_leaf and value.requires_grad)
 
 
-def _left_alone(gm: fx.GraphModule) -> Decline:
+_NO_SITES = "a part of a prepared model without sites, or code without parameters: it stays float"
+
+
+def _left_alone(gm: fx.GraphModule, reason: str = _NO_SITES) -> Decline:
     first = next((node.name for node in gm.graph.nodes if node.op == "call_function"), "graph")
-    reason = "a part of a prepared model without sites, or code without parameters: it stays float"
     return Decline(pass_name="fxquant", node=first, reason=reason)
 
 
@@ -184,7 +207,7 @@ def _report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) ->
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    recipe: Recipe
+    recipe: Recipe | None
     target: str
     given: tuple[str, ...]
 
@@ -200,7 +223,8 @@ class _Options:
         given = tuple(repr(name) for name in ("recipe", "target") if name in found)
         target = str(found.get("target", "onnxruntime"))
         get_profile(target)
-        return cls(recipe=get_recipe(found.get("recipe", "int8")), target=target, given=given)
+        recipe = found.get("recipe", "int8")
+        return cls(recipe=None if recipe is None else get_recipe(recipe), target=target, given=given)
 
 
 class _DecompositionTable(dict):

@@ -109,7 +109,7 @@ def source_digest() -> str:
     """Digest of every source file of fxquant: compiled code made by other sources is never reused."""
     root = Path(__file__).parent.parent  # as imported, through the link fxquant/passes
     found = hashlib.sha256(torch.__version__.encode())
-    for folder in (root, root / "ops", root / "passes"):
+    for folder in (root, *(root / name for name in ("numerics", "ops", "kernels", "passes"))):
         for path in sorted(folder.glob("*.py")):
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]

@@ -20,7 +20,7 @@ MAX_LINES = 500
 # A unit is what stands directly in fxquant/: a module or a subpackage. It may import its own layer and those
 # before. A new one joins the earliest layer that has all it imports in or before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "progress", "table"),
+    ("errors", "formats", "spec", "progress", "table"),
     ("numerics",),
     ("kernels",),
     ("ops",),
@@ -41,6 +41,7 @@ ONLY: dict[str, set[str]] = {"kernels": {"numerics"}}
 # (importer, imported): imports that stand in a function, or under TYPE_CHECKING, because they may not run at
 # import time. The only way to import against the order, and the only way to a unit in LAZY_ONLY.
 LAZY: dict[tuple[str, str], str] = {
+    ("ops", "backend"): "the first op that Dynamo traces is told to Inductor, which a cold import may not load",
     ("ops", "kernels"): "a dispatch function reaches for a kernel when a tensor on its device comes in",
 }
 LAZY_ONLY = {"kernels"}

@@ -30,13 +30,16 @@ def per_channel_view(vector: Tensor, ndim: int, axis: int) -> Tensor:
     return vector.view(shape)
 
 
-def code_before_clamp(x: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensor:
-    """The rounded code, in float and not yet clamped; NaN where x is NaN."""
+def code_before_clamp(x: Tensor, scale: Tensor, zero_point: Tensor | None, rounding: Rounding) -> Tensor:
+    """The rounded code, in float and not yet clamped; NaN where x is NaN. No zero point: 0, known beforehand."""
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     scale = scale.to(torch.float32)
     steps = wide / scale if rounding == "divide" else wide * scale.reciprocal()
     # Adding the zero point, even 0, also turns −0 into +0: torch's integer codes have no sign of zero.
-    if rounding == "reciprocal" and zero_point.is_floating_point():
+    if zero_point is None:  # compilers drop the addition of a 0 that they see
+        code = steps.round()
+        return torch.where(code == 0, 0.0, code)
+    if rounding == "reciprocal" and zero_point is not None and zero_point.is_floating_point():
         # torch multiplies and adds with one rounding here, to float32; double holds the exact sum.
         exact = wide.double() * scale.reciprocal() + zero_point.double()
         return exact.to(torch.float32).round() + 0.0
@@ -57,10 +60,33 @@ def clip_mask(code: Tensor, quant_min: int, quant_max: int) -> Tensor:
     return (code >= quant_min) & (code <= quant_max)
 
 
-def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """``(code − zero_point) · scale``; code holds integers of any dtype."""
     wide = code if code.is_floating_point() else code.to(torch.float32)
-    return (wide - zero_point.to(wide.dtype)) * scale
+    return (wide if zero_point is None else wide - zero_point.to(wide.dtype)) * scale
+
+
+def _integer_part(zero_point: Tensor | None) -> Tensor | None:
+    """What torch's per-tensor kernels take of a floating zero point."""
+    return None if zero_point is None else zero_point.to(torch.int32)
+
+
+def codes_per_tensor(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """The codes of one scale and zero point, clamped, as floats."""
+    return clamp_code(code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
+
+
+def codes_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """The same with ``scale`` and ``zero_point`` as `per_channel_view` gives them.
+
+    With "reciprocal", codes beyond int64 wrap to ``quant_min`` as torch's.
+    """
+    code = code_before_clamp(x, scale, zero_point, rounding)
+    return clamp_code(code, quant_min, quant_max, wrap=rounding == "reciprocal")
 
 
 def fake_quantize_per_tensor(
@@ -68,30 +94,35 @@ def fake_quantize_per_tensor(
 ) -> Tensor:
     """One scale for the tensor. The product is float32 even for float64 input, as in torch."""
     zero_point = zero_point.to(torch.int32)  # torch takes the integer part of a floating one
-    code = clamp_code(code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
+    code = codes_per_tensor(x, scale, zero_point, quant_min, quant_max, rounding)
     return dequantize(code.to(torch.float32), scale, zero_point).to(x.dtype)
 
 
 def fake_quantize_per_channel(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: Rounding
 ) -> Tensor:
-    """One scale per slice of ``axis``; with "reciprocal", codes beyond int64 wrap to ``quant_min`` as torch's.
+    """One scale per slice of ``axis``.
 
-    torch takes that product in double, which shows only where a float32 product would be rounded twice.
+    torch takes the product of "reciprocal" in double, which shows only where a float32 product is rounded twice.
     """
     scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
-    code = code_before_clamp(x, scale, zero_point, rounding)
-    code = clamp_code(code, quant_min, quant_max, wrap=rounding == "reciprocal")
+    code = codes_per_channel(x, scale, zero_point, quant_min, quant_max, rounding)
     if rounding == "reciprocal" and (x.dtype != torch.float32 or zero_point.is_floating_point()):
         code, scale, zero_point = code.double(), scale.double(), zero_point.double()
     return dequantize(code, scale, zero_point).to(x.dtype)
 
 
 def fake_quantize_per_tensor_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    rounding: Rounding,
 ) -> Tensor:
     """``grad · mask``: a product, not a select, so inf · 0 is NaN as in torch."""
-    return _masked(grad, code_before_clamp(x, scale, zero_point.to(torch.int32), rounding), quant_min, quant_max)
+    return _masked(grad, code_before_clamp(x, scale, _integer_part(zero_point), rounding), quant_min, quant_max)
 
 
 def fake_quantize_per_channel_backward(

@@ -8,6 +8,7 @@ QuantizeLinear → DequantizeLinear with ``rounding="divide"``. The arithmetic i
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -94,14 +95,15 @@ def _per_tensor_scalar(x, scale, zero_point, quant_min, quant_max, *, rounding="
     check_range(quant_min, quant_max)
     if not quant_min <= zero_point <= quant_max:
         _refuse_zero_point(zero_point, quant_min, quant_max)
-    return numerics.fake_quantize_per_tensor(x, *_constants(x, scale, zero_point), quant_min, quant_max, rounding)
+    point = torch.full((), zero_point, dtype=torch.int32, device=x.device) if zero_point else None
+    scale = _scale_tensor(scale, x.device)
+    return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
-def _constants(x: Tensor, scale: float, zero_point: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.full((), scale, dtype=torch.float32, device=x.device),
-        torch.full((), zero_point, dtype=torch.int32, device=x.device),
-    )
+def _scale_tensor(scale: float, device: torch.device) -> Tensor:
+    """A number as float32; rounded here, since a compiler that folds the constant would promote the unrounded one."""
+    rounded = ctypes.c_float(scale).value if isinstance(scale, float) else scale
+    return torch.full((), rounded, dtype=torch.float32, device=device)
 
 
 def _per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
@@ -131,7 +133,8 @@ def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
-    a.scale, a.zero_point = _constants(a.input, a.scale, a.zero_point)
+    a.scale = _scale_tensor(a.scale, a.input.device)
+    a.zero_point = torch.full((), a.zero_point, dtype=torch.int32, device=a.input.device)
     return _backward_per_tensor(a, grad)
 
 

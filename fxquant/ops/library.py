@@ -6,6 +6,7 @@ implementation and the decomposition that Inductor fuses; a second pure function
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ def define(
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel if check is not None else arithmetic, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxquant::{name}", fake or arithmetic, lib=LIBRARY)
+    torch.library.register_fake(f"fxquant::{name}", _traced(fake or arithmetic), lib=LIBRARY)
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
     gradient = _Gradient(op, backward, saves) if backward is not None else None
@@ -75,6 +76,27 @@ def define(
     if decompose:
         DECOMPOSITIONS[op] = arithmetic
     return op
+
+
+def _traced(fake: Arithmetic) -> Arithmetic:
+    """The fake implementation; the first one that Dynamo meets lets plain ``backend="inductor"`` fuse our ops too.
+
+    Inductor's table of decompositions can only be extended once Inductor is loaded, which `import fxquant` must not
+    do. Dynamo runs an op's fake implementation before Inductor reads the table.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not _fused and "torch._dynamo" in sys.modules:
+            from fxquant.backend import fuse_in_inductor
+
+            _fused.append(True)
+            fuse_in_inductor()
+        return fake(*args, **kwargs)
+
+    return run
+
+
+_fused: list[bool] = []
 
 
 def _by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

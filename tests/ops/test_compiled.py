@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 
+import fxquant
 from fxquant.backend import _with_passes
 from fxquant.ops import (
     affine_qparams,
@@ -20,7 +21,9 @@ from fxquant.ops import (
     symmetric_qparams,
     update_min_max,
 )
+from fxquant.ops.binding import BIND
 from fxquant.ops.library import DECOMPOSITIONS
+from fxquant.passes.base import source_digest
 from fxquant.passes.pipelines import post_grad_passes
 from tests.ops.oracle import assert_same_bits, hard_values
 
@@ -118,3 +121,56 @@ def test_qparams_with_dynamic_shapes() -> None:
                     if got.dtype != torch.int32 or not torch.isnan(low).any():
                         assert_same_bits(got, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+class OwnOps(torch.nn.Module):
+    """A model that places its quantizer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(fake_quantize_per_tensor_affine(x, 0.3, 0, -8, 7))
+
+
+def test_recipe_none_places_nothing_and_fuses_what_is_there() -> None:
+    torch._dynamo.reset()
+    model, x = OwnOps(), torch.randn(3, 4)
+    compiled = torch.compile(model, backend="fxquant", options={"recipe": None}, fullgraph=True)
+
+    def step() -> Tensor:
+        y = compiled(x)
+        y.sum().backward()
+        return y.detach()
+
+    got, code = run_and_get_code(step)
+    torch.testing.assert_close(got, model(x).detach())
+    assert "torch.ops.fxquant" not in "".join(code)
+    report = fxquant.backend.compile_reports()[-1]
+    assert report.quantized == 0
+    assert [d.reason for d in report.declines] == ["recipe=None places nothing"]
+
+
+def test_recipe_none_is_refused_for_a_prepared_model() -> None:
+    torch._dynamo.reset()
+    model = fxquant.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.randn(3, 4),))
+    with pytest.raises(Exception, match="options must not set 'recipe' for a prepared model"):
+        torch.compile(model, backend="fxquant", options={"recipe": None})(torch.randn(3, 4))
+
+
+def test_plain_inductor_keys_its_caches_by_our_sources() -> None:
+    """torch's cache of traced graphs knows our operators by name: after an upgrade it would replay the old ones."""
+    torch._dynamo.reset()
+    torch.compile(lambda x: fake_quantize_per_tensor_affine(x, 0.3, 0, -8, 7))(torch.randn(3))
+    assert torch.compiler.config.cache_key_tag.count(f"fxquant {source_digest()}") == 1
+    fxquant.backend.fuse_in_inductor()
+    assert torch.compiler.config.cache_key_tag.count("fxquant") == 1
+
+
+def test_plain_inductor_keeps_the_mark_of_a_prepared_model() -> None:
+    """Decomposed, `bind` would vanish."""
+    from torch._inductor.decomposition import decompositions
+
+    fxquant.backend.fuse_in_inductor()
+    assert BIND not in decompositions and set(DECOMPOSITIONS) <= set(decompositions)

@@ -19,16 +19,8 @@ from fxquant.ops import (
     quantize_dequantize,
 )
 from fxquant.ops.binding import BIND
-from fxquant.ops.fake_quantize import BACKWARD, PER_CHANNEL, PER_CHANNEL_BACKWARD, PER_TENSOR, PER_TENSOR_SCALAR
+from fxquant.ops.fake_quantize import BACKWARD, PER_CHANNEL_BACKWARD
 from fxquant.ops.fake_quantize import PER_TENSOR_BACKWARD as PER_TENSOR_BACKWARD
-from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
-from fxquant.ops.qparams import (
-    AFFINE_QPARAMS,
-    EXTEND_MIN_MAX,
-    RESOLVE_MIN_MAX,
-    SYMMETRIC_QPARAMS,
-    UPDATE_MIN_MAX,
-)
 from tests.ops.oracle import assert_same_bits
 
 S, Z = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)
@@ -38,40 +30,6 @@ LOW, HIGH = torch.tensor([-1.0]), torch.tensor([2.0])
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-
-
-CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
-    "per tensor, scalar": (PER_TENSOR_SCALAR, (leaf(2, 3), 0.1, 3, 0, 15), {}),
-    "per tensor": (PER_TENSOR, (leaf(2, 3), S, Z, 0, 15), {"rounding": "divide"}),
-    "per channel": (PER_CHANNEL, (leaf(2, 3), SC, ZC, 1, 0, 15), {"rounding": "divide"}),
-    "per channel, torch": (PER_CHANNEL, (leaf(2, 3), SC, ZC, 1, 0, 15), {}),
-    "per tensor backward": (PER_TENSOR_BACKWARD, (leaf(2, 3), leaf(2, 3).detach(), S, Z, 0, 15), {}),
-    "per channel backward": (PER_CHANNEL_BACKWARD, (leaf(2, 3), leaf(2, 3).detach(), SC, ZC, 1, 0, 15), {}),
-    "half": (PER_TENSOR, (leaf(2, 3).detach().bfloat16().requires_grad_(), S, Z, 0, 15), {}),
-    "update": (UPDATE_MIN_MAX, (leaf(2, 3).detach(), LOW, HIGH, 0.1), {}),
-    "extend": (EXTEND_MIN_MAX, (leaf(2, 3).detach(), LOW, HIGH), {}),
-    "resolve": (RESOLVE_MIN_MAX, (leaf(2, 3).detach(), LOW, HIGH), {}),
-    "affine": (AFFINE_QPARAMS, (LOW, HIGH, 0, 255, False), {}),
-    "symmetric": (SYMMETRIC_QPARAMS, (leaf(2, 3).detach(), 1, 127), {}),
-    "symmetric per tensor": (SYMMETRIC_QPARAMS, (leaf(2, 3).detach(), None, 127), {}),
-    "dequantize": (DEQUANTIZE, (torch.ones(2, 3, dtype=torch.int8), SC, ZC, 1), {}),
-    "quantize dequantize": (QUANTIZE_DEQUANTIZE, (leaf(2, 3).detach(), 0.1, 3, 0, 15, "site"), {}),
-    "bind": (BIND, ("key", [1], [LOW, HIGH]), {}),
-}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_opcheck(case: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
-    op, args, kwargs = case
-    torch.library.opcheck(op, args, kwargs)
-
-
-def test_every_op_is_checked() -> None:
-    names = {str(op) for op, _, _ in CASES.values()}
-    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fxquant::")}
-    assert {
-        n.replace("::", ".") if "." in n.split("::")[1] else n.replace("::", ".") + ".default" for n in defined
-    } == names
 
 
 def layouts() -> dict[str, Tensor]:
@@ -189,14 +147,20 @@ def test_no_gradient_to_scale_and_zero_point() -> None:
         (lambda x: fake_quantize_per_tensor_affine(x, S, Z, 5, 4), r"got 5 and 4"),
         (lambda x: fake_quantize_per_tensor_affine(x, 0.1, 16, 0, 15), r"`zero_point` must be between .*: got 16"),
         (lambda x: fake_quantize_per_tensor_affine(x, S, 0, 0, 15), "both be numbers or both be tensors"),
-        (lambda x: fake_quantize_per_tensor_affine(x, SC, Z, 0, 15), r"scale must be a 1-element tensor: got shape \(3,\)"),
+        (
+            lambda x: fake_quantize_per_tensor_affine(x, SC, Z, 0, 15),
+            r"scale must be a 1-element tensor: got shape \(3,\)",
+        ),
         (lambda x: fake_quantize_per_tensor_affine(x, S.double(), Z, 0, 15), "Scale must be Float or BFloat16"),
         (
             lambda x: fake_quantize_per_tensor_affine(x, S, Z.double(), 0, 15),
             r"Zero-point must be Int32, Float or Half, found Double",
         ),
         (lambda x: fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 15, rounding="up"), r"`rounding` must be one of"),
-        (lambda x: fake_quantize_per_channel_affine(x, S, Z, 1, 0, 15), "not consistent with input tensor: got 1 of each for 3 slices of axis 1"),
+        (
+            lambda x: fake_quantize_per_channel_affine(x, S, Z, 1, 0, 15),
+            "not consistent with input tensor: got 1 of each for 3 slices of axis 1",
+        ),
         (lambda x: fake_quantize_per_channel_affine(x, SC, ZC, 2, 0, 15), "`axis` must be between 0 and.*got 2 of 2"),
         (lambda x: fake_quantize_per_channel_affine(x, SC, ZC, -1, 0, 15), "`axis` must be between 0"),
         (lambda x: fake_quantize_per_channel_affine(x, SC[None], ZC, 1, 0, 15), "scale should be a 1-D tensor"),
