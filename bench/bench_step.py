@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import emit, environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
-from fxquant.onnx.runtime import integer_dot_support
 
 Step = Callable[[Tensor], Tensor]
 
@@ -138,22 +135,10 @@ def run(net: str, steps: int) -> list[dict[str, object]]:
             "saved_bytes": kept[name],
             "saved_ratio": round(kept[name] / kept["plain"], 3),
             "steps": steps,
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-            "cpu": cpu(),
-            "threads": torch.get_num_threads(),
+            **environment(),
         }
         for name in variants
     ]
-
-
-def cpu() -> str:
-    """What runs it: model name, and whether it multiplies 8-bit integers in hardware."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line), name)
-    return f"{name}, {'no VNNI' if integer_dot_support() else 'VNNI'}"
 
 
 def main() -> None:
@@ -164,12 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     for net in options.nets.split(","):
-        for row in run(net, options.steps):
-            line = json.dumps(row)
-            print(line)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+        emit(run(net, options.steps), options.out)
 
 
 if __name__ == "__main__":
