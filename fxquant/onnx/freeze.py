@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxquant import numerics
 from fxquant.errors import ExportError
 from fxquant.graph import constant_nodes, is_agnostic, kind_of, operands
-from fxquant.onnx.translate import storage
+from fxquant.onnx.translate_operators import storage
 from fxquant.ops import fake_quantize
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call

@@ -1,4 +1,4 @@
-"""fxquant's export ops as native QuantizeLinear and DequantizeLinear, for torch.onnx's dynamo exporter."""
+"""fxquant's operators as native QuantizeLinear and DequantizeLinear, for torch.onnx's dynamo exporter."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from typing import Any
 import torch
 
 from fxquant.onnx.require import require
+from fxquant.onnx.translate_operators import constant, operator_translations, storage
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
-
-_STORAGE = ((0, 255, "uint8"), (-128, 127, "int8"), (0, 65535, "uint16"), (-32768, 32767, "int16"))
-
-
-def storage(quant_min: int, quant_max: int) -> tuple[str, int, int]:
-    """Name and limits of the narrowest ONNX integer type that holds the codes."""
-    for low, high, name in _STORAGE:
-        if low <= quant_min and quant_max <= high:
-            return name, low, high
-    raise AssertionError(f"no integer type of at most 16 bits holds [{quant_min}, {quant_max}]")
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """Op → ONNX function, for ``torch.onnx.export(custom_translation_table=…)``."""
+    """Op → ONNX function, for ``torch.onnx.export(dynamo=True, custom_translation_table=…)``.
+
+    `export_onnx` uses it; so can a model that calls ``fxquant.ops`` or ``fxquant.tensor_quant`` itself and was never
+    prepared.
+    """
     require("onnxscript")
     import numpy as np
     from onnxscript import opset21 as op
@@ -33,8 +28,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         if (quant_min, quant_max) != (low, high):
             # The type is wider than the range: only a clip keeps the codes inside it.
             edges = (np.float32((limit - zero_point) * step) for limit in (quant_min, quant_max))
-            input = op.Clip(input, *(_constant(op, edge) for edge in edges))
-        qparams = _constant(op, step), _constant(op, np.dtype(name).type(zero_point))
+            input = op.Clip(input, *(constant(op, edge) for edge in edges))
+        qparams = constant(op, step), constant(op, np.dtype(name).type(zero_point))
         codes = op.QuantizeLinear(input, *qparams)
         codes.name = label
         return op.DequantizeLinear(codes, *qparams)
@@ -52,16 +47,11 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
             return aten_flatten(self, start_dim, end_dim)
         shape = np.array([0] * (start_dim % rank) + [-1], dtype=np.int64)
-        return op.Reshape(self, _constant(op, shape))
+        return op.Reshape(self, constant(op, shape))
 
     return {
+        **operator_translations(),
         QUANTIZE_DEQUANTIZE: quantize_dequantize,
         DEQUANTIZE: dequantize,
         torch.ops.aten.flatten.using_ints: flatten,
     }
-
-
-def _constant(op: Any, value: Any) -> Any:
-    import onnx_ir as ir
-
-    return op.Constant(value=ir.tensor(value))

@@ -1,0 +1,67 @@
+"""``fxquant.ops.fake_quantize_*`` called by a model itself, as native QuantizeLinear and DequantizeLinear.
+
+Scale and zero point may be constants or computed. ONNX divides by the scale: with ``rounding="divide"`` codes are
+equal, with ``"reciprocal"`` a tie may fall to the other side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fxquant.onnx.require import require
+from fxquant.ops.fake_quantize import PER_CHANNEL, PER_TENSOR, PER_TENSOR_SCALAR
+
+_STORAGE = ((0, 255, "uint8"), (-128, 127, "int8"), (0, 65535, "uint16"), (-32768, 32767, "int16"))
+
+
+def storage(quant_min: int, quant_max: int) -> tuple[str, int, int]:
+    """Name and limits of the narrowest ONNX integer type that holds the codes."""
+    for low, high, name in _STORAGE:
+        if low <= quant_min and quant_max <= high:
+            return name, low, high
+    raise AssertionError(f"no integer type of at most 16 bits holds [{quant_min}, {quant_max}]")
+
+
+def constant(op: Any, value: Any) -> Any:
+    """A Constant node of a numpy scalar or array."""
+    import onnx_ir as ir
+
+    return op.Constant(value=ir.tensor(value))
+
+
+def operator_translations() -> dict[Any, Callable[..., Any]]:
+    """Op → ONNX function, for ``torch.onnx.export(custom_translation_table=…)``."""
+    require("onnxscript")
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset21 as op
+
+    def pair(input, scale, zero_point, quant_min, quant_max, axis=None):  # type: ignore[no-untyped-def]
+        name, low, high = storage(quant_min, quant_max)
+        kind = {} if axis is None else {"axis": axis}
+        wide = input if input.dtype == ir.DataType.FLOAT else op.Cast(input, to=ir.DataType.FLOAT)
+        if (quant_min, quant_max) != (low, high):
+            point = op.Cast(zero_point, to=ir.DataType.FLOAT)
+            view = constant(op, np.array([-1] + [1] * (len(input.shape) - 1 - (axis or 0)), dtype=np.int64))
+            edges = [op.Mul(op.Sub(constant(op, np.float32(limit)), point), scale) for limit in (quant_min, quant_max)]
+            if axis is not None:
+                edges = [op.Reshape(edge, view) for edge in edges]
+            wide = op.Min(op.Max(wide, edges[0]), edges[1])
+        point = op.Cast(zero_point, to=ir.DataType[name.upper()])
+        out = op.DequantizeLinear(op.QuantizeLinear(wide, scale, point, **kind), scale, point, **kind)
+        return out if input.dtype == ir.DataType.FLOAT else op.CastLike(out, input)
+
+    def numbers(input, scale, zero_point, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+        qparams = constant(op, np.float32(scale)), constant(op, np.int32(zero_point))
+        return pair(input, *qparams, quant_min, quant_max)
+
+    def tensors(input, scale, zero_point, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+        scalar = constant(op, np.array([], dtype=np.int64))
+        scale = op.Reshape(op.Cast(scale, to=ir.DataType.FLOAT), scalar)
+        return pair(input, scale, op.Reshape(zero_point, scalar), quant_min, quant_max)
+
+    def channels(input, scale, zero_point, axis, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+        return pair(input, op.Cast(scale, to=ir.DataType.FLOAT), zero_point, quant_min, quant_max, axis)
+
+    return {PER_TENSOR_SCALAR: numbers, PER_TENSOR: tensors, PER_CHANNEL: channels}
