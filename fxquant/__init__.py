@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxquant.profiles import Profile
     from fxquant.recipes import Recipe
     from fxquant.report import explain
+    from fxquant.rules import Rule, first_layer, last_layer, skip
     from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
     from fxquant.state import freeze_batch_norm, freeze_ranges
 
@@ -33,6 +34,7 @@ _HOMES = {
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
     "Recipe": "fxquant.recipes",
+    **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.rules"),
     "Profile": "fxquant.profiles",
 }
 _MODULES = ("backend", "errors", "ops", "report")
@@ -44,15 +46,19 @@ __all__ = [
     "Profile",
     "QuantSpec",
     "Recipe",
+    "Rule",
     "__version__",
     "calibrate",
     "errors",
     "explain",
     "export_onnx",
+    "first_layer",
     "freeze_batch_norm",
     "freeze_ranges",
+    "last_layer",
     "ops",
     "prepare",
+    "skip",
     "strip",
     "verify_onnx",
 ]

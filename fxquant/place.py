@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -30,7 +32,8 @@ from fxquant.graph import (
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.plan import Declined, Role
 from fxquant.profiles import Profile
-from fxquant.recipes import Recipe
+from fxquant.recipes import Recipe, check_spec
+from fxquant.rules import Rule, Rulebook, Where
 from fxquant.spec import Fixed, QuantSpec
 
 
@@ -57,8 +60,8 @@ class Placements:
 
 
 class _Solver:
-    def __init__(self, graph: fx.Graph, recipe: Recipe, profile: Profile) -> None:
-        self.graph, self.recipe, self.profile = graph, recipe, profile
+    def __init__(self, graph: fx.Graph, recipe: Recipe, profile: Profile, exceptions: Exceptions) -> None:
+        self.graph, self.recipe, self.profile, self.exceptions = graph, recipe, profile, exceptions
         self.constants = constant_nodes(graph)
         self.weights: dict[fx.Node, dict[Operand, int | None]] = {}  # tensor → its uses → their channel axis
         self.declined: list[tuple[fx.Node, str]] = []
@@ -81,10 +84,10 @@ class _Solver:
             elif any(operand in self._changed for operand in operands(node).values()):
                 self.declined.append((node, "one operand is changed in place while it is in use"))
             elif kind.name in self.profile.hard:
-                self._demand(node)
-                if kind.name in self.profile.needs_output:
+                whole = self._demand(node)
+                if whole and kind.name in self.profile.needs_output and not self._skips(node, "output"):
                     self._heads[unit_end(node, self.profile.fuses)] = node
-            elif kind.name in self.profile.soft:
+            elif kind.name in self.profile.soft and not self._skips_any(node):
                 self._soft[unit_end(node, self.profile.fuses)] = node
         self._demanding = {node for node, _ in self.demands}
         lifting = self._settle()
@@ -94,11 +97,29 @@ class _Solver:
         placed.sort(key=lambda p: (order[p.edges[0][0]], ("activation", "weight", "output").index(p.role)))
         return Placements(placed, self.declined)
 
-    def _demand(self, node: fx.Node) -> None:
+    def _skips(self, node: fx.Node, name: str) -> bool:
+        """Whether a rule leaves the operand in float; says so."""
+        rule = self.exceptions.rule(node, name)
+        if rule is None or rule.spec is not None:
+            return False
+        entry = (node, str(rule) if rule.operand is None else f"its {name}: {rule}")
+        if entry not in self.declined[-4:]:  # one for all operands that the rule means alike
+            self.declined.append(entry)
+        return True
+
+    def _skips_any(self, node: fx.Node) -> bool:
+        return any(self._skips(node, name) for name in (*operands(node), "output"))
+
+    def _demand(self, node: fx.Node) -> bool:
+        """Demands the operands of a hard operator; whether all of them are quantized."""
         kind = kind_of(node)
         assert kind is not None
+        whole = True
         for name, operand in operands(node).items():
             if not is_float(operand):
+                continue
+            if self._skips(node, name):
+                whole = False
                 continue
             constant = operand in self.constants
             if constant and name == kind.weight:
@@ -111,6 +132,7 @@ class _Solver:
                 self.weights.setdefault(operand, {})[node, name] = None
             else:
                 self.demands.append((node, name))
+        return whole
 
     def _settle(self) -> Lifting:
         """Drops soft operators until each that is left has only quantized neighbours."""
@@ -190,25 +212,22 @@ class _Solver:
     def _weights(self) -> list[Placement]:
         placed = []
         for uses in self.weights.values():
-            # One quantizer per tensor: a tied weight is quantized per channel if its uses agree on the channels.
-            axes = {axis for axis in uses.values() if axis is not None}
-            axis = axes.pop() if len(axes) == 1 and self.recipe.weight.axis is not None else None
-            spec = dataclasses.replace(self.recipe.weight, axis=axis)
-            edges = list(uses)
-            reason = f"weight {'tied between' if len(edges) > 1 else 'of'} {_names(edges)}"
-            placed.append(Placement(role="weight", spec=spec, edges=tuple(edges), reason=reason))
+            for spec, edges in self._by_spec(list(uses), self.recipe.weight).items():
+                # One quantizer per tensor: a tied weight is quantized per channel if its uses agree on the channels.
+                axes = {uses[edge] for edge in edges if uses[edge] is not None}
+                axis = axes.pop() if len(axes) == 1 and spec.axis is not None else None
+                reason = f"weight {'tied between' if len(edges) > 1 else 'of'} {_names(edges)}"
+                placed.append(self._placement("weight", dataclasses.replace(spec, axis=axis), edges, reason))
         return placed
 
     def _outputs(self, units: dict[fx.Node, fx.Node]) -> list[Placement]:
-        return [
-            Placement(
-                role="output",
-                spec=self._activation_spec(end),
-                edges=((head, "output"),),
-                reason=f"{self.profile.name} runs {kind_of(head).name} as integers only with its result quantized",  # type: ignore[union-attr]
-            )
-            for end, head in units.items()
-        ]
+        placed = []
+        for end, head in units.items():
+            edges = [(head, "output")]
+            (spec,) = self._by_spec(edges, self._activation_spec(end))
+            reason = f"{self.profile.name} runs {kind_of(head).name} as integers only with its result quantized"  # type: ignore[union-attr]
+            placed.append(self._placement("output", spec, edges, reason))
+        return placed
 
     def _activations(self, lifting: Lifting, units: dict[fx.Node, fx.Node]) -> list[Placement]:
         by_source: dict[fx.Node, list[Operand]] = {}
@@ -219,14 +238,10 @@ class _Solver:
             else:
                 by_source.setdefault(source, []).append(edge)
         return [
-            Placement(
-                role="activation",
-                spec=self._activation_spec(source),
-                edges=tuple(edges),
-                reason=f"operand of {_names(edges)}",
-            )
-            for source, edges in by_source.items()
+            self._placement("activation", spec, edges, f"operand of {_names(edges)}")
+            for source, reads in by_source.items()
             if source not in units
+            for spec, edges in self._by_spec(reads, self._activation_spec(source)).items()
         ]
 
     def _activation_spec(self, source: fx.Node) -> QuantSpec:
@@ -236,11 +251,69 @@ class _Solver:
             return dataclasses.replace(spec, range=Fixed(min=0.0, max=6.0))
         return spec
 
+    def _by_spec(self, edges: list[Operand], default: QuantSpec) -> dict[QuantSpec, list[Operand]]:
+        """The uses of a tensor by the format that rules, or else the recipe, give them."""
+        found: dict[QuantSpec, list[Operand]] = {}
+        for edge in edges:
+            rule = self.exceptions.rule(*edge)
+            found.setdefault(default if rule is None or rule.spec is None else rule.spec, []).append(edge)
+        return found
+
+    def _placement(self, role: Role, spec: QuantSpec, edges: list[Operand], reason: str) -> Placement:
+        rules = {rule: None for rule in (self.exceptions.rule(*edge) for edge in edges) if rule is not None}
+        for rule in rules:
+            check_spec(role, spec, str(rule))
+            reason += f"; format by {rule}"
+        return Placement(role=role, spec=spec, edges=tuple(edges), reason=reason)
+
 
 def _names(edges: list[Operand]) -> str:
     return ", ".join(dict.fromkeys(node.name for node, _ in edges))
 
 
-def place(graph: fx.Graph, recipe: Recipe, profile: Profile) -> Placements:
-    """Decides the quantized tensors of one graph; deterministic, changes nothing."""
-    return _Solver(graph, recipe, profile).solve()
+class Exceptions:
+    """The rules of a recipe, asked about nodes of one graph.
+
+    ``modules`` gives path and class of the modules around a node, ``ends`` the first and last operator of the model
+    that has a weight.
+    """
+
+    def __init__(
+        self,
+        book: Rulebook,
+        modules: Callable[[fx.Node], tuple[tuple[str, Any], ...]],
+        ends: tuple[fx.Node | None, fx.Node | None],
+    ) -> None:
+        self.book, self.modules, self.ends = book, modules, ends
+        self._decided: dict[Operand, Rule | None] = {}
+
+    def rule(self, node: fx.Node, operand: str) -> Rule | None:
+        """The rule that decides about an operand."""
+        if not self.book.rules:
+            return None
+        if (node, operand) not in self._decided:
+            kind = kind_of(node)
+            assert kind is not None
+            position = frozenset(name for name, end in zip(("first", "last"), self.ends, strict=True) if end is node)
+            where = Where(modules=self.modules(node), kind=kind.name, operand=operand, position=position)
+            self._decided[node, operand] = self.book.decide(where)
+        return self._decided[node, operand]
+
+
+def weighted(graph: fx.Graph, profile: Profile) -> list[fx.Node]:
+    """The operators that a target runs on integers and that have a weight, in order: the first and last layers."""
+    constants = constant_nodes(graph)
+    found = []
+    for node in call_nodes(graph):
+        kind = kind_of(node)
+        if kind is None or kind.weight is None or kind.name not in profile.hard:
+            continue
+        if operands(node).get(kind.weight) in constants:
+            found.append(node)
+    return found
+
+
+def place(graph: fx.Graph, recipe: Recipe, profile: Profile, exceptions: Exceptions | None = None) -> Placements:
+    """Decides the quantized tensors of one graph; deterministic, changes nothing but the rulebook's notes."""
+    none = Exceptions(Rulebook(()), lambda node: (("", None),), (None, None))
+    return _Solver(graph, recipe, profile, exceptions or none).solve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from fxquant.graph import is_bind, kind_of, user_line
 from fxquant.lift import Operand
 from fxquant.ops.binding import bind
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
-from fxquant.place import Placement, place
+from fxquant.place import Exceptions, Placement, place, weighted
 from fxquant.plan import Declined, Edge, LocalSite, Plan, Site
 from fxquant.profiles import Profile, get_profile
 from fxquant.recipes import Recipe, get_recipe
-from fxquant.resolve import edges_of, enclosing, positions
+from fxquant.resolve import edges_of, enclosing, modules_around, positions
+from fxquant.rules import Rule, Rulebook
 from fxquant.state import (
     ATTRIBUTE,
     BoundForward,
@@ -41,6 +42,7 @@ def prepare(
     *,
     recipe: str | Recipe = "int8",
     target: str = "onnxruntime",
+    rules: Iterable[Rule] | None = None,
 ) -> nn.Module:
     """Decides which tensors of ``model`` are quantized for ``target`` and attaches their state, in place.
 
@@ -53,12 +55,14 @@ def prepare(
         args: positional example inputs, a tuple; ``kwargs``: keyword ones.
         recipe: ``"int8"``, ``"w4a8"`` or a `Recipe`.
         target: the runtime that the model will be deployed to: ``"onnxruntime"``.
+        rules: exceptions to the recipe, the first that matches decides: ``[fxquant.skip("head")]``.
 
     Raises:
-        InvalidArgument: unknown recipe or target, a model prepared before, inputs the model cannot run on.
+        InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the
+            model cannot run on.
         UnsupportedModel: nothing to quantize, or parameters that are not floating point.
     """
-    chosen, profile = get_recipe(recipe), get_profile(target)
+    chosen, profile = get_recipe(recipe).with_rules(rules or ()), get_profile(target)
     _check(model, args, kwargs)
     kwargs = dict(kwargs or {})
     plan = _make_plan(model, args, kwargs, chosen, profile)
@@ -182,13 +186,18 @@ def _make_plan(
     declined: list[Declined] = []
     for gm in graphs:
         FunctionalizeActivations().run(gm)
-        found = place(gm.graph, recipe, profile)
+    layers = [node for gm in graphs for node in weighted(gm.graph, profile)]
+    ends = (layers[0], layers[-1]) if layers else (None, None)
+    book = Rulebook(recipe.rules)
+    for gm in graphs:
+        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm), ends))
         declined += found.described_declines()
         naming = _Naming(gm, sites)
         for placed in found.placed:
             naming.add(placed, declined)
     declined += _left_out(model, graphs)
     _check_kinds(recipe, graphs, sites.values())
+    book.check()
     if not sites:
         reasons = "; ".join(sorted({f"{d.where}: {d.reason}" for d in declined})) or "it runs no such operator"
         raise UnsupportedModel(

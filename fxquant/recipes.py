@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
+from fxquant.rules import Rule, checked
 from fxquant.spec import CurrentTensor, QuantSpec, Range
+
+
+def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
+    """Raises InvalidArgument for a format that no site of this role can have."""
+    if role != "weight":
+        if spec.axis is not None:
+            raise InvalidArgument(f"{subject}.axis must be None: got {spec.axis}. An activation has one scale.")
+        return
+    if not isinstance(spec.range, CurrentTensor):
+        raise InvalidArgument(f"{subject}.range must be CurrentTensor: got {spec.range}. A weight needs no history.")
+    if not (spec.signed and spec.symmetric):
+        raise InvalidArgument(f"{subject} must be signed and symmetric: got {spec}. Runtimes take zero point 0 there.")
+    if subject.startswith("Recipe") and spec.axis not in (None, 0):
+        raise InvalidArgument(
+            f"{subject}.axis must be 0 (per output channel) or None: got {spec.axis}. "
+            "Placement finds each operator's own axis."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,32 +34,23 @@ class Recipe:
 
     ``weight.axis`` 0 stands for "per output channel": placement sets the axis of each operator.
     ``kinds`` restricts quantization to some op kinds (None: all that the target supports); a kind that matches
-    nothing in the model is an error at prepare.
+    nothing in the model is an error at prepare. ``rules`` are exceptions, see `fxquant.Rule`.
     """
 
     name: str
     activation: QuantSpec = field(default_factory=lambda: QuantSpec(signed=False, symmetric=False))
     weight: QuantSpec = field(default_factory=lambda: QuantSpec(narrow=True, axis=0, range=CurrentTensor()))
     kinds: frozenset[str] | None = None
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight.range, CurrentTensor):
-            raise InvalidArgument(
-                f"Recipe.weight.range must be CurrentTensor: got {self.weight.range}. A weight needs no history."
-            )
-        if not (self.weight.signed and self.weight.symmetric):
-            raise InvalidArgument(
-                f"Recipe.weight must be signed and symmetric: got {self.weight}. Runtimes take zero point 0 there."
-            )
-        if self.weight.axis not in (None, 0):
-            raise InvalidArgument(
-                f"Recipe.weight.axis must be 0 (per output channel) or None: got {self.weight.axis}. "
-                "Placement finds each operator's own axis."
-            )
-        if self.activation.axis is not None:
-            raise InvalidArgument(
-                f"Recipe.activation.axis must be None: got {self.activation.axis}. An activation has one scale."
-            )
+        check_spec("weight", self.weight, "Recipe.weight")
+        check_spec("activation", self.activation, "Recipe.activation")
+        checked(self.rules)
+
+    def with_rules(self, rules: Iterable[Rule]) -> Recipe:
+        """The same recipe with more rules, which are asked before its own."""
+        return dataclasses.replace(self, rules=(*checked(rules), *self.rules))
 
     def with_range(self, found: Range) -> Recipe:
         """The same recipe with another way to find activation ranges."""

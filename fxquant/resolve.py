@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from fxquant.graph import Frame, frames, is_bind, kind_of, relative, root_path
+from fxquant.graph import Frame, frames, is_bind, kind_of, normalize_path, relative, root_path
 from fxquant.lift import Operand
 from fxquant.plan import Edge, LocalSite, registered
 
@@ -84,6 +85,30 @@ def tell_calls_apart(gm: fx.GraphModule) -> None:
 def enclosing(node: fx.Node, root: str) -> tuple[Frame, ...]:
     """The calls around a node with the compiled frame itself first, under the key ``""``."""
     return (Frame("", root), *frames(node))
+
+
+def modules_around(gm: fx.GraphModule) -> Callable[[fx.Node], tuple[tuple[str, Any], ...]]:
+    """Gives, for a node, path and class of each module around it, outermost first; the model itself is ``""``.
+
+    Where `prepare` has put marks, they hold the paths; a graph that begins inside a module has no other way to know.
+    """
+    root = root_path(gm.graph)
+    marked: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if is_bind(node):
+            marked.setdefault(enclosing(node, root)[-1].key, str(node.args[0]))
+    base = marked.get("", "")
+
+    def around(node: fx.Node) -> tuple[tuple[str, Any], ...]:
+        found: list[tuple[str, Any]] = [("", None)] + ([(base, None)] if base else [])
+        stack = node.meta.get("nn_module_stack") or {}
+        for key, (path, kind) in stack.items():
+            below = relative(normalize_path(path), root)
+            if path:
+                found.append((marked.get(key) or ".".join(filter(None, (base, below))), kind))
+        return tuple(found)
+
+    return around
 
 
 def positions(gm: fx.GraphModule) -> dict[Position, fx.Node]:

@@ -13,11 +13,12 @@ from fxquant.graph import changed_in_place, is_bind, is_float, operands, replace
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, call, item
-from fxquant.place import place
+from fxquant.place import Exceptions, place, weighted
 from fxquant.plan import Mode, Role
 from fxquant.profiles import Profile
 from fxquant.recipes import Recipe
-from fxquant.resolve import bound_sites
+from fxquant.resolve import bound_sites, modules_around
+from fxquant.rules import Rulebook
 from fxquant.spec import CurrentTensor, Fixed, QuantSpec
 
 aten = torch.ops.aten
@@ -67,17 +68,22 @@ class InsertFakeQuantize(Pass):
         for module in all_graphs(gm):
             insertions = by_graph.get(module.graph, [])
             if self.stateless:
-                insertions = self._stateless(module.graph, result)
+                insertions = self._stateless(module, result)
             if insertions:
                 reader = _Reader(module.graph)
                 done += sum(_insert(reader, insertion, self.profile.fuses) for insertion in insertions)
             done += _erase_binds(module.graph)
         return done
 
-    def _stateless(self, graph: fx.Graph, result: PassResult) -> list[Insertion]:
+    def _stateless(self, gm: fx.GraphModule, result: PassResult) -> list[Insertion]:
+        graph = gm.graph
         if any(node.op == "call_function" and node.target in fake_quantize.FAKE_QUANTIZE for node in graph.nodes):
             return []
-        found = place(graph, self.recipe, self.profile)
+        layers, book = weighted(graph, self.profile), Rulebook(self.recipe.rules)
+        ends = (layers[0], layers[-1]) if layers else (None, None)
+        found = place(graph, self.recipe, self.profile, Exceptions(book, modules_around(gm), ends))
+        for rule in book.unused():
+            self.decline(result, next(iter(graph.nodes)), f"{rule} matches nothing in this graph")
         for node, reason in found.declined:
             self.decline(result, node, reason)
         insertions = []

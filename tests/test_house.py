@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("numerics",),
     ("kernels",),
     ("ops",),
-    ("profiles", "recipes", "tensor_quant"),
+    ("rules", "profiles", "recipes", "tensor_quant"),
     ("plan", "graph", "lift", "place", "resolve"),
     ("passes",),
     ("capture",),

@@ -35,7 +35,9 @@ def operator_translations() -> dict[Any, Callable[..., Any]]:
     require("onnxscript")
     import numpy as np
     import onnx_ir as ir
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
+
+    op: Any = opset21  # typed for graph builders that know every dtype
 
     def pair(input, scale, zero_point, quant_min, quant_max, axis=None):  # type: ignore[no-untyped-def]
         name, low, high = storage(quant_min, quant_max)
