@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fxquant import errors, ops
     from fxquant.calibrate import calibrate
     from fxquant.onnx import export_onnx, verify_onnx
+    from fxquant.override import override
     from fxquant.prepare import prepare, strip
     from fxquant.profiles import Profile
     from fxquant.recipes import Recipe
@@ -30,6 +31,7 @@ _HOMES = {
     **dict.fromkeys(("prepare", "strip"), "fxquant.prepare"),
     **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.state"),
     "calibrate": "fxquant.calibrate",
+    "override": "fxquant.override",
     "explain": "fxquant.report",
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
@@ -57,6 +59,7 @@ __all__ = [
     "freeze_ranges",
     "last_layer",
     "ops",
+    "override",
     "prepare",
     "skip",
     "strip",

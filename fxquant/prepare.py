@@ -67,9 +67,9 @@ def prepare(
     kwargs = dict(kwargs or {})
     plan = _make_plan(model, args, kwargs, chosen, profile)
     try:
-        _attach(model, plan)
+        attach(model, plan)
     except BaseException:
-        _detach(model)
+        detach(model)
         raise
     return model
 
@@ -77,12 +77,12 @@ def prepare(
 def strip(model: nn.Module) -> nn.Module:
     """Takes plan, quantizers and frozen BatchNorm modes off again: the float model, with its trained weights."""
     freeze_batch_norm(model, frozen=False)
-    _detach(model)
+    detach(model)
     return model
 
 
-def _detach(model: nn.Module) -> None:
-    """Undoes `_attach`, however far it came."""
+def detach(model: nn.Module) -> None:
+    """Undoes `attach`, however far it came."""
     for _, module, _ in list(owners(model)):
         bound = bound_forward(module)
         if bound is not None:
@@ -325,7 +325,8 @@ def _name(edge: Edge, taken: set[str]) -> str:
     return name
 
 
-def _attach(model: nn.Module, plan: Plan) -> None:
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Puts a plan, its quantizers and the forwards that bind them on a model; `detach` undoes it."""
     by_owner = plan.owners()
     modules = dict(model.named_modules())
     for path in by_owner:

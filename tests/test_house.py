@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "graph", "lift", "place", "resolve"),
     ("passes",),
     ("capture",),
-    ("state", "prepare"),
+    ("state", "prepare", "override"),
     ("backend",),
     ("recording",),
     ("calibrate", "onnx"),
