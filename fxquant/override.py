@@ -65,9 +65,7 @@ def _changed(plan: Plan, changes: dict[str, QuantSpec | None]) -> Plan:
         sites.append(_with_spec(site, spec, pattern))
     _check_used(plan, changes, used)
     if not sites:
-        raise InvalidArgument(
-            "changes must leave a site to quantize: got none. Call fxquant.strip for the float model."
-        )
+        raise InvalidArgument("changes must leave a site to quantize: got none. fxquant.strip gives the float model.")
     return dataclasses.replace(plan, sites=tuple(sites), declined=tuple(declined))
 
 

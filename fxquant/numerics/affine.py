@@ -39,11 +39,29 @@ def code_before_clamp(x: Tensor, scale: Tensor, zero_point: Tensor | None, round
     if zero_point is None:  # compilers drop the addition of a 0 that they see
         code = steps.round()
         return torch.where(code == 0, 0.0, code)
-    if rounding == "reciprocal" and zero_point is not None and zero_point.is_floating_point():
-        # torch multiplies and adds with one rounding here, to float32; double holds the exact sum.
-        exact = wide.double() * scale.reciprocal() + zero_point.double()
-        return exact.to(torch.float32).round() + 0.0
+    if rounding == "reciprocal" and zero_point.is_floating_point():
+        return _float_code(wide, scale.reciprocal(), zero_point).round() + 0.0
     return steps.round() + zero_point.to(torch.float32)
+
+
+def _float_code(wide: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
+    """``wide · inverse + zero_point`` in float32, rounded as often as torch's per-channel kernels round.
+
+    In double a product of two float32 is exact, and no compiler can contract it with the sum behind a conversion.
+    """
+    product, point = wide.double() * inverse, zero_point.double()
+    if wide.dtype == torch.float64:
+        return (product + point).to(torch.float32)
+    if zero_point.dtype == torch.float16:  # with a float32 product, unlike a float32 zero point
+        return (product.to(torch.float32).double() + point).to(torch.float32)
+    # A fused multiply-add. Double can round the sum onto a tie of float32; rounded to odd, it keeps its side.
+    total = product + point
+    part = total - product
+    error = (product - (total - part)) + (point - part)
+    bits = total.view(torch.int64)
+    to_odd = torch.where((error > 0) == (total > 0), bits + 1, bits - 1)
+    inexact = (error > 0) | (error < 0)
+    return torch.where(inexact & (bits & 1 == 0), to_odd, bits).view(torch.float64).to(torch.float32)
 
 
 def clamp_code(code: Tensor, quant_min: int, quant_max: int, *, wrap: bool = False) -> Tensor:
@@ -72,7 +90,7 @@ def _integer_part(zero_point: Tensor | None) -> Tensor | None:
 
 
 def codes_per_tensor(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, rounding: Rounding
 ) -> Tensor:
     """The codes of one scale and zero point, clamped, as floats."""
     return clamp_code(code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
@@ -90,10 +108,10 @@ def codes_per_channel(
 
 
 def fake_quantize_per_tensor(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, rounding: Rounding
 ) -> Tensor:
     """One scale for the tensor. The product is float32 even for float64 input, as in torch."""
-    zero_point = zero_point.to(torch.int32)  # torch takes the integer part of a floating one
+    zero_point = _integer_part(zero_point)
     code = codes_per_tensor(x, scale, zero_point, quant_min, quant_max, rounding)
     return dequantize(code.to(torch.float32), scale, zero_point).to(x.dtype)
 

@@ -41,7 +41,11 @@ def check_rounding(rounding: str) -> None:
 def check_floating(name: str, tensor: Tensor) -> None:
     """What is quantized is a floating tensor: integers have no fraction to round, and no gradient."""
     if not tensor.is_floating_point():
-        raise RuntimeError(f"`{name}` must be a floating-point tensor: got {scalar_type(tensor.dtype)}.")
+        found = scalar_type(tensor.dtype)
+        raise NotImplementedError(  # torch's type: a RuntimeError too
+            f"`{name}` must be a floating-point tensor: got {found} (not implemented for '{found}'). "
+            "Convert it with .float()."
+        )
 
 
 def can_read(tensor: Tensor) -> bool:

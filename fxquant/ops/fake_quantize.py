@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from fxquant import numerics
-from fxquant.ops.checks import can_read, check_floating, check_range, check_rounding, scalar_type
+from fxquant.ops.checks import assert_values, can_read, check_floating, check_range, check_rounding, scalar_type
 from fxquant.ops.library import define, same_arguments
 
 _ZERO_POINTS = (torch.int32, torch.int64, torch.float32, torch.float16)
+_AXIS = "`axis` must be between 0 and number of dimensions of"
+_POINT = "`zero_point` must be between `quant_min` and `quant_max`"
 
 
-def _check_qparams(scale: Tensor, zero_point: Tensor) -> None:
+def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
+    """The dtypes that torch's per-channel kernels take, and int64 zero points."""
     if scale.dtype not in (torch.float32, torch.bfloat16):
         raise RuntimeError(f"Scale must be Float or BFloat16, found {scalar_type(scale.dtype)}.")
     if zero_point.dtype not in _ZERO_POINTS:
@@ -30,7 +33,7 @@ def _check_qparams(scale: Tensor, zero_point: Tensor) -> None:
         )
 
 
-def _check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> None:
+def _check_lengths(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
     if scale.dim() != 1:
         raise RuntimeError(f"scale should be a 1-D tensor: got shape {tuple(scale.shape)}.")
     if zero_point.dim() != 1:
@@ -40,67 +43,103 @@ def _check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> 
             "scale and zero-point need to have the same dimensions: "
             f"got {scale.shape[0]} and {zero_point.shape[0]} elements."
         )
-    if not 0 <= axis < x.dim():
-        raise RuntimeError(f"`axis` must be between 0 and number of dimensions of input: got {axis} of {x.dim()}.")
-    if scale.shape[0] != x.shape[axis]:
+    try:
+        slices = x.size(axis)
+    except IndexError as error:
+        raise IndexError(f"{_AXIS} {name}: got {axis} of {x.dim()}. {error}.") from None
+    if scale.shape[0] != slices:
         raise RuntimeError(
-            "dimensions of scale and zero-point are not consistent with input tensor: "
-            f"got {scale.shape[0]} of each for {x.shape[axis]} slices of axis {axis}."
+            f"dimensions of scale and zero-point are not consistent with {name} tensor: "
+            f"got {scale.shape[0]} of each for {slices} slices of axis {axis}."
         )
 
 
+def _check_place(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
+    if axis < 0:  # torch comes to this last, having counted it from the end before
+        raise RuntimeError(f"{_AXIS} {name}: got {axis} of {x.dim()}.")
+    for what, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"`{what}` must be on the device of `{name}`: got {tensor.device} and {x.device}. "
+                f"Move it with .to({str(x.device)!r})."
+            )
+
+
+def check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
+    """Scale and zero point are one vector each, as long as ``axis`` of the argument called ``name``."""
+    _check_lengths(x, scale, zero_point, axis, name)
+    _check_place(x, scale, zero_point, axis, name)
+
+
 def _refuse_zero_point(zero_point: object, quant_min: int, quant_max: int) -> None:
-    raise RuntimeError(
-        "`zero_point` must be between `quant_min` and `quant_max`: "
-        f"got {zero_point}, not in [{quant_min}, {quant_max}]."
-    )
+    raise RuntimeError(f"{_POINT}: got {zero_point}, not in [{quant_min}, {quant_max}].")
 
 
-def _check_zero_points(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def check_channel_zero_points(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
     """Values, where a look is free; torch leaves floating ones unchecked too."""
-    per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
+    _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     if can_read(zero_point) and not zero_point.is_floating_point():
         outside = zero_point[(zero_point < quant_min) | (zero_point > quant_max)]
         if outside.numel():
             _refuse_zero_point(outside[0].item(), quant_min, quant_max)
 
 
+def _channel_qparams(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: str
+) -> None:
+    check_rounding(rounding)
+    check_qparams(scale, zero_point)
+    _check_lengths(x, scale, zero_point, axis, "input")
+    check_range(quant_min, quant_max)
+
+
 def per_channel_arguments(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: str
 ) -> None:
     """Checks what shapes, dtypes and numbers of a per-channel call show, in torch's order."""
-    check_rounding(rounding)
+    _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
+    _check_place(x, scale, zero_point, axis, "input")
     check_floating("input", x)
-    _check_qparams(scale, zero_point)
-    _check_channels(x, scale, zero_point, axis)
-    check_range(quant_min, quant_max)
+
+
+def per_tensor_qparams(scale: Tensor, zero_point: Tensor) -> None:
+    """One scale and zero point, each a tensor of one element."""
+    check_qparams(scale, zero_point)
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor.numel() != 1:
+            raise RuntimeError(
+                f"{name} must be a 1-element tensor: got shape {tuple(tensor.shape)}; "
+                f"a Tensor with {tensor.numel()} elements cannot be converted to Scalar."
+            )
 
 
 def per_tensor_arguments(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: str
 ) -> None:
-    """The same for one scale and zero point, each a tensor of one element."""
+    """`per_channel_arguments` for one scale and zero point."""
     check_rounding(rounding)
-    check_floating("input", x)
     check_range(quant_min, quant_max)
-    _check_qparams(scale, zero_point)
-    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
-        if tensor.numel() != 1:
-            raise RuntimeError(f"{name} must be a 1-element tensor: got shape {tuple(tensor.shape)}.")
-
-
-def _per_tensor_scalar(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    check_rounding(rounding)
+    per_tensor_qparams(scale, zero_point)
     check_floating("input", x)
+
+
+def scalar_arguments(x: Tensor, zero_point: int, quant_min: int, quant_max: int, rounding: str) -> None:
+    """The same for numbers, whose zero point shows its value."""
+    check_rounding(rounding)
     check_range(quant_min, quant_max)
     if not quant_min <= zero_point <= quant_max:
         _refuse_zero_point(zero_point, quant_min, quant_max)
+    check_floating("input", x)
+
+
+def _per_tensor_scalar(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+    scalar_arguments(x, zero_point, quant_min, quant_max, rounding)
     point = torch.full((), zero_point, dtype=torch.int32, device=x.device) if zero_point else None
-    scale = _scale_tensor(scale, x.device)
+    scale = scale_tensor(scale, x.device)
     return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
-def _scale_tensor(scale: float, device: torch.device) -> Tensor:
+def scale_tensor(scale: float, device: torch.device) -> Tensor:
     """A number as float32; rounded here, since a compiler that folds the constant would promote the unrounded one."""
     rounded = ctypes.c_float(scale).value if isinstance(scale, float) else scale
     return torch.full((), rounded, dtype=torch.float32, device=device)
@@ -133,7 +172,7 @@ def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
-    a.scale = _scale_tensor(a.scale, a.input.device)
+    a.scale = scale_tensor(a.scale, a.input.device)
     a.zero_point = torch.full((), a.zero_point, dtype=torch.int32, device=a.input.device)
     return _backward_per_tensor(a, grad)
 
@@ -169,7 +208,7 @@ PER_TENSOR = define(
 PER_CHANNEL = define(
     f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
     _per_channel,
-    check=_check_zero_points,
+    check=check_channel_zero_points,
     backward=_backward_per_channel,
     lift=lambda x, scale, point, axis, *rest: (x, scale, point, axis + 1, *rest),
     decompose=False,
@@ -193,6 +232,13 @@ FAKE_QUANTIZE = (PER_TENSOR_SCALAR, PER_TENSOR, PER_CHANNEL)
 BACKWARD = (PER_TENSOR_BACKWARD, PER_CHANNEL_BACKWARD)
 
 
+def assert_zero_points(zero_point: Tensor, quant_min: int, quant_max: int) -> None:
+    """``check=True``: integer zero points are codes."""
+    if not zero_point.is_floating_point():
+        inside = (zero_point >= quant_min) & (zero_point <= quant_max)
+        assert_values(inside, f"{_POINT}: got one outside [{quant_min}, {quant_max}].")
+
+
 def fake_quantize_per_tensor_affine(
     input: Tensor,
     scale: float | Tensor,
@@ -201,11 +247,27 @@ def fake_quantize_per_tensor_affine(
     quant_max: int,
     *,
     rounding: str = "reciprocal",
+    check: bool = False,
 ) -> Tensor:
     """Fake-quantizes with one scale and zero point, as numbers or as one-element tensors.
 
-    Shapes and dtype of the result are the input's (any floating dtype). Raises RuntimeError with torch's words
-    for an empty range or a zero point outside it.
+    ``y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) − zero_point) · scale``
+
+    Args:
+        input: float32, float64, float16 or bfloat16, of any shape; the result has both. NaN gives the value of
+            ``quant_min``.
+        scale: a number, or one element of float32 or bfloat16. Not checked: 0, negative ones and NaN follow IEEE.
+        zero_point: a number, or one element of int32, int64, float32 or float16, of which the integer part counts.
+        rounding: ``"reciprocal"`` multiplies by 1 / scale as torch does, ``"divide"`` divides as ONNX does.
+        check: whether a zero point in an integer tensor must be in the range too, compiled and on every device.
+
+    Gradient: ``dx = dy`` where the code lies in the range, 0 elsewhere and for NaN; none to the others.
+
+    Raises:
+        RuntimeError: an empty range, or a zero point outside it; in torch's order, with torch's words.
+        NotImplementedError: ``input`` is not floating.
+
+    Source: ``torch.fake_quantize_per_tensor_affine``, whose CPU kernels it equals bit for bit.
 
     >>> fake_quantize_per_tensor_affine(torch.tensor([0.24, 9.0]), 0.1, 0, -128, 127, rounding="divide")
     tensor([0.2000, 9.0000])
@@ -213,7 +275,10 @@ def fake_quantize_per_tensor_affine(
     if isinstance(scale, Tensor) != isinstance(zero_point, Tensor):
         raise RuntimeError("scale and zero_point must both be numbers or both be tensors.")
     op = PER_TENSOR if isinstance(scale, Tensor) else PER_TENSOR_SCALAR
-    return op(input, scale, zero_point, quant_min, quant_max, rounding=rounding)
+    y = op(input, scale, zero_point, quant_min, quant_max, rounding=rounding)
+    if check and isinstance(zero_point, Tensor):  # behind the op, which complains about all else first
+        assert_zero_points(zero_point, quant_min, quant_max)
+    return y
 
 
 def fake_quantize_per_channel_affine(
@@ -225,6 +290,42 @@ def fake_quantize_per_channel_affine(
     quant_max: int,
     *,
     rounding: str = "reciprocal",
+    check: bool = False,
 ) -> Tensor:
-    """Fake-quantizes each slice of ``axis`` with its own scale and zero point (1-D tensors of that length)."""
-    return PER_CHANNEL(input, scale, zero_point, axis, quant_min, quant_max, rounding=rounding)
+    """Fake-quantizes each slice of ``axis`` with its own scale and zero point.
+
+    ``y[c] = (clamp(round(x[c] / scale[c]) + zero_point[c], quant_min, quant_max) − zero_point[c]) · scale[c]``
+
+    Args:
+        input: as in `fake_quantize_per_tensor_affine`.
+        scale: float32 or bfloat16, 1-D, one element per slice; not checked.
+        zero_point: the same number of int32, int64, float32 or float16. A floating one keeps its fraction, and with
+            ``"reciprocal"`` is added before rounding. Integer ones must lie in the range: looked at on CPU.
+        axis: counted from the front.
+        rounding: as there. With ``"reciprocal"``, codes beyond int64 (+inf, 1e30) become ``quant_min``, as in torch.
+        check: whether integer zero points are looked at in compiled code and on other devices too.
+
+    Gradient: as there.
+
+    Raises:
+        RuntimeError: wrong dtypes, shapes or devices, a negative axis, an empty range or a zero point outside it; in
+            torch's order, with torch's words.
+        IndexError: no such axis.
+        NotImplementedError: ``input`` is not floating.
+
+    Source: ``torch.fake_quantize_per_channel_affine``, whose CPU kernels it equals bit for bit.
+
+    >>> rows = torch.tensor([[0.24, 9.0], [0.24, 9.0]])
+    >>> fake_quantize_per_channel_affine(rows, torch.tensor([0.1, 1.0]), torch.zeros(2, dtype=torch.int32), 0, -8, 7)
+    tensor([[0.2000, 0.7000],
+            [0.0000, 7.0000]])
+    """
+    y = PER_CHANNEL(input, scale, zero_point, axis, quant_min, quant_max, rounding=rounding)
+    if check:
+        assert_zero_points(zero_point, quant_min, quant_max)
+    return y
+
+
+def fake_quantize_differentiable(input: Tensor, scale: float, zero_point: int, qmin: int, qmax: int) -> Tensor:
+    """An older name of `fake_quantize_per_tensor_affine` with numbers, for code that still has it."""
+    return fake_quantize_per_tensor_affine(input, scale, zero_point, qmin, qmax)
