@@ -14,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
+from fxquant.errors import InvalidArgument
 from fxquant.graph import (
     ZEROS,
     activation_name,
@@ -87,6 +89,8 @@ class _Solver:
                 whole = self._demand(node)
                 if whole and kind.name in self.profile.needs_output and not self._skips(node, "output"):
                     self._heads[unit_end(node, self.profile.fuses)] = node
+            elif kind.name == "add" and self.profile.skips:
+                self._demand_skip(node)
             elif kind.name in self.profile.soft and not self._skips_any(node):
                 self._soft[unit_end(node, self.profile.fuses)] = node
         self._demanding = {node for node, _ in self.demands}
@@ -127,12 +131,35 @@ class _Solver:
                 # The only axis of a vector is the one that the operator sums over; columns of a batch of matrices
                 # would want a scale for each column of each matrix.
                 axis = None if axis is None or dim < 2 or (axis < 0 and dim > 2) else axis % dim
+                axis = None if kind.name in self.profile.one_scale else axis
                 self.weights.setdefault(operand, {})[node, name] = axis
             elif constant and kind.name == "einsum":
                 self.weights.setdefault(operand, {})[node, name] = None
             else:
                 self.demands.append((node, name))
         return whole
+
+    def _demand_skip(self, node: fx.Node) -> None:
+        """Demands the one operand of an add that does not come out of the convolution which the add fuses into."""
+        values = operands(node)
+        heads = {name: self._fusible_head(value) for name, value in values.items()}
+        fused = next((name for name, head in heads.items() if head), None)
+        if fused is None:
+            self.declined.append((node, f"{self.profile.name} adds in float where no convolution ends in the add"))
+            return
+        (other,) = values.keys() - {fused}
+        if values[other] in self.constants or not is_float(values[other]):
+            self.declined.append((node, f"its operand {values[other].name} is no activation"))
+        elif not self._skips(node, other):
+            self.demands.append((node, other))
+
+    def _fusible_head(self, value: fx.Node) -> fx.Node | None:
+        """The convolution that the value comes out of, alone or through its BatchNorm."""
+        head = value.args[0] if packet(value) is torch.ops.aten.batch_norm else value
+        kind = kind_of(head) if isinstance(head, fx.Node) else None
+        if kind is None or kind.name not in self.profile.skips or len(value.users) != 1:
+            return None
+        return head if head is value or len(head.users) == 1 else None  # type: ignore[union-attr,return-value]
 
     def _settle(self) -> Lifting:
         """Drops soft operators until each that is left has only quantized neighbours."""
@@ -224,7 +251,7 @@ class _Solver:
         placed = []
         for end, head in units.items():
             edges = [(head, "output")]
-            (spec,) = self._by_spec(edges, self._activation_spec(end))
+            (spec,) = self._by_spec(edges, self._activation_spec(end, edges))
             reason = f"{self.profile.name} runs {kind_of(head).name} as integers only with its result quantized"  # type: ignore[union-attr]
             placed.append(self._placement("output", spec, edges, reason))
         return placed
@@ -241,11 +268,12 @@ class _Solver:
             self._placement("activation", spec, edges, f"operand of {_names(edges)}")
             for source, reads in by_source.items()
             if source not in units
-            for spec, edges in self._by_spec(reads, self._activation_spec(source)).items()
+            for spec, edges in self._by_spec(reads, self._activation_spec(source, reads)).items()
         ]
 
-    def _activation_spec(self, source: fx.Node) -> QuantSpec:
-        spec = self.recipe.activation
+    def _activation_spec(self, source: fx.Node, uses: list[Operand]) -> QuantSpec:
+        is_rhs = any(name == "rhs" for _, name in uses)
+        spec = self.profile.fit(self.recipe.activation, is_rhs=is_rhs)
         if activation_name(source) == "relu6" and not spec.symmetric:
             # The runtime drops the clip only if the codes span exactly its range.
             return dataclasses.replace(spec, range=Fixed(min=0.0, max=6.0))
@@ -263,7 +291,13 @@ class _Solver:
         rules = {rule: None for rule in (self.exceptions.rule(*edge) for edge in edges) if rule is not None}
         for rule in rules:
             check_spec(role, spec, str(rule))
+            if role != "weight" and self.profile.fit(spec, is_rhs=any(name == "rhs" for _, name in edges)) != spec:
+                raise InvalidArgument(
+                    f"{rule} must have signed and symmetric codes for target {self.profile.name!r}: got {spec}."
+                )
             reason += f"; format by {rule}"
+        subject = " and ".join(map(str, rules)) or f"recipe {self.recipe.name!r}"
+        self.profile.check_bits(role, spec, subject)
         return Placement(role=role, spec=spec, edges=tuple(edges), reason=reason)
 
 

@@ -1,13 +1,16 @@
 """Target profiles: what a deployment runtime can run as integers, as data.
 
-Placement, lint and verify read the same profile. Facts are measured on the runtime where it can be installed.
+Placement, lint and verify read the same profile. Facts are measured on the runtime where it can be installed
+(onnxruntime, OpenVINO), and taken from the vendor's documents where not (TensorRT).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
+from fxquant.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,12 @@ class Profile:
         soft: kinds with an integer kernel that pays only between quantized neighbours.
         needs_output: kinds that run as integers only if their output is quantized too.
         fuses: activations that the runtime fuses into a kind of ``needs_output`` before that quantizer.
+        skips: kinds of ``hard`` that an Add behind them fuses into: of that Add only the other operand is quantized.
         joins_scale: whether a concat's operands and result must share one scale.
+        symmetric: activations have zero point 0, in signed codes.
+        symmetric_rhs: the right operand of a product of two activations has.
+        one_scale: kinds whose weight has one scale, not one per output channel.
+        activation_bits, weight_bits: code widths that the runtime knows.
         refused: kind → why it stays in float.
         opset: the ONNX opset written by default, and the highest the runtime loads.
     """
@@ -27,29 +35,87 @@ class Profile:
     name: str
     hard: frozenset[str]
     soft: frozenset[str]
-    needs_output: frozenset[str]
-    fuses: frozenset[str]
-    joins_scale: bool
+    needs_output: frozenset[str] = frozenset()
+    fuses: frozenset[str] = frozenset({"relu", "relu6"})
+    skips: frozenset[str] = frozenset()
+    joins_scale: bool = False
+    symmetric: bool = False
+    symmetric_rhs: bool = False
+    one_scale: frozenset[str] = frozenset()
+    activation_bits: range = range(2, 17)
+    weight_bits: range = range(2, 17)
     refused: dict[str, str] = field(default_factory=dict)
     opset: int = 21
     highest_opset: int = 26
 
+    def fit(self, spec: QuantSpec, *, is_rhs: bool = False) -> QuantSpec:
+        """An activation's format as this runtime takes it: another zero point at most."""
+        if not (self.symmetric or (self.symmetric_rhs and is_rhs)) or (spec.signed and spec.symmetric):
+            return spec
+        return dataclasses.replace(spec, signed=True, symmetric=True)
+
+    def check_bits(self, role: str, spec: QuantSpec, subject: str) -> None:
+        """Raises InvalidArgument for a width that the runtime has no codes for."""
+        known = self.weight_bits if role == "weight" else self.activation_bits
+        if spec.bits not in known:
+            raise InvalidArgument(
+                f"{subject} must have {known.start} to {known.stop - 1} bits for target {self.name!r}: "
+                f"got {spec.bits} for {'a weight' if role == 'weight' else 'an activation'}."
+            )
+
+
+_PRODUCTS = frozenset({"conv", "linear", "matmul", "einsum", "sdpa"})
+_FLOAT_CELLS = {
+    "recurrent_cell": "a fused recurrent cell is not looked into: its products stay float",
+    "mv": "products of a matrix and a vector stay float",
+}
 
 ONNXRUNTIME = Profile(
     name="onnxruntime",
-    hard=frozenset({"conv", "linear", "matmul", "einsum", "embedding", "sdpa"}),
+    hard=_PRODUCTS | {"embedding"},
     soft=frozenset({"add", "cat", "avg_pool"}),
     needs_output=frozenset({"conv"}),
-    fuses=frozenset({"relu", "relu6"}),
-    joins_scale=False,
+    refused={"conv_transpose": "onnxruntime has no integer ConvTranspose kernel", **_FLOAT_CELLS},
+)
+
+# Integer convolutions and products need no quantized result there; adds and table lookups gain nothing.
+OPENVINO = Profile(
+    name="openvino",
+    hard=_PRODUCTS | {"conv_transpose"},
+    soft=frozenset({"cat", "avg_pool"}),
+    symmetric_rhs=True,
+    activation_bits=range(2, 9),
+    weight_bits=range(2, 9),
     refused={
-        "conv_transpose": "onnxruntime has no integer ConvTranspose kernel",
-        "recurrent_cell": "a fused recurrent cell is not looked into: its products stay float",
-        "mv": "products of a matrix and a vector stay float",
+        "embedding": "OpenVINO looks tables up in float",
+        "add": "OpenVINO adds in float",
+        **_FLOAT_CELLS,
     },
 )
 
-PROFILES: dict[str, Profile] = {profile.name: profile for profile in (ONNXRUNTIME,)}
+TENSORRT = Profile(
+    name="tensorrt",
+    hard=_PRODUCTS | {"conv_transpose"},
+    soft=frozenset({"cat", "avg_pool"}),
+    skips=frozenset({"conv", "conv_transpose"}),
+    symmetric=True,
+    # Its sources disagree on the axis of a transposed convolution's scales; one scale is right under both.
+    one_scale=frozenset({"conv_transpose"}),
+    activation_bits=range(8, 9),
+    weight_bits=range(4, 9),
+    refused={"embedding": "TensorRT looks tables up in float", **_FLOAT_CELLS},
+    highest_opset=24,
+)
+
+# No runtime in mind: every product on integers, and what stands between quantized tensors too.
+GENERIC = Profile(
+    name="generic",
+    hard=_PRODUCTS | {"conv_transpose", "embedding"},
+    soft=frozenset({"add", "cat", "avg_pool"}),
+    refused=_FLOAT_CELLS,
+)
+
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in (ONNXRUNTIME, OPENVINO, TENSORRT, GENERIC)}
 
 
 def get_profile(target: str) -> Profile:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fxquant.errors import InvalidArgument
-from fxquant.profiles import ONNXRUNTIME, get_profile
+from fxquant.profiles import ONNXRUNTIME, PROFILES, Profile, get_profile
 from fxquant.recipes import INT8, Recipe, get_recipe
 from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
 
@@ -109,7 +109,7 @@ def test_names_of_recipes_and_profiles() -> None:
         get_recipe("int7")
     with pytest.raises(InvalidArgument, match="got 8"):
         get_recipe(8)  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="target must be one of 'onnxruntime': got 'tpu'"):
+    with pytest.raises(InvalidArgument, match="target must be one of 'onnxruntime', 'openvino', 'tensorrt', 'generic': got 'tpu'"):
         get_profile("tpu")
 
 
@@ -118,7 +118,7 @@ def test_with_range() -> None:
     assert INT8.with_range(CurrentTensor()).weight == INT8.weight
 
 
-def test_a_profile_puts_each_kind_in_one_place() -> None:
-    profile = ONNXRUNTIME
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda p: p.name)
+def test_a_profile_puts_each_kind_in_one_place(profile: Profile) -> None:
     assert not profile.hard & profile.soft and not (profile.hard | profile.soft) & profile.refused.keys()
-    assert profile.needs_output <= profile.hard
+    assert profile.needs_output | profile.skips | profile.one_scale <= profile.hard
