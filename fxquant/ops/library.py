@@ -147,9 +147,9 @@ class _Gradient:
         self.positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
 
     def setup_context(
-        self, ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Mapping[str, Any], output: Any
+        self, ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
     ) -> None:
-        arguments = _by_name(self.op, inputs, keyword_only_inputs)
+        arguments = _by_name(self.op, inputs, keyword_only_inputs or {})
         tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
         ctx.saved_names = [name for name in tensors if self.saves is None or name in self.saves]
         ctx.static = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
