@@ -18,6 +18,10 @@ _SCALAR_TYPES = {
     torch.int32: "Int",
     torch.int64: "Long",
     torch.bool: "Bool",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+    torch.float8_e4m3fn: "Float8_e4m3fn",
+    torch.float8_e5m2: "Float8_e5m2",
 }
 
 

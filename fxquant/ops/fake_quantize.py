@@ -18,9 +18,16 @@ from fxquant import numerics
 from fxquant.ops.checks import assert_values, can_read, check_floating, check_range, check_rounding, scalar_type
 from fxquant.ops.library import define, same_arguments
 
+_INPUTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _ZERO_POINTS = (torch.int32, torch.int64, torch.float32, torch.float16)
 _AXIS = "`axis` must be between 0 and number of dimensions of"
 _POINT = "`zero_point` must be between `quant_min` and `quant_max`"
+
+
+def _check_input(x: Tensor) -> None:
+    check_floating("input", x)
+    if x.dtype not in _INPUTS:  # 8-bit floats: torch has no arithmetic on them
+        raise NotImplementedError(f"`input` must be wider than 8 bits: not implemented for '{scalar_type(x.dtype)}'.")
 
 
 def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
@@ -99,13 +106,13 @@ def per_channel_arguments(
     """Checks what shapes, dtypes and numbers of a per-channel call show, in torch's order."""
     _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     _check_place(x, scale, zero_point, axis, "input")
-    check_floating("input", x)
+    _check_input(x)
 
 
 def per_tensor_qparams(scale: Tensor, zero_point: Tensor) -> None:
     """One scale and zero point, each a tensor of one element."""
     check_qparams(scale, zero_point)
-    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+    for name, tensor in (("zero_point", zero_point), ("scale", scale)):
         if tensor.numel() != 1:
             raise RuntimeError(
                 f"{name} must be a 1-element tensor: got shape {tuple(tensor.shape)}; "
@@ -120,7 +127,7 @@ def per_tensor_arguments(
     check_rounding(rounding)
     check_range(quant_min, quant_max)
     per_tensor_qparams(scale, zero_point)
-    check_floating("input", x)
+    _check_input(x)
 
 
 def scalar_arguments(x: Tensor, zero_point: int, quant_min: int, quant_max: int, rounding: str) -> None:
@@ -129,7 +136,7 @@ def scalar_arguments(x: Tensor, zero_point: int, quant_min: int, quant_max: int,
     check_range(quant_min, quant_max)
     if not quant_min <= zero_point <= quant_max:
         _refuse_zero_point(zero_point, quant_min, quant_max)
-    check_floating("input", x)
+    _check_input(x)
 
 
 def _per_tensor_scalar(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
