@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxquant import errors, ops
+    from fxquant import errors, ops, tensor_quant
     from fxquant.calibrate import calibrate
     from fxquant.onnx import export_onnx, verify_onnx
     from fxquant.override import override
@@ -39,7 +39,7 @@ _HOMES = {
     **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.rules"),
     "Profile": "fxquant.profiles",
 }
-_MODULES = ("backend", "errors", "ops", "report")
+_MODULES = ("backend", "errors", "formats", "ops", "report", "tensor_quant")
 
 __all__ = [
     "CurrentTensor",
@@ -63,6 +63,7 @@ __all__ = [
     "prepare",
     "skip",
     "strip",
+    "tensor_quant",
     "verify_onnx",
 ]
 

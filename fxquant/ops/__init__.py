@@ -1,22 +1,82 @@
-"""torch.library operators of the ``fxquant`` namespace, one file per family.
+"""torch.library operators of the ``fxquant`` namespace, one file per family; importing this package registers them.
 
-Importing this package registers them; each family's file holds schema, kernel, fake and autograd together.
+| family | file | operators |
+| --- | --- | --- |
+| torch's fake-quantize | `fake_quantize` | per tensor, per channel |
+| learnable | `learnable` | torch's learnable forms, LSQ+, PACT, TQT |
+| observe and quantize | `observe` | torch's fused moving average; delayed |
+| integer codes | `quantize` | quantize, dequantize, packed int4 |
+| small floats | `floating` | fp8, fp6, fp4, with a scale or bare |
+| blocks | `blocks` | MX, NVFP4, block integers, double quantization |
+| stochastic rounding | `stochastic` | Philox by element index |
+| scaled by amax | `amax` | what `fxquant.tensor_quant` is made of |
+| ranges, export, state | `qparams`, `qdq`, `binding` | what the passes insert |
+
+Each file holds schema, checks, arithmetic and gradient of its operators, and a documented Python function for each.
 """
 
 from fxquant.ops.binding import bind
-from fxquant.ops.fake_quantize import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from fxquant.ops.blocks import fake_quantize_blocks, fake_quantize_mx, fake_quantize_nvfp4
+from fxquant.ops.fake_quantize import (
+    fake_quantize_differentiable,
+    fake_quantize_per_channel_affine,
+    fake_quantize_per_tensor_affine,
+)
+from fxquant.ops.floating import dequantize_float, fake_quantize_float, quantize_float
+from fxquant.ops.learnable import (
+    fake_quantize_learnable_per_channel_affine,
+    fake_quantize_learnable_per_tensor_affine,
+    fake_quantize_lsq_plus,
+    fake_quantize_pact,
+    fake_quantize_tqt,
+    lsq_grad_factor,
+)
+from fxquant.ops.observe import Observed, fused_moving_avg_obs_fake_quant, moving_avg_obs_fake_quant
 from fxquant.ops.qdq import dequantize_affine, quantize_dequantize
 from fxquant.ops.qparams import affine_qparams, extend_min_max, resolve_min_max, symmetric_qparams, update_min_max
+from fxquant.ops.quantize import (
+    dequantize_per_channel,
+    dequantize_per_tensor,
+    pack_int4,
+    quantize_per_channel,
+    quantize_per_tensor,
+    unpack_int4,
+)
+from fxquant.ops.stochastic import fake_quantize_stochastic, uniform
 
 __all__ = [
+    "Observed",
     "affine_qparams",
     "bind",
     "dequantize_affine",
+    "dequantize_float",
+    "dequantize_per_channel",
+    "dequantize_per_tensor",
     "extend_min_max",
+    "fake_quantize_blocks",
+    "fake_quantize_differentiable",
+    "fake_quantize_float",
+    "fake_quantize_learnable_per_channel_affine",
+    "fake_quantize_learnable_per_tensor_affine",
+    "fake_quantize_lsq_plus",
+    "fake_quantize_mx",
+    "fake_quantize_nvfp4",
+    "fake_quantize_pact",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "fake_quantize_stochastic",
+    "fake_quantize_tqt",
+    "fused_moving_avg_obs_fake_quant",
+    "lsq_grad_factor",
+    "moving_avg_obs_fake_quant",
+    "pack_int4",
     "quantize_dequantize",
+    "quantize_float",
+    "quantize_per_channel",
+    "quantize_per_tensor",
     "resolve_min_max",
     "symmetric_qparams",
+    "uniform",
+    "unpack_int4",
     "update_min_max",
 ]

@@ -37,7 +37,7 @@ def define(
     backward: Backward | None = None,
     saves: Sequence[str] | None = None,
     decompose: bool = True,
-    lift: Callable[..., Sequence[Any]] | None = None,
+    lift: Callable[..., Sequence[Any] | None] | None = None,
 ) -> Any:
     """Registers ``schema`` for every device; returns its OpOverload.
 
@@ -51,8 +51,8 @@ def define(
         saves: the tensor arguments that ``backward`` reads; all by default.
         decompose: whether compilers trace the arithmetic, or the op as one node.
         lift: for torch.vmap over the first argument alone: its batch stands in front, ``lift(*args)`` gives the
-            positional arguments that do the whole batch in one call. Absent, or other arguments mapped: one call
-            a sample.
+            positional arguments that do the whole batch in one call, or None. Absent, None, or other arguments mapped:
+            one call a sample.
     """
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -105,19 +105,20 @@ def _by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     return {**found, **kwargs}
 
 
-def _vmap_rule(op: Any, lift: Callable[..., Sequence[Any]] | None) -> Callable[..., Any]:
+def _vmap_rule(op: Any, lift: Callable[..., Sequence[Any] | None] | None) -> Callable[..., Any]:
     """The op itself on the whole batch where ``lift`` can say how, else once for each sample.
 
     Either way autograd, tracing and further levels of vmap meet ordinary calls of the op.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        mapped = [(i, dim) for i, dim in enumerate(in_dims) if dim is not None]
+        mapped = [(i, dim) for i, dim in enumerate(in_dims) if isinstance(dim, int)]  # a list argument has a list
         front = list(args)
         for i, dim in mapped:
             front[i] = args[i].movedim(dim, 0)
-        if lift is not None and [i for i, _ in mapped] == [0]:
-            out = op(*lift(*front), **kwargs)
+        lifted = lift(*front) if lift is not None and [i for i, _ in mapped] == [0] else None
+        if lifted is not None:
+            out = op(*lifted, **kwargs)
             return out, (0,) * len(out) if isinstance(out, tuple) else 0
         samples = []
         for k in range(info.batch_size):

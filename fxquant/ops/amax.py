@@ -1,0 +1,450 @@
+"""``fxquant::tensor_quant`` and its relatives: quantizers whose range is the largest magnitude, ``amax``.
+
+The arithmetic, with its equations, is `fxquant.numerics.amax`; the API that NVIDIA ModelOpt users know is
+`fxquant.tensor_quant`. ``amax`` broadcasts to the input: one element, one per slice of an axis, or of several axes.
+
+Static arguments are checked eagerly and while compiling. Values (a negative, NaN or infinite amax, negative inputs
+of an unsigned format) are checked where a look is free, that is eagerly on CPU; ``check=True`` asserts them in
+compiled code and on other devices too, as a RuntimeError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import InvalidArgument
+from fxquant.formats import float_format
+from fxquant.numerics import amax as numerics
+from fxquant.ops.checks import assert_values, can_read, check_floating
+from fxquant.ops.library import define, same_arguments
+
+_MAX_BITS = 16
+_HALF_MAX = 65504.0
+_UNSIGNED = "Negative values encountered in unsigned quantization."
+
+
+def _check_bits(num_bits: int, unsigned: bool = True) -> None:
+    least = 1 if unsigned else 2  # one signed bit has no positive code
+    if not least <= num_bits <= _MAX_BITS:
+        kind = "unsigned" if unsigned else "signed"
+        raise InvalidArgument(f"num_bits must be from {least} to {_MAX_BITS} for {kind} codes: got {num_bits}.")
+
+
+def _check_range_tensor(name: str, value: Tensor, x: Tensor) -> None:
+    """Floating, on the input's device, and broadcastable to it without making it larger."""
+    check_floating(name, value)
+    if value.device != x.device:
+        raise InvalidArgument(f"{name} must be on the input's device, {x.device}: got {value.device}. Move it there.")
+    if value.numel() == 1:
+        return
+    paired = list(zip(reversed(value.shape), reversed(x.shape), strict=False))
+    if value.dim() > x.dim() or not all(mine == 1 or mine == theirs for mine, theirs in paired):
+        raise InvalidArgument(
+            f"{name} must broadcast to the input's shape {tuple(x.shape)}: got {tuple(value.shape)}. "
+            f"Give one element, or size 1 in each dimension that shares a range."
+        )
+
+
+def _check_static(input: Tensor, amax: Tensor, num_bits: int, unsigned: bool) -> None:
+    check_floating("input", input)
+    _check_bits(num_bits, unsigned)
+    _check_range_tensor("amax", amax, input)
+
+
+def _check_amax(amax: Tensor, *, negative: bool = False) -> None:
+    if not can_read(amax):
+        return
+    allowed = amax.isfinite() if negative else amax.isfinite() & (amax >= 0)
+    if not allowed.all():
+        value = amax[~allowed].reshape(-1)[0].item()
+        if value < 0 and value != -float("inf"):
+            raise InvalidArgument(f"Negative values in amax: amax must be at least 0, got {value}.")
+        raise InvalidArgument(f"amax must be finite: got {value}. Look for NaN or inf in the data that it came from.")
+
+
+def _check_values(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    _check_static(input, amax, num_bits, unsigned)
+    if unsigned and can_read(input) and (input < 0).any():
+        raise TypeError(_UNSIGNED)
+    _check_amax(amax)
+
+
+def _check_learnable_values(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    """As `_check_values`; but an optimizer may step amax below 0, which its gradient then undoes."""
+    _check_static(input, amax, num_bits, unsigned)
+    if unsigned and can_read(input) and (input < 0).any():
+        raise TypeError(_UNSIGNED)
+    _check_amax(amax, negative=True)
+
+
+def _check_scale(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    """As `_check_values`; and the scale, which is stored in the input's dtype, fits a half."""
+    _check_values(input, amax, num_bits, unsigned, narrow_range)
+    if input.dtype != torch.float16 or not can_read(amax):
+        return
+    _, bound = numerics.code_range(num_bits, unsigned, narrow_range)
+    wide = amax.to(torch.float32)
+    small = wide[(wide > numerics.EPSILON) & (wide * _HALF_MAX < bound)]
+    if small.numel():
+        raise InvalidArgument(
+            f"amax must be at least {bound / _HALF_MAX:.3g} for float16 input: got {small.min().item()}, whose scale "
+            f"is above {_HALF_MAX:.0f}, the largest float16. Use float32."
+        )
+
+
+def _check_affine(input: Tensor, min: Tensor, max: Tensor, num_bits: int) -> None:
+    check_floating("input", input)
+    _check_bits(num_bits)
+    _check_range_tensor("min", min, input)
+    _check_range_tensor("max", max, input)
+
+
+def _check_affine_values(input, min, max, num_bits=8):  # type: ignore[no-untyped-def]
+    _check_affine(input, min, max, num_bits)
+    if not (can_read(min) and can_read(max)):
+        return
+    low, high = torch.broadcast_tensors(min.detach(), max.detach())
+    bad = ~((low < high) & (high - low).isfinite())
+    if bad.any():
+        pair = f"min={low[bad].reshape(-1)[0].item()} and max={high[bad].reshape(-1)[0].item()}"
+        raise InvalidArgument(f"max must be above min, both finite: got {pair}. Give a range that has a width.")
+
+
+def _check_float(input: Tensor, amax: Tensor | None, E: int, M: int) -> None:
+    check_floating("input", input)
+    float_format((E, M))
+    if amax is not None:
+        _check_range_tensor("amax", amax, input)
+
+
+def _check_float_values(input, amax, E=4, M=3):  # type: ignore[no-untyped-def]
+    _check_float(input, amax, E, M)
+    if amax is not None:
+        _check_amax(amax)
+
+
+def _check_learnable_float_values(input, amax, E=4, M=3):  # type: ignore[no-untyped-def]
+    _check_float(input, amax, E, M)
+    _check_amax(amax, negative=True)
+
+
+def _tensor_quant(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    _check_static(input, amax, num_bits, unsigned)
+    return numerics.tensor_quant(input, amax, num_bits, unsigned, narrow_range)
+
+
+def _fake(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    _check_static(input, amax, num_bits, unsigned)
+    return numerics.fake_tensor_quant(input, amax, num_bits, unsigned, narrow_range)
+
+
+def _legacy(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    _check_static(input, amax, num_bits, unsigned)
+    return numerics.legacy_fake_tensor_quant(input, amax, num_bits, unsigned, narrow_range)
+
+
+def _affine(input, min, max, num_bits=8):  # type: ignore[no-untyped-def]
+    _check_affine(input, min, max, num_bits)
+    return numerics.fake_affine_tensor_quant(input, min, max, num_bits)
+
+
+def _float(input, amax, E=4, M=3):  # type: ignore[no-untyped-def]
+    _check_float(input, amax, E, M)
+    return numerics.scaled_float(input, amax, float_format((E, M)))
+
+
+def _clipped(a: Any, grad: Tensor, *_: Tensor) -> dict[str, Tensor | None]:
+    return {"input": numerics.clipped(grad, a.input, a.amax)}
+
+
+def _clipped_float(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    return {"input": numerics.scaled_float_clipped(grad, a.input, a.amax, float_format((a.E, a.M)))}
+
+
+def _learnable_gradient(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    rest = (a.num_bits, a.unsigned, a.narrow_range)
+    amax = numerics.fake_tensor_quant_amax_gradient(grad, a.input, a.amax, *rest)
+    return {"input": numerics.clipped(grad, a.input, a.amax), "amax": amax}
+
+
+def _learnable_float_gradient(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    amax = numerics.scaled_float_amax_gradient(grad, a.input, a.amax, float_format((a.E, a.M)))
+    return {**_clipped_float(a, grad), "amax": amax}
+
+
+def _through(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    return {"input": grad}
+
+
+_INTEGER = "Tensor input, Tensor amax, int num_bits=8, bool unsigned=False, bool narrow_range=True"
+_FLOAT = "int E=4, int M=3"
+
+TENSOR_QUANT = define(
+    f"tensor_quant({_INTEGER}) -> (Tensor, Tensor)",
+    _tensor_quant,
+    check=_check_scale,
+    backward=_clipped,
+    saves=("input", "amax"),
+)
+FAKE_TENSOR_QUANT = define(
+    f"fake_tensor_quant({_INTEGER}) -> Tensor", _fake, check=_check_values, backward=_clipped, lift=same_arguments
+)
+FAKE_TENSOR_QUANT_PASS_THROUGH = define(
+    f"fake_tensor_quant.pass_through({_INTEGER}) -> Tensor",
+    _fake,
+    check=_check_values,
+    backward=_through,
+    saves=(),
+    lift=same_arguments,
+)
+FAKE_TENSOR_QUANT_LEARNABLE = define(
+    f"fake_tensor_quant_learnable({_INTEGER}) -> Tensor",
+    _fake,
+    check=_check_learnable_values,
+    backward=_learnable_gradient,
+    lift=same_arguments,
+)
+LEGACY_FAKE_TENSOR_QUANT = define(
+    f"legacy_fake_tensor_quant({_INTEGER}) -> Tensor",
+    _legacy,
+    check=_check_scale,
+    backward=_clipped,
+    lift=same_arguments,
+)
+FAKE_AFFINE_TENSOR_QUANT = define(
+    "fake_affine_tensor_quant(Tensor input, Tensor min, Tensor max, int num_bits=8) -> Tensor",
+    _affine,
+    check=_check_affine_values,
+    backward=lambda a, grad: {"input": numerics.between(grad, a.input, a.min, a.max)},
+    lift=same_arguments,
+)
+SCALED_FLOAT = define(
+    f"scaled_float(Tensor input, Tensor? amax, {_FLOAT}) -> Tensor",
+    _float,
+    check=_check_float_values,
+    backward=_clipped_float,
+    lift=same_arguments,
+)
+SCALED_FLOAT_PASS_THROUGH = define(
+    f"scaled_float.pass_through(Tensor input, Tensor? amax, {_FLOAT}) -> Tensor",
+    _float,
+    check=_check_float_values,
+    backward=_through,
+    saves=(),
+    lift=same_arguments,
+)
+SCALED_FLOAT_LEARNABLE = define(
+    f"scaled_float_learnable(Tensor input, Tensor amax, {_FLOAT}) -> Tensor",
+    _float,
+    check=_check_learnable_float_values,
+    backward=_learnable_float_gradient,
+    lift=same_arguments,
+)
+
+
+def _tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def _assert_integer(input: Tensor, amax: Tensor, unsigned: bool) -> None:
+    assert_values((amax >= 0) & (amax < float("inf")), "amax must be finite and at least 0.")
+    if unsigned:
+        assert_values(~(input < 0), _UNSIGNED)
+
+
+def tensor_quant(
+    input: Tensor,
+    amax: Tensor | float,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    *,
+    check: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Quantizes to integer-valued codes; ``codes / scale`` dequantizes.
+
+    ``B = 2^(num_bits − 1 + unsigned) − 1``, ``scale = B / amax``, ``codes = clamp(round_half_even(input · scale),
+    lowest, B)`` with ``lowest`` 0 if unsigned, −B if ``narrow_range``, else −B − 1. Where amax ≤ 2⁻²⁴ codes are 0 and
+    the scale is 1. NaN stays NaN elsewhere.
+
+    Args:
+        input: any floating dtype; float16 and bfloat16 are computed in float32 (bfloat16 holds codes up to 256
+            exactly, float16 up to 2048).
+        amax: a number, or a floating tensor that broadcasts to input.
+        check: assert values in compiled code too.
+
+    Returns:
+        Codes in input's shape and dtype; the scale in amax's shape and input's dtype.
+
+    Gradient: ``d_input = d_codes · [|input| ≤ amax]``; none to amax, none from the scale.
+
+    Raises:
+        TypeError: negative input of an unsigned format.
+        InvalidArgument: (a ValueError) amax negative, NaN, infinite, not broadcastable, on another device, or too
+            small for a float16 scale; num_bits not from 2 (1 if unsigned) to 16.
+
+    Source: NVIDIA ModelOpt, ``TensorQuantFunction``.
+
+    >>> tensor_quant(torch.tensor([-2.0, 0.3, 1.0]), 1.0, 4)
+    (tensor([-7.,  2.,  7.]), tensor(7.))
+    """
+    reach = _tensor(amax, input)
+    out = TENSOR_QUANT(input, reach, num_bits, unsigned, narrow_range)
+    if check:
+        _assert_integer(input, reach, unsigned)
+    return out
+
+
+def fake_tensor_quant(
+    input: Tensor,
+    amax: Tensor | float,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    *,
+    pass_through: bool = False,
+    check: bool = False,
+) -> Tensor:
+    """Quantizes and dequantizes: ``codes / scale`` of `tensor_quant`, with one rounding to input's dtype.
+
+    Shape and dtype of the result are input's. Gradient: ``d_input = d_out · [|input| ≤ amax]``, or ``d_out`` itself
+    with ``pass_through=True``, which keeps nothing for backward; none to amax (`fake_tensor_quant_learnable` has
+    one). Arguments and errors are those of `tensor_quant`; no limit on a float16 scale, as none is stored.
+
+    Source: NVIDIA ModelOpt, ``FakeTensorQuantFunction``.
+
+    >>> fake_tensor_quant(torch.tensor([-2.0, 0.3, 1.0]), 1.0, 4)
+    tensor([-1.0000,  0.2857,  1.0000])
+    """
+    reach = _tensor(amax, input)
+    op = FAKE_TENSOR_QUANT_PASS_THROUGH if pass_through else FAKE_TENSOR_QUANT
+    out = op(input, reach, num_bits, unsigned, narrow_range)
+    if check:
+        _assert_integer(input, reach, unsigned)
+    return out
+
+
+def fake_tensor_quant_learnable(
+    input: Tensor,
+    amax: Tensor,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+) -> Tensor:
+    """`fake_tensor_quant` whose amax is trained.
+
+    ``d_amax = Σ d_out · (codes − [|input| ≤ amax] · input · scale) / B``, summed over what an element of amax stands
+    for, in amax's dtype: the lowest or highest code where input is clipped, the rounding error inside. An amax of at
+    most 2⁻²⁴, negative ones too, gives output 0 and ``d_amax = Σ d_out · sign(input)``, so that it can grow again.
+    Values are checked as in `tensor_quant`, but for the sign of amax.
+
+    Source: the straight-through derivative of clipping before rounding (Jain et al., "Trained Quantization
+    Thresholds", 2020).
+    """
+    return FAKE_TENSOR_QUANT_LEARNABLE(input, amax, num_bits, unsigned, narrow_range)
+
+
+def legacy_fake_tensor_quant(
+    input: Tensor,
+    amax: Tensor | float,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    *,
+    check: bool = False,
+) -> Tensor:
+    """`fake_tensor_quant` from codes and scale that were rounded to input's dtype first.
+
+    The quotient of what `tensor_quant` returns; differs from `fake_tensor_quant` for float16 and bfloat16 only.
+    Arguments, gradient and errors are those of `tensor_quant`.
+
+    Source: NVIDIA ModelOpt, ``LegacyFakeTensorQuantFunction``.
+    """
+    reach = _tensor(amax, input)
+    out = LEGACY_FAKE_TENSOR_QUANT(input, reach, num_bits, unsigned, narrow_range)
+    if check:
+        _assert_integer(input, reach, unsigned)
+    return out
+
+
+def fake_affine_tensor_quant(
+    input: Tensor, min: Tensor | float, max: Tensor | float, num_bits: int = 8, *, check: bool = False
+) -> Tensor:
+    """Quantizes and dequantizes between ``min`` and ``max``, zero exactly representable.
+
+    ``step = (max − min) / (2^num_bits − 1)``, ``zero = round(min / step) + 2^(num_bits − 1)``,
+    ``y = (clamp(round(input / step) − zero, −2^(num_bits − 1), 2^(num_bits − 1) − 1) + zero) · step``.
+    NaN stays NaN. Shape and dtype of the result are input's; min and max are numbers, or tensors that broadcast.
+
+    Gradient: ``d_input = d_out · [min ≤ input ≤ max]``; none to min and max.
+
+    Raises InvalidArgument where max is not above min; in compiled code without ``check`` the result is 0 there.
+
+    Source: NVIDIA ModelOpt, ``FakeAffineTensorQuantFunction`` (gemmlowp's scheme).
+    """
+    low, high = _tensor(min, input), _tensor(max, input)
+    out = FAKE_AFFINE_TENSOR_QUANT(input, low, high, num_bits)
+    if check:
+        assert_values((low < high) & ((high - low) < float("inf")), "max must be above min, both finite.")
+    return out
+
+
+def scaled_float(
+    input: Tensor,
+    amax: Tensor | float | None = None,
+    E: int = 4,
+    M: int = 3,
+    *,
+    pass_through: bool = False,
+    check: bool = False,
+) -> Tensor:
+    """Rounds to the float format with E exponent and M mantissa bits, scaled so that amax is its largest value.
+
+    ``y = round_to_format(input · (max / amax)) · (amax / max)``, saturating at ±amax; ``max`` is 448 for (4, 3).
+    Without amax a bare cast, saturating at ±max. amax ≤ 2⁻²⁴ counts as 1. NaN stays NaN. Shape and dtype of the
+    result are input's.
+
+    Gradient: ``d_input = d_out · [|input| ≤ amax]`` (≤ max without amax), or ``d_out`` itself with
+    ``pass_through=True``, which keeps nothing for backward; none to amax.
+
+    Raises InvalidArgument for an unknown (E, M) and for an amax that is negative, NaN or infinite.
+
+    Source: NVIDIA ModelOpt, ``ScaledE4M3Function``; formats are those of `fxquant.formats`.
+
+    >>> scaled_float(torch.tensor([0.3, 448.0, 1000.0]))
+    tensor([  0.3125, 448.0000, 448.0000])
+    """
+    reach = None if amax is None else _tensor(amax, input)
+    out = (SCALED_FLOAT_PASS_THROUGH if pass_through else SCALED_FLOAT)(input, reach, E, M)
+    if check and reach is not None:
+        assert_values((reach >= 0) & (reach < float("inf")), "amax must be finite and at least 0.")
+    return out
+
+
+def scaled_float_learnable(input: Tensor, amax: Tensor, E: int = 4, M: int = 3) -> Tensor:
+    """`scaled_float` whose amax is trained.
+
+    ``d_amax = Σ d_out · (f − [|input| ≤ amax] · input · max/amax) / max`` with f the rounded float before it is scaled
+    back; ``Σ d_out · sign(input)`` where amax ≤ 2⁻²⁴, negative values too. Values are checked as in `scaled_float`,
+    but for the sign of amax.
+    """
+    return SCALED_FLOAT_LEARNABLE(input, amax, E, M)
+
+
+OPS = (
+    TENSOR_QUANT,
+    FAKE_TENSOR_QUANT,
+    FAKE_TENSOR_QUANT_PASS_THROUGH,
+    FAKE_TENSOR_QUANT_LEARNABLE,
+    LEGACY_FAKE_TENSOR_QUANT,
+    FAKE_AFFINE_TENSOR_QUANT,
+    SCALED_FLOAT,
+    SCALED_FLOAT_PASS_THROUGH,
+    SCALED_FLOAT_LEARNABLE,
+)
