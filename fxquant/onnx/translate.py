@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from fxquant.onnx.require import require
+from fxquant.onnx.translate_amax import amax_translations
 from fxquant.onnx.translate_operators import constant, operator_translations, storage
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 
 
-def translation_table() -> dict[Any, Callable[..., Any]]:
+def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
     """Op → ONNX function, for ``torch.onnx.export(dynamo=True, custom_translation_table=…)``.
 
-    `export_onnx` uses it; so can a model that calls ``fxquant.ops`` or ``fxquant.tensor_quant`` itself and was never
-    prepared.
+    ``opset`` is that of the export. `export_onnx` uses it; so can a model that calls ``fxquant.ops`` or
+    ``fxquant.tensor_quant`` itself and was never prepared.
     """
     require("onnxscript")
     import numpy as np
@@ -51,6 +52,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
     return {
         **operator_translations(),
+        **amax_translations(opset),
         QUANTIZE_DEQUANTIZE: quantize_dequantize,
         DEQUANTIZE: dequantize,
         torch.ops.aten.flatten.using_ints: flatten,

@@ -34,7 +34,7 @@ def to_onnx(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], d
                 args,
                 kwargs=kwargs,
                 dynamo=True,
-                custom_translation_table=translation_table(),
+                custom_translation_table=translation_table(opset),
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,

@@ -336,6 +336,8 @@ def fake_tensor_quant_learnable(
     num_bits: int = 8,
     unsigned: bool = False,
     narrow_range: bool = True,
+    *,
+    check: bool = False,
 ) -> Tensor:
     """`fake_tensor_quant` whose amax is trained.
 
@@ -347,7 +349,12 @@ def fake_tensor_quant_learnable(
     Source: the straight-through derivative of clipping before rounding (Jain et al., "Trained Quantization
     Thresholds", 2020).
     """
-    return FAKE_TENSOR_QUANT_LEARNABLE(input, amax, num_bits, unsigned, narrow_range)
+    out = FAKE_TENSOR_QUANT_LEARNABLE(input, amax, num_bits, unsigned, narrow_range)
+    if check:
+        assert_values(amax.isfinite(), "amax must be finite.")
+        if unsigned:
+            assert_values(~(input < 0), _UNSIGNED)
+    return out
 
 
 def legacy_fake_tensor_quant(
@@ -417,8 +424,8 @@ def scaled_float(
 
     Source: NVIDIA ModelOpt, ``ScaledE4M3Function``; formats are those of `fxquant.formats`.
 
-    >>> scaled_float(torch.tensor([0.3, 448.0, 1000.0]))
-    tensor([  0.3125, 448.0000, 448.0000])
+    >>> scaled_float(torch.tensor([0.3, 44.0, 1000.0]))
+    tensor([3.1250e-01, 4.4000e+01, 4.4800e+02])
     """
     reach = None if amax is None else _tensor(amax, input)
     out = (SCALED_FLOAT_PASS_THROUGH if pass_through else SCALED_FLOAT)(input, reach, E, M)
@@ -427,14 +434,17 @@ def scaled_float(
     return out
 
 
-def scaled_float_learnable(input: Tensor, amax: Tensor, E: int = 4, M: int = 3) -> Tensor:
+def scaled_float_learnable(input: Tensor, amax: Tensor, E: int = 4, M: int = 3, *, check: bool = False) -> Tensor:
     """`scaled_float` whose amax is trained.
 
     ``d_amax = Σ d_out · (f − [|input| ≤ amax] · input · max/amax) / max`` with f the rounded float before it is scaled
     back; ``Σ d_out · sign(input)`` where amax ≤ 2⁻²⁴, negative values too. Values are checked as in `scaled_float`,
     but for the sign of amax.
     """
-    return SCALED_FLOAT_LEARNABLE(input, amax, E, M)
+    out = SCALED_FLOAT_LEARNABLE(input, amax, E, M)
+    if check:
+        assert_values(amax.isfinite(), "amax must be finite.")
+    return out
 
 
 OPS = (

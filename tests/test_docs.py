@@ -1,0 +1,29 @@
+"""The documents name what there is: operators, and the tests that they point to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fxquant import ops, tensor_quant
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+POINTERS = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)
+
+
+@pytest.mark.parametrize("name", [*ops.__all__, *tensor_quant.__all__])
+def test_every_public_operator_is_described(name: str) -> None:
+    assert f"`{name}`" in TEXT
+
+
+@pytest.mark.parametrize(("path", "name"), POINTERS, ids=lambda value: str(value).rsplit("/", 1)[-1])
+def test_every_deviation_has_its_test(path: str, name: str) -> None:
+    assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_there_are_deviations_to_look_for() -> None:
+    rows = [line for line in TEXT.split("## Where we differ")[1].splitlines() if line.startswith("| ")]
+    assert len(rows) - 2 == len(POINTERS)
