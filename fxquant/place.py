@@ -38,6 +38,9 @@ from fxquant.recipes import Recipe, check_spec
 from fxquant.rules import Rule, Rulebook, Where
 from fxquant.spec import Fixed, QuantSpec
 
+# Results without negative values, besides those of ReLUs.
+_POSITIVE = frozenset({torch.ops.aten.softmax, torch.ops.aten.sigmoid})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -122,7 +125,10 @@ class _Solver:
         for name, operand in operands(node).items():
             if not is_float(operand):
                 continue
-            if self._skips(node, name):
+            why = self.profile.float_operands.get(f"{kind.name}.{name}")
+            if why is not None:
+                self.declined.append((node, f"its {name}: {why}"))
+            if why is not None or self._skips(node, name):
                 whole = False
                 continue
             constant = operand in self.constants
@@ -272,12 +278,21 @@ class _Solver:
         ]
 
     def _activation_spec(self, source: fx.Node, uses: list[Operand]) -> QuantSpec:
-        is_rhs = any(name == "rhs" for _, name in uses)
-        spec = self.profile.fit(self.recipe.activation, is_rhs=is_rhs)
+        is_positive = activation_name(source) is not None or packet(source) in _POSITIVE
+        spec = self.profile.fit(self.recipe.activation, self._named(uses), is_positive=is_positive)
         if activation_name(source) == "relu6" and not spec.symmetric:
             # The runtime drops the clip only if the codes span exactly its range.
             return dataclasses.replace(spec, range=Fixed(min=0.0, max=6.0))
         return spec
+
+    def _named(self, edges: list[Operand]) -> set[str]:
+        """Operands as profiles name them; a matmul with a weight is a linear."""
+        found = set()
+        for node, name in edges:
+            kind = kind_of(node).name  # type: ignore[union-attr]
+            is_linear = kind == "matmul" and operands(node)["rhs"] in self.constants
+            found.add(f"{'linear' if is_linear else kind}.{name}")
+        return found
 
     def _by_spec(self, edges: list[Operand], default: QuantSpec) -> dict[QuantSpec, list[Operand]]:
         """The uses of a tensor by the format that rules, or else the recipe, give them."""
@@ -291,7 +306,7 @@ class _Solver:
         rules = {rule: None for rule in (self.exceptions.rule(*edge) for edge in edges) if rule is not None}
         for rule in rules:
             check_spec(role, spec, str(rule))
-            if role != "weight" and self.profile.fit(spec, is_rhs=any(name == "rhs" for _, name in edges)) != spec:
+            if role != "weight" and self.profile.fit(spec, self._named(edges), is_positive=True) != spec:
                 raise InvalidArgument(
                     f"{rule} must have signed and symmetric codes for target {self.profile.name!r}: got {spec}."
                 )

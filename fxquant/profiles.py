@@ -7,6 +7,7 @@ Placement, lint and verify read the same profile. Facts are measured on the runt
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
@@ -25,8 +26,14 @@ class Profile:
         skips: kinds of ``hard`` that an Add behind them fuses into: of that Add only the other operand is quantized.
         joins_scale: whether a concat's operands and result must share one scale.
         symmetric: activations have zero point 0, in signed codes.
-        symmetric_rhs: the right operand of a product of two activations has.
+        symmetric_operands: operands (``"matmul.rhs"``) that have, where other activations need not. A matmul with a
+            weight counts as linear.
+        zero_based_operands: operands with zero point 0, in codes of either sign.
+        float_operands: operand → why it stays in float though its operator is of ``hard``.
         one_scale: kinds whose weight has one scale, not one per output channel.
+        bias_apart: a bias is subtracted, since the runtime would merge an added one into a float product.
+        direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
+            before it.
         activation_bits, weight_bits: code widths that the runtime knows.
         refused: kind → why it stays in float.
         opset: the ONNX opset written by default, and the highest the runtime loads.
@@ -40,17 +47,25 @@ class Profile:
     skips: frozenset[str] = frozenset()
     joins_scale: bool = False
     symmetric: bool = False
-    symmetric_rhs: bool = False
+    symmetric_operands: frozenset[str] = frozenset()
+    zero_based_operands: frozenset[str] = frozenset()
+    float_operands: dict[str, str] = field(default_factory=dict)
     one_scale: frozenset[str] = frozenset()
+    bias_apart: bool = False
+    direct_operands: bool = False
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
     refused: dict[str, str] = field(default_factory=dict)
     opset: int = 21
     highest_opset: int = 26
 
-    def fit(self, spec: QuantSpec, *, is_rhs: bool = False) -> QuantSpec:
-        """An activation's format as this runtime takes it: another zero point at most."""
-        if not (self.symmetric or (self.symmetric_rhs and is_rhs)) or (spec.signed and spec.symmetric):
+    def fit(self, spec: QuantSpec, operands: Collection[str] = (), *, is_positive: bool = False) -> QuantSpec:
+        """An activation's format as this runtime takes it for some operands: another zero point at most.
+
+        The codes of a tensor without negative values (``is_positive``) have zero point 0 in any format.
+        """
+        needed = self.symmetric_operands if is_positive else self.symmetric_operands | self.zero_based_operands
+        if not (self.symmetric or needed.intersection(operands)) or (spec.signed and spec.symmetric):
             return spec
         return dataclasses.replace(spec, signed=True, symmetric=True)
 
@@ -69,21 +84,27 @@ _FLOAT_CELLS = {
     "recurrent_cell": "a fused recurrent cell is not looked into: its products stay float",
     "mv": "products of a matrix and a vector stay float",
 }
+# Attention is kept whole, so that its probabilities are float and nothing is won by integers beside them.
+_FLOAT_VALUE = {"sdpa.value": "it is multiplied by probabilities in float"}
 
 ONNXRUNTIME = Profile(
     name="onnxruntime",
     hard=_PRODUCTS | {"embedding"},
     soft=frozenset({"add", "cat", "avg_pool"}),
     needs_output=frozenset({"conv"}),
+    bias_apart=True,
     refused={"conv_transpose": "onnxruntime has no integer ConvTranspose kernel", **_FLOAT_CELLS},
 )
 
-# Integer convolutions and products need no quantized result there; adds and table lookups gain nothing.
+# Integer convolutions and products need no quantized result there; adds and table lookups gain nothing. Measured:
+# products of two activations and transposed convolutions run in float beside any zero point but 0.
 OPENVINO = Profile(
     name="openvino",
     hard=_PRODUCTS | {"conv_transpose"},
     soft=frozenset({"cat", "avg_pool"}),
-    symmetric_rhs=True,
+    symmetric_operands=frozenset({"matmul.rhs", "sdpa.key"}),
+    zero_based_operands=frozenset({"matmul.lhs", "sdpa.query", "conv_transpose.input"}),
+    float_operands=_FLOAT_VALUE,
     activation_bits=range(2, 9),
     weight_bits=range(2, 9),
     refused={
@@ -101,6 +122,8 @@ TENSORRT = Profile(
     symmetric=True,
     # Its sources disagree on the axis of a transposed convolution's scales; one scale is right under both.
     one_scale=frozenset({"conv_transpose"}),
+    float_operands=_FLOAT_VALUE,
+    direct_operands=True,
     activation_bits=range(8, 9),
     weight_bits=range(4, 9),
     refused={"embedding": "TensorRT looks tables up in float", **_FLOAT_CELLS},

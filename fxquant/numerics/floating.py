@@ -1,12 +1,16 @@
 """Rounding to a small floating-point format, and quantizers made of it.
 
-A value x lies in a binade with a fixed step, so rounding to the format is rounding to an integer count of steps::
+A magnitude a lies in a binade with a fixed step, and rounding to the format is rounding to a multiple of it::
 
-    step = 2^(max(floor(log2 |x|), emin) − mantissa_bits)
-    y    = round_half_even(x / step) · step
+    step    = 2^(max(floor(log2 a), emin) − mantissa_bits)
+    carrier = max(head of a, 2^emin) · 2^(wide mantissa bits − mantissa_bits)
+    y       = (a + carrier) − carrier
 
-Powers of two are made from exponent bits: exp2 and log2 are approximations on some devices. x / step is then exact,
-so there is one rounding, from float64 too.
+The carrier is so much larger than a that the last bit of their sum is worth one step: the addition rounds, half to
+even, and the subtraction is exact. (The head is a in half its bits. With all of them, the sum could come into the next
+binade, where the carrier itself would have a bit too many.) So there is one rounding, from float64 too, without
+exponents taken apart: exp2 and log2 are approximations on some devices, and C++ moves bits between float and integer
+registers by way of memory. A compiler that fuses multiplications with additions changes nothing.
 """
 
 from __future__ import annotations
@@ -49,19 +53,31 @@ def round_to_float(x: Tensor, format: FloatFormat, *, saturate: bool = True, uni
             probability of its distance from below. Values of the grid never move.
     """
     saturate = saturate or not format.overflows
-    _, mantissa, bias = _LAYOUT[x.dtype]
     # Without saturation the grid goes on for one step beyond max, which tells that max was passed.
     limit = format.max if saturate else 2.0 ** (format.emax + 1)
-    x = x.clamp(-limit, limit)
-    lowest = (format.emin + bias) << mantissa
-    step_bits = exponent_bits(x).clamp(min=lowest) - (format.mantissa_bits << mantissa)
-    step = step_bits.view(x.dtype)
-    steps = x * (((2 * bias) << mantissa) - step_bits).view(x.dtype)  # 1 / step: the exponent mirrored at the bias
-    if uniform is None:
-        y = steps.round() * step
-    else:
-        y = torch.copysign(round_by_chance(steps.abs(), uniform) * step, x)
+    magnitude = x.abs().clamp(max=limit)
+    y = _round_half_even(magnitude, format) if uniform is None else _round_by_chance(magnitude, format, uniform)
+    y = torch.copysign(y, x)
     return y if saturate else _overflow(y, format)
+
+
+def _round_half_even(magnitude: Tensor, format: FloatFormat) -> Tensor:
+    _, mantissa, _ = _LAYOUT[magnitude.dtype]
+    shift = mantissa - format.mantissa_bits
+    # Veltkamp's splitting: about the upper half of the bits. Fused or not, they are few, and close to the magnitude.
+    upper = magnitude * (2.0 ** (mantissa // 2 + 1) + 1)
+    head = upper - (upper - magnitude)
+    carrier = (head * 2.0**shift).clamp(min=2.0 ** (shift + format.emin))
+    return (magnitude + carrier) - carrier
+
+
+def _round_by_chance(magnitude: Tensor, format: FloatFormat, uniform: Tensor) -> Tensor:
+    _, mantissa, bias = _LAYOUT[magnitude.dtype]
+    lowest = (format.emin + bias) << mantissa
+    step_bits = exponent_bits(magnitude).clamp(min=lowest) - (format.mantissa_bits << mantissa)
+    step = step_bits.view(magnitude.dtype)
+    reciprocal = (((2 * bias) << mantissa) - step_bits).view(magnitude.dtype)  # the exponent mirrored at the bias
+    return round_by_chance(magnitude * reciprocal, uniform) * step
 
 
 def _overflow(y: Tensor, format: FloatFormat) -> Tensor:

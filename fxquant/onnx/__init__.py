@@ -1,7 +1,16 @@
 """Export to ONNX QuantizeLinear/DequantizeLinear, and the proof that the file does what training saw."""
 
 from fxquant.onnx.export import ExportReport, export_onnx
+from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.translate import translation_table
 from fxquant.onnx.verify import VerifyReport, verify_onnx
 
-__all__ = ["ExportReport", "VerifyReport", "export_onnx", "translation_table", "verify_onnx"]
+__all__ = [
+    "ExportReport",
+    "LintReport",
+    "VerifyReport",
+    "export_onnx",
+    "lint_onnx",
+    "translation_table",
+    "verify_onnx",
+]

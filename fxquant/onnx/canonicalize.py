@@ -1,4 +1,4 @@
-"""Forms that onnxruntime fuses: matrix products with a transposed integer weight, attention written out."""
+"""Forms that runtimes fuse: matrix products with a transposed integer weight, attention written out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph import call_nodes, is_agnostic, packet
+from fxquant.graph import call_nodes, is_agnostic, only_user, packet
 from fxquant.onnx.freeze import constant
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
+from fxquant.profiles import ONNXRUNTIME, Profile
 
 aten = torch.ops.aten
 
@@ -20,31 +21,48 @@ aten = torch.ops.aten
 _STOPPING = frozenset({aten.expand, aten.upsample_nearest1d, aten.upsample_nearest2d})
 
 
-def canonicalize(gm: fx.GraphModule) -> list[str]:
-    """Rewrites a frozen graph in place; returns a line for each place that had to stay as it was."""
+_TRANSPOSING = frozenset({aten.transpose, aten.permute, aten.t, aten.mT})
+_MATMULS = frozenset({aten.matmul, aten.bmm, aten.mm})
+_PRODUCTS = _MATMULS | {
+    *(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution),
+    *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+}
+# What stands between the scores of attention and their softmax.
+_MASKING = frozenset({aten.add, aten.masked_fill, aten.where})
+
+
+def canonicalize(gm: fx.GraphModule, profile: Profile = ONNXRUNTIME) -> list[str]:
+    """Rewrites a frozen graph in place for a target; returns a line for each place that had to stay as it was."""
     notes: list[str] = []
     for node in list(call_nodes(gm.graph)):
         if packet(node) is aten.linear:
-            _linear(gm, node)
+            _linear(gm, node, profile.bias_apart)
         elif packet(node) is aten.addmm:
-            _addmm(gm, node)
+            _addmm(gm, node, profile.bias_apart)
         elif packet(node) in _STOPPING:
-            _requantize(gm.graph, node)
+            _requantize_moved(gm.graph, node)
         elif packet(node) is aten.scaled_dot_product_attention:
             why = _attention(gm.graph, node)
             if why:
                 notes.append(f"{node.name}: attention left to the exporter: {why}")
+    if profile.direct_operands:
+        for node in list(call_nodes(gm.graph)):
+            if packet(node) in (aten.mul, aten.div):
+                _scale_first(gm.graph, node)
+        for node in list(call_nodes(gm.graph)):
+            if packet(node) in _PRODUCTS:
+                _read_directly(gm.graph, node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     return notes
 
 
-def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
-    """``linear(x, DQ(w[N,K], axis 0), b)``  →  ``matmul(x, DQ(wᵀ[K,N], axis 1)) − (−b)``.
+def _linear(gm: fx.GraphModule, node: fx.Node, bias_apart: bool) -> None:
+    """``linear(x, DQ(w[N,K], axis 0), b)``  →  ``matmul(x, DQ(wᵀ[K,N], axis 1)) + b``, or ``… − (−b)``.
 
-    A Transpose behind the DQ would hide the weight from the runtime, and an addition would be merged into a float
-    Gemm; the subtraction has the same value to the bit.
+    A Transpose behind the DQ would hide the weight from the runtime. ``bias_apart``: an addition would be merged into
+    a float Gemm; the subtraction has the same value to the bit.
     """
     x, weight, bias = (*node.args, None)[:3]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE:
@@ -57,36 +75,91 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
         dequantized = call(graph, DEQUANTIZE, transposed, scale, zero_point, other, like=weight)
         product = call(graph, aten.matmul.default, x, dequantized, like=node)
         if isinstance(bias, fx.Node):
-            negative = _negated(gm, bias)
-            product = call(graph, aten.sub.Tensor, product, negative, like=node)
+            product = _biased(gm, product, bias, node, bias_apart)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
 
 
-def _addmm(gm: fx.GraphModule, node: fx.Node) -> None:
-    """``addmm(b, x, DQ(w))``  →  ``matmul(x, DQ(w)) − (−b)``, for the same reason."""
+def _addmm(gm: fx.GraphModule, node: fx.Node, bias_apart: bool) -> None:
+    """``addmm(b, x, DQ(w))``  →  ``matmul(x, DQ(w)) + b``, or ``… − (−b)``, as for linear."""
     bias, x, weight = node.args[:3]
     constant_bias = isinstance(bias, fx.Node) and bias.op == "get_attr"
     if node.kwargs or not constant_bias or not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE:
         return  # with alpha or beta, or a sum of two products
     with gm.graph.inserting_before(node):
         product = call(gm.graph, aten.matmul.default, x, weight, like=node)
-        product = call(gm.graph, aten.sub.Tensor, product, _negated(gm, bias), like=node)  # type: ignore[arg-type]
+        product = _biased(gm, product, bias, node, bias_apart)  # type: ignore[arg-type]
     node.replace_all_uses_with(product)
     gm.graph.erase_node(node)
 
 
-def _requantize(graph: fx.Graph, node: fx.Node) -> None:
+def _biased(gm: fx.GraphModule, product: fx.Node, bias: fx.Node, node: fx.Node, apart: bool) -> fx.Node:
+    if apart:
+        return call(gm.graph, aten.sub.Tensor, product, _negated(gm, bias), like=node)
+    return call(gm.graph, aten.add.Tensor, product, bias, like=node)
+
+
+def _requantize_moved(graph: fx.Graph, node: fx.Node) -> None:
     """``expand(QDQ(x))``  →  ``QDQ(expand(QDQ(x)))`` with the same scale, which gives the same codes."""
-    source = node.all_input_nodes[0]
-    while is_agnostic(source):
-        source = source.all_input_nodes[0]
-    if source.target is not QUANTIZE_DEQUANTIZE:
+    pair = _pair_behind(node.all_input_nodes[0])
+    if pair is not None:
+        again = _quantized_again(graph, node, pair, 1.0)
+        node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+
+
+def _pair_behind(value: fx.Node) -> fx.Node | None:
+    """The Q/DQ pair that a value comes out of, moved at most."""
+    while is_agnostic(value):
+        value = value.all_input_nodes[0]
+    return value if value.target is QUANTIZE_DEQUANTIZE else None
+
+
+def _quantized_again(graph: fx.Graph, value: fx.Node, pair: fx.Node, factor: float) -> fx.Node:
+    """``QDQ(value)`` right behind a value that is ``pair``'s, moved and multiplied by ``factor``: the same codes."""
+    _, scale, zero_point, quant_min, quant_max, label = pair.args
+    again = (float(scale) * factor, zero_point, quant_min, quant_max, f"{label}@{value.name}")  # type: ignore[arg-type]
+    with graph.inserting_after(value):
+        return call(graph, QUANTIZE_DEQUANTIZE, value, *again, like=value)
+
+
+def _read_directly(graph: fx.Graph, node: fx.Node) -> None:
+    """``matmul(q, transpose(QDQ(k)))``  →  ``matmul(q, QDQ(transpose(QDQ(k))))``: the runtime then moves integers."""
+    for value in dict.fromkeys(node.all_input_nodes[:2]):
+        pair, moved = _pair_behind(value), value
+        while is_agnostic(moved) and packet(moved) not in _TRANSPOSING:
+            moved = moved.all_input_nodes[0]
+        if pair is None or packet(moved) not in _TRANSPOSING:
+            continue
+        again = _quantized_again(graph, value, pair, 1.0)
+        for user in [user for user in value.users if packet(user) in _PRODUCTS]:
+            user.replace_input_with(value, again)
+
+
+def _scale_first(graph: fx.Graph, node: fx.Node) -> None:
+    """``softmax(matmul(QDQ(q, s), k) · c)``  →  ``softmax(matmul(QDQ(QDQ(q, s) · c, s·c), k))`` with equal codes."""
+    product, factor = node.args[0], node.args[1]
+    if not isinstance(product, fx.Node) or packet(product) not in _MATMULS or len(product.users) > 1:
         return
-    *qparams, label = source.args[1:]
-    with graph.inserting_after(node):
-        again = call(graph, QUANTIZE_DEQUANTIZE, node, *qparams, f"{label}@{node.name}", like=node)
-    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf or node.kwargs or not _meets_softmax(node):
+        return
+    factor = 1.0 / factor if packet(node) is aten.div else float(factor)
+    left, right = product.args
+    pair = _pair_behind(left)  # type: ignore[arg-type]
+    if pair is None or _pair_behind(right) is None:  # type: ignore[arg-type]
+        return
+    with graph.inserting_before(product):
+        scaled = call(graph, aten.mul.Tensor, left, factor, like=left)  # type: ignore[arg-type]
+    product.update_arg(0, _quantized_again(graph, scaled, pair, factor))
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _meets_softmax(node: fx.Node) -> bool:
+    """Whether nothing but a mask stands between a value and its softmax."""
+    user = only_user(node)
+    while user is not None and packet(user) in _MASKING:
+        user = only_user(user)
+    return user is not None and packet(user) is aten.softmax
 
 
 def _transposed(gm: fx.GraphModule, codes: fx.Node) -> fx.Node:

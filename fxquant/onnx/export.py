@@ -105,7 +105,7 @@ def export_onnx(
         args, named = _at_least_two(args), _at_least_two(named)
         dynamic_shapes = open_shapes(plain, args, named)
     gm, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
-    notes = [*frozen.notes, *canonicalize(gm)]
+    notes = [*frozen.notes, *canonicalize(gm, profile)]
     program = to_onnx(gm, args, named, dynamic_shapes, opset)
     written = {value.name for node in program.model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Set
@@ -20,6 +21,8 @@ from fxquant.numerics import code_before_clamp, dequantize
 from fxquant.onnx.export import ABSORBED, open_shapes
 from fxquant.onnx.freeze import held_name
 from fxquant.onnx.kernels import KernelRow, kernel_rows
+from fxquant.onnx.lint import LintReport, lint_onnx
+from fxquant.onnx.openvino import require_openvino, run_openvino
 from fxquant.onnx.require import require
 from fxquant.onnx.runtime import Wiring, integer_dot_support, latency, load_model, run_codes, run_outputs, session
 from fxquant.onnx.write import save, to_onnx
@@ -30,6 +33,9 @@ from fxquant.table import table
 
 if TYPE_CHECKING:
     import numpy as np
+
+_ONNXRUNTIME = "onnxruntime"
+_PLAIN = "onnxruntime without optimizations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +50,14 @@ class CodeRow:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What `verify_onnx` measured.
+    """What `verify_onnx` measured. A number that was not measured is NaN (None in `to_dict`).
 
     Attributes:
-        rows: every Conv, Gemm and MatMul of the file with the kernel it became.
+        target: what the model was prepared for; `runtime`: what ran the file besides onnxruntime without
+            optimizations, None where the target cannot run here (tensorrt, generic).
+        rows: every Conv, Gemm and MatMul of the file with the kernel it became; empty without a runtime.
         integer_share: the part of those rows that runs on integers.
+        lint: the target's rules on the file, where no runtime tells.
         codes: per QuantizeLinear, onnxruntime without optimizations against `fxquant_eager`, each site computed from
             the codes that onnxruntime had before it: what differs, differs because of the kernels in between.
         differing_codes, compared_codes, largest_code_difference: the same, summed up.
@@ -56,14 +65,18 @@ class VerifyReport:
         cascaded_codes: codes that differ when each side goes on from its own: one float that rounds to the other side
             early in a deep net moves many codes behind it.
         max_output_difference: largest difference of an output, onnxruntime without optimizations.
-        optimized_output_difference: the same with every optimization.
+        optimized_output_difference: the same of the runtime; OpenVINO is compared with onnxruntime without
+            optimizations, whose codes it starts from.
         output_spread: standard deviation of the reference's outputs, to judge those two by.
-        latency, float_latency: median seconds of a run, of this file and of the float model's export.
+        latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
         integer_dot: None, or why integer speed is not to be expected on this CPU.
     """
 
     path: str
+    target: str
+    runtime: str | None
     rows: tuple[KernelRow, ...]
+    lint: LintReport | None
     codes: tuple[CodeRow, ...]
     input_differing_codes: int
     cascaded_codes: int
@@ -76,7 +89,9 @@ class VerifyReport:
 
     @property
     def integer_share(self) -> float:
-        """Integer kernels over all Conv, Gemm and MatMul nodes; 1 where there are none."""
+        """Integer kernels over all Conv, Gemm and MatMul nodes; 1 where there are none, NaN without a runtime."""
+        if self.runtime is None:
+            return math.nan
         return sum(row.integer for row in self.rows) / len(self.rows) if self.rows else 1.0
 
     @property
@@ -102,16 +117,16 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the sums included."""
         sums = ("integer_share", "differing_codes", "compared_codes", "largest_code_difference", "latency_ratio")
+        fields = {**vars(self), **{name: getattr(self, name) for name in sums}}
+        measured = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
         return {
-            **vars(self),
+            **measured,
             "rows": [vars(row) for row in self.rows],
             "codes": [vars(row) for row in self.codes],
-            **{name: getattr(self, name) for name in sums},
+            "lint": None if self.lint is None else self.lint.to_dict(),
         }
 
     def __str__(self) -> str:
-        rows = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in self.rows]
-        share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on integers"
         codes = (
             f"{self.differing_codes} of {self.compared_codes} codes differ from fxquant_eager "
             f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
@@ -119,18 +134,40 @@ class VerifyReport:
         )
         off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
         lines = [
-            f"{self.path} in onnxruntime",
-            table(("node", "op", "kernel", "integer", "why not"), rows),
-            f"{share} ({100 * self.integer_share:.1f} %)",
-            codes,
+            *self._kernel_lines(),
+            codes if self.runtime == _ONNXRUNTIME else f"in {_PLAIN}, {codes}",
             *([table(("site", "differ", "of", "largest"), off)] if off else []),
-            f"outputs differ by {self.max_output_difference:.3g} unoptimized, "
-            f"{self.optimized_output_difference:.3g} optimized (spread {self.output_spread:.3g})",
-            f"latency {1e3 * self.latency:.3f} ms, float {1e3 * self.float_latency:.3f} ms: "
-            f"ratio {self.latency_ratio:.2f} (below 1 is faster)",
+            self._output_line(),
+            *([self._latency_line()] if not math.isnan(self.latency) else []),
             *([self.integer_dot] if self.integer_dot else []),
         ]
         return "\n".join(lines)
+
+    def _kernel_lines(self) -> list[str]:
+        if self.runtime is None:
+            unknown = f"{self.path} for {self.target}, which is not run here: its kernels are not known"
+            return [unknown, *([str(self.lint)] if self.lint is not None else [])]
+        rows = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in self.rows]
+        share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on integers"
+        return [
+            f"{self.path} in {self.runtime}",
+            table(("node", "op", "kernel", "integer", "why not"), rows),
+            f"{share} ({100 * self.integer_share:.1f} %)",
+        ]
+
+    def _output_line(self) -> str:
+        spread, plain = f"(spread {self.output_spread:.3g})", f"outputs differ by {self.max_output_difference:.3g}"
+        if self.runtime is None:
+            return f"{plain} in {_PLAIN} {spread}"
+        if self.runtime == _ONNXRUNTIME:
+            return f"{plain} unoptimized, {self.optimized_output_difference:.3g} optimized {spread}"
+        return f"{plain} in {_PLAIN}, {self.runtime}'s from those by {self.optimized_output_difference:.3g} {spread}"
+
+    def _latency_line(self) -> str:
+        return (
+            f"latency {1e3 * self.latency:.3f} ms, float {1e3 * self.float_latency:.3f} ms: "
+            f"ratio {self.latency_ratio:.2f} (below 1 is faster)"
+        )
 
 
 def verify_onnx(
@@ -141,18 +178,22 @@ def verify_onnx(
     kwargs: Mapping[str, Any] | None = None,
     rounds: int = 30,
 ) -> VerifyReport:
-    """Loads the exported file in onnxruntime and holds it to the prepared model on the given inputs.
+    """Loads the exported file and holds it to the prepared model on the given inputs.
 
-    Runs it without optimizations (codes at every QuantizeLinear against `fxquant_eager`), with all of them
-    (outputs, kernels), and times it against an export of the float model (one thread, interleaved, medians).
-    Changes neither model nor file.
+    Runs it in onnxruntime without optimizations, which executes Q/DQ as the standard says (codes at every
+    QuantizeLinear and outputs against `fxquant_eager`), then as the model's target does: in onnxruntime with all
+    optimizations (outputs, kernels, and ``rounds`` timed runs against an export of the float model, on one thread,
+    interleaved, medians), or in OpenVINO (outputs, kernels). For tensorrt and generic, which are not run here, it
+    checks the target's rules instead. Changes neither model nor file.
 
     Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not
-    load or run), MissingDependency (onnx, onnxruntime).
+    load or run), MissingDependency (onnx, onnxruntime; openvino for that target).
     """
-    require_plan(model, "verify_onnx")
+    plan = require_plan(model, "verify_onnx")
     for name in ("onnx", "onnxruntime"):
         require(name)
+    if plan.target == "openvino":
+        require_openvino()
     if not Path(path).is_file():
         raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
     plain, kwargs = unwrap(model), dict(kwargs or {})
@@ -166,21 +207,70 @@ def verify_onnx(
     with evaluating(plain), torch.no_grad(), compiled_aside(plain, fxquant_eager, dynamic=False) as run:
         reference = run(*args, **kwargs)
     flat = [t.detach().numpy() for t in torch.utils._pytree.tree_leaves(reference) if isinstance(t, Tensor)]
-    with tempfile.TemporaryDirectory() as folder:
-        float_path = Path(folder) / "float.onnx"
-        _export_float(plain, args, kwargs, float_path)
-        times = latency({"quantized": path, "float": float_path}, feeds, rounds=rounds)
+    unoptimized = run_outputs(path, feeds, optimize=False)
+    if plan.target == "onnxruntime":
+        ran = _in_onnxruntime(plain, args, kwargs, path, feeds, flat, rounds)
+    else:
+        ran = _elsewhere(plan.target, path, feeds, unoptimized)
     return VerifyReport(
         path=os.fspath(path),
-        rows=kernel_rows(path),
+        target=plan.target,
         codes=tuple(compared.rows),
         input_differing_codes=compared.at_inputs,
         cascaded_codes=sum(row.differing for row in cascaded.rows),
-        max_output_difference=_largest(run_outputs(path, feeds, optimize=False), flat),
-        optimized_output_difference=_largest(run_outputs(path, feeds, optimize=True), flat),
+        max_output_difference=_largest(unoptimized, flat),
         output_spread=float(max((value.std() for value in flat), default=0.0)),
+        **vars(ran),
+    )
+
+
+@dataclass(kw_only=True)
+class _Ran:
+    """The part of a report that depends on the target."""
+
+    runtime: str | None
+    rows: tuple[KernelRow, ...] = ()
+    lint: LintReport | None = None
+    optimized_output_difference: float = math.nan
+    latency: float = math.nan
+    float_latency: float = math.nan
+    integer_dot: str | None = None
+
+
+def _in_onnxruntime(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: str | os.PathLike[str],
+    feeds: dict[str, np.ndarray],
+    reference: list[np.ndarray],
+    rounds: int,
+) -> _Ran:
+    with tempfile.TemporaryDirectory() as folder:
+        float_path = Path(folder) / "float.onnx"
+        _export_float(model, args, kwargs, float_path)
+        times = latency({"quantized": path, "float": float_path}, feeds, rounds=rounds)
+    return _Ran(
+        runtime=_ONNXRUNTIME,
+        rows=kernel_rows(path),
+        optimized_output_difference=_largest(run_outputs(path, feeds, optimize=True), reference),
         latency=times["quantized"],
         float_latency=times["float"],
+        integer_dot=integer_dot_support(),
+    )
+
+
+def _elsewhere(
+    target: str, path: str | os.PathLike[str], feeds: dict[str, np.ndarray], unoptimized: list[np.ndarray]
+) -> _Ran:
+    """OpenVINO, or no runtime. Never onnxruntime's optimizer, which takes some other targets' graphs wrong."""
+    if target != "openvino":
+        return _Ran(runtime=None, lint=lint_onnx(path, target))
+    ran = run_openvino(path, feeds)
+    return _Ran(
+        runtime=f"OpenVINO {ran.version}",
+        rows=ran.rows,
+        optimized_output_difference=_largest(ran.outputs, unoptimized),
         integer_dot=integer_dot_support(),
     )
 
