@@ -130,18 +130,26 @@ def round_to_element(x: Tensor, element: Element, noise: Tensor | None) -> Tenso
     """x on the element's grid, saturating; by chance where ``noise`` (uniform) is given. NaN stays NaN."""
     if isinstance(element, FloatFormat):
         return round_to_float(x, element, uniform=noise)
-    steps = x * (1.0 / element.step)
+    steps = x if element.step == 1.0 else x * (1.0 / element.step)
     code = steps.round() if noise is None else round_by_chance(steps, noise)
-    return code.clamp(element.low, element.high) * element.step
+    code = code.clamp(element.low, element.high)
+    return code if element.step == 1.0 else code * element.step
 
 
 def mx_scale(amax: Tensor, element: Element, scale_rounding: str) -> Tensor:
     """A power of two for each amax: see `fake_quantize_mx`."""
-    scale = (power_of_two_below(amax) * 2.0**-element.emax).clamp(_E8M0_MIN, _E8M0_MAX)
+    # Compilers compute this once for each vector of elements, not once for each block: every operation counts. Of a
+    # block of zeros any scale gives zeros, so only inf and NaN, which have the exponent of inf, need one of their own.
+    below = power_of_two_below(amax)
+    scale = torch.where(below < _INFINITY, below * 2.0**-element.emax, 1.0)
+    scale = torch.where(scale > _E8M0_MIN, scale, _E8M0_MIN)
+    if amax.dtype == torch.float64:  # float32 ends where E8M0 does
+        scale = scale.clamp(max=_E8M0_MAX)
     if scale_rounding == "ceil":
         # max · scale is exact: a few bits times a power of two.
-        scale = torch.where(amax > scale * element.max, scale * 2, scale).clamp(max=_E8M0_MAX)
-    return torch.where((amax > 0) & (amax < _INFINITY), scale, 1.0)
+        larger = (amax > scale * element.max) & (below < _INFINITY) & (scale < _E8M0_MAX)
+        scale = torch.where(larger, scale * 2, scale)
+    return scale
 
 
 def fake_quantize_mx(x: Tensor, at: Blocks, element: Element, scale_rounding: str, seed: Tensor | None) -> Tensor:
@@ -149,7 +157,8 @@ def fake_quantize_mx(x: Tensor, at: Blocks, element: Element, scale_rounding: st
     wide = widen(x)
     blocks = at.split(wide)
     scale = mx_scale(at.amax(blocks), element, scale_rounding)
-    y = round_to_element(blocks / scale, element, _noise(wide, at, seed)) * scale
+    # A power of two has an exact reciprocal: one division per block, not one per element.
+    y = round_to_element(blocks * scale.reciprocal(), element, _noise(wide, at, seed)) * scale
     return at.join(y, x).to(x.dtype)
 
 
@@ -181,7 +190,8 @@ def fake_quantize_blocks(
     if scales is not None and scales.at is None:
         scale = _scale_by_tensor(reach.to(torch.float32), element, scales.element, tensor_amax).to(wide.dtype)
     else:
-        scale = torch.where(reach < _INFINITY, _over(reach.clamp(min=0.0), element.max), 1.0)
+        scale = _over(reach if amax is None else reach.clamp(min=0.0), element.max)
+        scale = torch.where(scale < _INFINITY, scale, 1.0)
         if scales is not None and scales.at is not None:
             scale = _scale_by_block(scale, at, scales.element, scales.at)
     y = round_to_element(blocks / torch.where(scale > 0, scale, 1.0), element, _noise(wide, at, seed)) * scale
