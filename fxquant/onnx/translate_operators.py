@@ -1,4 +1,4 @@
-"""``fxquant.ops.fake_quantize_*`` called by a model itself, as native QuantizeLinear and DequantizeLinear.
+"""``fxquant.ops.fake_quantize_*``, integer and float8, called by a model itself, as native Q/DQ pairs.
 
 Scale and zero point may be constants or computed. ONNX divides by the scale: with ``rounding="divide"`` codes are
 equal, with ``"reciprocal"`` a tie may fall to the other side.
@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fxquant.errors import ExportError
 from fxquant.onnx.require import require
 from fxquant.ops.fake_quantize import PER_CHANNEL, PER_TENSOR, PER_TENSOR_SCALAR
+from fxquant.ops.floating import FAKE_QUANTIZE_FLOAT
 
+_FLOAT_TYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 _STORAGE = ((0, 255, "uint8"), (-128, 127, "int8"), (0, 65535, "uint16"), (-32768, 32767, "int16"))
 
 
@@ -33,6 +36,7 @@ def constant(op: Any, value: Any) -> Any:
 def operator_translations() -> dict[Any, Callable[..., Any]]:
     """Op → ONNX function, for ``torch.onnx.export(custom_translation_table=…)``."""
     require("onnxscript")
+    import ml_dtypes
     import numpy as np
     import onnx_ir as ir
     from onnxscript import opset21
@@ -66,4 +70,24 @@ def operator_translations() -> dict[Any, Callable[..., Any]]:
     def channels(input, scale, zero_point, axis, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
         return pair(input, op.Cast(scale, to=ir.DataType.FLOAT), zero_point, quant_min, quant_max, axis)
 
-    return {PER_TENSOR_SCALAR: numbers, PER_TENSOR: tensors, PER_CHANNEL: channels}
+    def floats(input, scale, format, seed=None, saturate=True):  # type: ignore[no-untyped-def]
+        kind = _FLOAT_TYPES.get(format)
+        if not kind or seed is not None:
+            asked = f"format {format!r}" if not kind else "a seed"
+            known = ", ".join(map(repr, _FLOAT_TYPES))
+            raise ExportError(f"fake_quantize_float must have a format among {known} and no seed in ONNX: got {asked}.")
+        wide = input if input.dtype == ir.DataType.FLOAT else op.Cast(input, to=ir.DataType.FLOAT)
+        sizes = [] if scale is None else list(scale.shape)
+        axes = [len(input.shape) - len(sizes) + i for i, size in enumerate(sizes) if size != 1]
+        if len(axes) > 1:
+            raise ExportError(f"fake_quantize_float must have its scales along one axis in ONNX: got {len(axes)} axes.")
+        shape = [int(sizes[axes[0] - len(input.shape)])] if axes else []
+        step = constant(op, np.float32(1.0)) if scale is None else op.Cast(scale, to=ir.DataType.FLOAT)
+        step = step if len(sizes) == len(shape) else op.Reshape(step, constant(op, np.array(shape, dtype=np.int64)))
+        along = {"axis": axes[0]} if axes else {}
+        zero = constant(op, np.zeros(shape, dtype=getattr(ml_dtypes, kind)))
+        codes = op.QuantizeLinear(wide, step, zero, saturate=int(saturate), **along)
+        out = op.DequantizeLinear(codes, step, zero, **along)
+        return out if input.dtype == ir.DataType.FLOAT else op.CastLike(out, input)
+
+    return {PER_TENSOR_SCALAR: numbers, PER_TENSOR: tensors, PER_CHANNEL: channels, FAKE_QUANTIZE_FLOAT: floats}

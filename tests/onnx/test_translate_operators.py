@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +91,43 @@ def test_runtime_gives_the_numbers_of_training(case: Case, dtype: torch.dtype) -
     np.testing.assert_array_equal(session.run(None, feed)[0], expected)
     if dtype == torch.float32:
         np.testing.assert_array_equal(ReferenceEvaluator(proto).run(None, feed)[0], expected)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1], ids=["tensor", "axis 0", "axis 1"])
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_float8(format: str, axis: int | None) -> None:
+    scale = torch.tensor(0.02) if axis is None else torch.tensor([0.02, 1.0, 30.0])
+    x = torch.randn(3, 3, 50, generator=torch.Generator().manual_seed(0)) * 40
+
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.fake_quantize_float(x, scale.to(x.device), format, axis=axis)
+
+    proto = exported(Cast(), x)
+    assert QDQ <= {node.op_type for node in proto.graph.node} <= QDQ | PLAIN
+    feed = {proto.graph.input[0].name: x.numpy()}
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, feed)[0], Cast()(x).numpy())
+    np.testing.assert_array_equal(ReferenceEvaluator(proto).run(None, feed)[0], Cast()(x).numpy())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.fake_quantize_float(x, None, "e2m1"), "must have a format among 'e4m3', 'e5m2'.*'e2m1'"),
+        (lambda x: ops.fake_quantize_float(x, None, "e4m3", seed=1), "no seed in ONNX: got a seed"),
+        (lambda x: ops.fake_quantize_float(x, torch.rand(3, 4) + 1, "e4m3"), "along one axis in ONNX: got 2 axes"),
+    ],
+)
+def test_what_onnx_has_no_form_for(call: Any, message: str) -> None:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x)
+
+    with pytest.raises(Exception) as caught:
+        exported(Cast(), torch.randn(3, 4))
+    chain, error = [], caught.value
+    while error is not None:
+        chain.append(str(error))
+        error = error.__cause__  # type: ignore[assignment]
+    assert any(re.search(message, text) for text in chain)
