@@ -90,8 +90,8 @@ UNIFORM = define("uniform(Tensor seed, Tensor like) -> Tensor", _uniform)
 
 def fake_quantize_stochastic(
     input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor,
     quant_min: int,
     quant_max: int,
     seed: int | Tensor,
@@ -106,7 +106,7 @@ def fake_quantize_stochastic(
 
     Args:
         input: any floating dtype and shape; y has both. Arithmetic in float32, in float64 for float64.
-        scale, zero_point: tensors of one element, or vectors as long as ``axis``.
+        scale, zero_point: numbers, tensors of one element, or vectors as long as ``axis``.
         seed: a number, or an int64 tensor ``[seed, offset]``. The same seed gives the same result; see `as_seed`.
         axis: the channel axis, counted from the front.
 
@@ -119,6 +119,10 @@ def fake_quantize_stochastic(
 
     Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015; random numbers: Philox-4x32-10.
     """
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=input.device)
+    if not isinstance(zero_point, Tensor):
+        zero_point = torch.full((), zero_point, dtype=torch.int32, device=input.device)
     return STOCHASTIC(input, scale, zero_point, quant_min, quant_max, as_seed(seed, input), axis=axis)
 
 

@@ -132,6 +132,12 @@ def test_the_equation(dtype: torch.dtype) -> None:
     assert_same_bits(got, equation(rows, scales, points, 0, 15, 9))
 
 
+def test_numbers_are_one_element_tensors() -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    tensors = torch.tensor([0.3]), torch.tensor([2], dtype=torch.int32)
+    assert_same_bits(fake_quantize_stochastic(x, 0.3, 2, -8, 7, 5), fake_quantize_stochastic(x, *tensors, -8, 7, 5))
+
+
 def test_specials() -> None:
     x = torch.tensor([NAN, INF, -INF, 1e30, -1e30, 0.0, -0.0])
     y = fake_quantize_stochastic(x, SCALE, POINT, 0, 15, 0)
