@@ -1,4 +1,4 @@
-"""The README's example runs as written."""
+"""The README's examples run as written."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    names = {"__name__": "readme"}
+    for example in examples:  # the second goes on from the first
+        exec(compile(example, "README.md", "exec"), names)
     shown = capsys.readouterr().out
     assert "recipe 'int8' for onnxruntime: " in shown
     assert "2 of 2 conv/gemm/matmul nodes run on integers (100.0 %)" in shown
