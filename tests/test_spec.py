@@ -109,7 +109,9 @@ def test_names_of_recipes_and_profiles() -> None:
         get_recipe("int7")
     with pytest.raises(InvalidArgument, match="got 8"):
         get_recipe(8)  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="target must be one of 'onnxruntime', 'openvino', 'tensorrt', 'generic': got 'tpu'"):
+    with pytest.raises(
+        InvalidArgument, match="target must be one of 'onnxruntime', 'openvino', 'tensorrt', 'generic': got 'tpu'"
+    ):
         get_profile("tpu")
 
 
