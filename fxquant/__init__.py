@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fxquant.profiles import Profile
     from fxquant.recipes import Recipe
     from fxquant.report import explain
+    from fxquant.report.sensitivity import sensitivity
     from fxquant.rules import Rule, first_layer, last_layer, skip
     from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
     from fxquant.state import freeze_batch_norm, freeze_ranges
@@ -32,7 +35,7 @@ _HOMES = {
     **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.state"),
     "calibrate": "fxquant.calibrate",
     "override": "fxquant.override",
-    "explain": "fxquant.report",
+    **dict.fromkeys(("explain", "sensitivity"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
     "Recipe": "fxquant.recipes",
@@ -61,6 +64,7 @@ __all__ = [
     "ops",
     "override",
     "prepare",
+    "sensitivity",
     "skip",
     "strip",
     "tensor_quant",
@@ -72,7 +76,6 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"fxquant.{name}")
     if name in _HOMES:
-        # The function replaces the submodule of the same name, which its import has just put here.
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
@@ -81,3 +84,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(types.ModuleType):
+    """Keeps the function where a submodule has its name, whoever imports that submodule, and when."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, types.ModuleType) and _HOMES.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

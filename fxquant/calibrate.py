@@ -68,7 +68,7 @@ def _observe(model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool) 
     try:
         with evaluating(model), torch.no_grad(), compiled_aside(model, fxquant_eager) as step:
             for batch in track(data, "calibrating", show=progress):
-                args, kwargs = _arguments(batch)
+                args, kwargs = batch_arguments(batch)
                 step(*args, **kwargs)
                 count += 1
     finally:
@@ -85,7 +85,7 @@ def _start(quantizer: Quantizer, mode: Mode) -> None:
         quantizer.max_val.fill_(float("nan"))
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):

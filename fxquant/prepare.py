@@ -150,7 +150,8 @@ class _Marker:
 
 
 @contextlib.contextmanager
-def _markers(model: nn.Module) -> Iterator[None]:
+def frame_marks(model: nn.Module) -> Iterator[None]:
+    """Inside, Dynamo's graphs show with a bind node where the frame of each module begins."""
     markers = [
         _Marker(module, path)
         for path, module in model.named_modules()
@@ -171,7 +172,7 @@ def _markers(model: nn.Module) -> Iterator[None]:
 def _make_plan(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe, profile: Profile
 ) -> Plan:
-    with untouched(model), _markers(model):
+    with untouched(model), frame_marks(model):
         failed: Exception | None = None
         graphs: list[fx.GraphModule] = []
         try:

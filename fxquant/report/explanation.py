@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fxquant.backend import compile_reports
+from fxquant.errors import InvalidArgument
 from fxquant.plan import Declined, Plan
+from fxquant.profiles import get_profile
+from fxquant.report.drawing import Shown, draw_svg
+from fxquant.report.expected import FLOAT, Operation, Place, absolute, expected_kernel, operations, place_of
+from fxquant.report.operators import Captured, Operator, capture_operators
 from fxquant.state import BoundForward, Quantizer, bound_forward, owners, quantizers, require_plan, unwrap
 from fxquant.table import table
+
+_WIDTH = 120  # of the printed tables
+_LINES = 3  # that a cell of them may take
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One site: what it is, why it is there, and whether a compiled graph has used it."""
+    """One site: what it is, why it is there, and whether a compiled graph has used it.
+
+    Attributes:
+        key: its name in the model; role: "weight", "activation" or "output"; spec: its format.
+        operators: the operands that read it (``layer1.conv1.conv0.input``); for an output, whose result it is.
+        kernels: for each of them, what its operator is expected to become on the target, or ``"float: …"`` and why.
+        shares: other sites on the same tensor (known where `explain` got inputs), or of the same scale.
+        range, status, reason, source: see `explain`.
+    """
 
     key: str
     role: str
     spec: str
-    operators: str
+    operators: tuple[str, ...]
+    kernels: tuple[str, ...]
+    shares: tuple[str, ...]
     range: str
     status: str
     reason: str
@@ -30,12 +53,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What `explain` found; prints as two tables."""
+    """What `explain` found; prints as two tables, and draws where `explain` was given example inputs."""
 
     plan: Plan
     rows: tuple[Row, ...]
     declined: tuple[Declined, ...]
     compile_declines: tuple[str, ...]
+    graphs: tuple[tuple[Operator, ...], ...] | None = field(default=None, repr=False)
 
     @property
     def unbound(self) -> tuple[str, ...]:
@@ -43,7 +67,7 @@ class Explanation:
         return tuple(row.key for row in self.rows if row.status != "compiled")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values, nothing shortened."""
         return {
             "recipe": self.plan.recipe,
             "target": self.plan.target,
@@ -53,46 +77,137 @@ class Explanation:
             "unbound": list(self.unbound),
         }
 
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model's operators as an SVG graph: edges coloured by format, with the sites as tooltips.
+
+        Raises InvalidArgument where `explain` was not given example inputs, or ``path`` does not end in ``.svg``.
+        """
+        if self.graphs is None:
+            raise InvalidArgument(
+                "explain must be given example inputs to draw: got none. Write fxquant.explain(model, (x,)).draw(path)."
+            )
+        if Path(path).suffix.lower() != ".svg":
+            raise InvalidArgument(f"path must end in .svg: got {os.fspath(path)!r}. Only SVG is drawn.")
+        shown = {row.key: Shown(spec=row.spec, lines=_tooltip(row)) for row in self.rows}
+        title = f"recipe {self.plan.recipe!r} for {self.plan.target}"
+        Path(path).write_text(draw_svg(self.graphs, shown, title), encoding="utf-8")
+
     def __str__(self) -> str:
-        header = ("site", "role", "format", "range", "status", "why", "source")
-        rows = [(r.key, r.role, r.spec, r.range, r.status, r.reason, r.source) for r in self.rows]
-        parts = [f"recipe {self.plan.recipe!r} for {self.plan.target}: {len(rows)} sites", table(header, rows)]
+        head = f"recipe {self.plan.recipe!r} for {self.plan.target}: {len(self.rows)} sites"
+        statuses = {row.status for row in self.rows}
+        # What is the same everywhere is said once, and ranges not at all before there are any.
+        dropped = {"status"} if len(statuses) == 1 else set()
+        dropped |= set() if any(row.range.startswith("[") for row in self.rows) else {"range"}
+        head += f", all {statuses.pop()}" if dropped & {"status"} else ""
+        header = ["site", "format", "range", "status", "expected kernel", "why", "source"]
+        rows = [
+            [r.key, r.spec, r.range, r.status, "; ".join(dict.fromkeys(r.kernels)), _why(r), _short(r.source)]
+            for r in self.rows
+        ]
+        kept = [i for i, name in enumerate(header) if name not in dropped]
+        header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+        parts = [head, _wrapped(header, rows, ("expected kernel", "why"))]
         if self.declined:
             parts.append(f"\nleft in float: {len(self.declined)}")
-            parts.append(table(("operator", "why", "source"), [(d.where, d.reason, d.source) for d in self.declined]))
+            left = [[d.where, d.reason, _short(d.source)] for d in self.declined]
+            parts.append(_wrapped(["operator", "why", "source"], left, ("why",)))
         if self.compile_declines:
             parts.append("\nin compiled graphs:")
             parts += self.compile_declines
         return "\n".join(parts)
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(
+    model: nn.Module, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Explanation:
     """Every site of a prepared model with its reason, range and status, and every place left in float.
 
     Status: ``compiled`` once a compiled graph bound the site's owner; ``eager`` if Dynamo left the owner's frame
     in Python, where it runs in float; ``not yet run`` before the first compiled step.
+
+    Args:
+        model: prepared, maybe compiled.
+        args: example inputs, a tuple; ``kwargs``: keyword ones. With them the model runs once, in float, and its
+            graphs say more: `Explanation.draw`, which sites quantize one tensor, which results are quantized.
+
+    Raises InvalidArgument for an unprepared model, and for inputs that it cannot run on.
     """
     plan = require_plan(model, "explain")
     model = unwrap(model)
-    held = dict(quantizers(model))
-    status = _statuses(model)
-    rows = tuple(
-        Row(
-            key=site.key,
-            role=site.local.role,
-            spec=str(site.local.spec),
-            operators=", ".join(map(str, site.local.edges)),
-            range=_range(held[site.key]),
-            status=status[site.owner],
-            reason=site.reason,
-            source=site.source,
-        )
-        for site in plan.sites
-    )
+    given = args is not None or kwargs is not None
+    captured = capture_operators(model, plan, () if args is None else args, kwargs) if given else None
+    found = operations(plan, captured.results, captured.served) if captured else operations(plan)
     keys = {bound.key for bound in _bound(model).values()}
     reports = [report for report in compile_reports() if keys & set(report.digests)]
     declines = dict.fromkeys(str(decline) for report in reports for decline in report.declines)
-    return Explanation(plan=plan, rows=rows, declined=plan.declined, compile_declines=tuple(declines))
+    return Explanation(
+        plan=plan,
+        rows=_rows(model, plan, found, _shares(plan, captured)),
+        declined=plan.declined,
+        compile_declines=tuple(declines),
+        graphs=_graphs(captured, found, plan.target),
+    )
+
+
+def _rows(
+    model: nn.Module, plan: Plan, found: Mapping[Place, Operation], shares: Mapping[str, tuple[str, ...]]
+) -> tuple[Row, ...]:
+    held, status = dict(quantizers(model)), _statuses(model)
+    rows = []
+    for site in plan.sites:
+        edges = [absolute(site, edge) for edge in site.local.edges]
+        kernels = (expected_kernel(found[place_of(edge)], edge.operand, plan.target) for edge in edges)
+        rows.append(
+            Row(
+                key=site.key,
+                role=site.local.role,
+                spec=str(site.local.spec),
+                operators=tuple(map(str, edges)),
+                kernels=tuple(kernels),
+                shares=shares.get(site.key, ()),
+                range=_range(held[site.key]),
+                status=status[site.owner],
+                reason=site.reason,
+                source=site.source,
+            )
+        )
+    return tuple(rows)
+
+
+def _shares(plan: Plan, captured: Captured | None) -> dict[str, tuple[str, ...]]:
+    """Site key → other sites of its tensor, and those that a concat gives the same scale."""
+    groups = [[key, *others] for key, others in captured.same_tensor.items()] if captured else []
+    if get_profile(plan.target).joins_scale:
+        concats: dict[Place, list[str]] = {}
+        for site in plan.sites:
+            for place in (place_of(absolute(site, edge)) for edge in site.local.edges if edge.kind == "cat"):
+                concats.setdefault(place, []).append(site.key)
+        groups += concats.values()
+    found: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for key in group:
+            found.setdefault(key, {}).update(dict.fromkeys(other for other in group if other != key))
+    return {key: tuple(others) for key, others in found.items()}
+
+
+def _graphs(
+    captured: Captured | None, found: Mapping[Place, Operation], target: str
+) -> tuple[tuple[Operator, ...], ...] | None:
+    """The graphs, each operator of the plan with what it is expected to become."""
+    if captured is None:
+        return None
+    kernels = {}
+    for place, operation in found.items():
+        parts = dict.fromkeys(expected_kernel(operation, operand, target) for operand in operation.sites)
+        kernels[place] = " + ".join(parts)
+
+    def kernel(one: Operator) -> str:
+        if one.place in kernels:
+            return kernels[one.place]
+        head = kernels.get(one.head, FLOAT) if one.head else FLOAT
+        return "" if head.startswith(FLOAT) else f"part of {head}"
+
+    return tuple(tuple(dataclasses.replace(one, kernel=kernel(one)) for one in graph) for graph in captured.graphs)
 
 
 def _bound(model: nn.Module) -> dict[str, BoundForward]:
@@ -122,3 +237,44 @@ def _range(quantizer: Quantizer) -> str:
         return "of the tensor" if quantizer.spec.range.kind == "current" else ""
     low, high = quantizer.min_val.item(), quantizer.max_val.item()
     return "unset" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+
+
+def _why(row: Row) -> str:
+    return row.reason + (f"; shares with {', '.join(row.shares)}" if row.shares else "")
+
+
+def _short(source: str) -> str:
+    """The file's name and line, without its folders."""
+    return source.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _tooltip(row: Row) -> tuple[str, ...]:
+    lines = [f"{row.key}: {row.spec}", row.reason]
+    lines += [f"range {row.range}"] if row.range else []
+    lines += [f"shares with {', '.join(row.shares)}"] if row.shares else []
+    return (*lines, *([row.source] if row.source else []))
+
+
+def _wrapped(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: Sequence[str]) -> str:
+    """A table whose ``flexible`` columns are wrapped so that all fits the page, as far as the others let it."""
+    columns = [header.index(name) for name in flexible]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    room = _WIDTH - 2 * (len(header) - 1) - sum(w for i, w in enumerate(widths) if i not in columns)
+    for number, column in enumerate(columns):
+        fair = room // (len(columns) - number)
+        later = sum(widths[c] for c in columns[number + 1 :])
+        # What the columns behind do not need is this one's.
+        words = [len(word) for row in rows for word in row[column].split()]
+        least = min(32, max(words, default=0))
+        widths[column] = min(widths[column], max(fair, room - later, least))
+        room -= widths[column]
+    lines: list[list[str]] = []
+    for row in rows:
+        cells = [_cell(text, widths[i]) if i in columns else [text] for i, text in enumerate(row)]
+        for number in range(max(map(len, cells))):
+            lines.append([cell[number] if number < len(cell) else "" for cell in cells])
+    return table(header, lines)
+
+
+def _cell(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, max_lines=_LINES, placeholder=" …", break_on_hyphens=False) or [""]

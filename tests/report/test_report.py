@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch import nn
 
 import fxquant
 from fxquant.errors import InvalidArgument
-from fxquant.report import sqnr
+from fxquant.profiles import ONNXRUNTIME, PROFILES
+from fxquant.report import Explanation, sqnr
 from fxquant.table import megabytes, table
+from tests.report.nets import FLAT, IMAGE, Forked, Residual
 
 
 class Net(nn.Module):
@@ -55,6 +60,72 @@ def test_explain_prints_and_serializes(model):
     text = str(found)
     assert text.startswith("recipe 'int8' for onnxruntime: 4 sites") and "left in float: 1" in text
     assert json.loads(json.dumps(found.to_dict()))["sites"][0]["key"] == "up.input"
+
+
+FOUR = fxquant.QuantSpec(bits=4, narrow=True, axis=0, range=fxquant.CurrentTensor())
+SIX = fxquant.QuantSpec(bits=6, signed=False, symmetric=False)
+
+
+def printed(found: Explanation) -> str:
+    """The tables, with XX for the lines of ``tests/report/nets.py``."""
+    return re.sub(r"nets\.py:\d\d", "nets.py:XX", str(found))
+
+
+def test_snapshot_of_a_table():
+    model = fxquant.prepare(Forked(), (FLAT,), rules=[fxquant.Rule(path="b", operand="weight", spec=FOUR)])
+    assert_expected_inline(
+        printed(fxquant.explain(model)),
+        """\
+recipe 'int8' for onnxruntime: 3 sites, all not yet run
+site             format     expected kernel       why                                           source
+───────────────  ─────────  ────────────────────  ────────────────────────────────────────────  ──────────
+a_linear0_input  u8         MatMulIntegerToFloat  operand of linear, linear_1                   nets.py:XX
+a.weight         s8 axis 0  MatMulIntegerToFloat  weight of linear                              nets.py:XX
+b.weight         s4 axis 0  MatMulIntegerToFloat  weight of linear_1; format by Rule(path='b',  nets.py:XX
+                                                  operand='weight', spec=s4 axis 0)""",
+    )
+
+
+def test_snapshot_of_what_shares_a_tensor_and_what_stayed_float():
+    rules = [fxquant.Rule(path="b", operand="input", spec=SIX), fxquant.skip("b", operand="weight")]
+    found = fxquant.explain(fxquant.prepare(Forked(), (FLAT,), rules=rules), (FLAT,))
+    assert_expected_inline(
+        printed(found),
+        """\
+recipe 'int8' for onnxruntime: 3 sites, all not yet run
+site      format     expected kernel                     why                                        source
+────────  ─────────  ──────────────────────────────────  ─────────────────────────────────────────  ──────────
+a.input   u8         MatMulIntegerToFloat                operand of linear; shares with b.input     nets.py:XX
+a.weight  s8 axis 0  MatMulIntegerToFloat                weight of linear                           nets.py:XX
+b.input   u6         float: its weight is not quantized  operand of linear_1; format by             nets.py:XX
+                     (Rule(path='b', operand='weight',   Rule(path='b', operand='input', spec=u6);
+                     spec=None))                         shares with a.input
+
+left in float: 1
+operator  why                                                      source
+────────  ───────────────────────────────────────────────────────  ──────────
+linear_1  its weight: Rule(path='b', operand='weight', spec=None)  nets.py:XX""",
+    )
+    sites = {site["key"]: site for site in found.to_dict()["sites"]}
+    assert sites["b.input"]["shares"] == ("a.input",) and sites["a.weight"]["shares"] == ()
+    assert sites["b.input"]["kernels"] == (
+        "float: its weight is not quantized (Rule(path='b', operand='weight', spec=None))",
+    )
+
+
+def test_operands_of_a_concat_share_a_scale_where_the_target_joins_them(monkeypatch):
+    monkeypatch.setitem(PROFILES, "onnxruntime", dataclasses.replace(ONNXRUNTIME, joins_scale=True))
+    rows = {row.key: row for row in fxquant.explain(fxquant.prepare(Residual(), (IMAGE,))).rows}
+    assert rows["cat0_operand1"].shares == ("body_conv0_input",)
+    assert rows["body_conv0_input"].operators == ("body.conv0.input", "add0.rhs", "cat0.operand0")
+
+
+def test_a_table_fits_120_columns_and_shortens_nothing_in_the_dict():
+    rule = fxquant.Rule(path="*", module="Linear", kind="linear", operand="weight", spec=FOUR)
+    found = fxquant.explain(fxquant.prepare(Net(), (torch.randn(4, 6),), rules=[rule]))
+    assert max(map(len, str(found).splitlines())) <= 120
+    reasons = [site["reason"] for site in found.to_dict()["sites"] if site["role"] == "weight"]
+    assert all(reason.endswith(f"; format by {rule}") for reason in reasons) and len(reasons) == 2
 
 
 def test_sqnr_is_the_ratio_of_its_definition():

@@ -1,0 +1,213 @@
+"""Which kernel a quantized operator is expected to become on the target: a forecast, as data.
+
+For what a file really became, see `fxquant.verify_onnx` and ``python -m fxquant kernels``. The names for onnxruntime
+and OpenVINO were seen there; those for TensorRT come from its documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxquant.graph import KINDS
+from fxquant.plan import Edge, Plan, Site
+from fxquant.profiles import get_profile
+
+Place = tuple[str, str, int]  # of an operator: path of the module that runs it, kind, ordinal there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What a runtime makes of an operator.
+
+    Attributes:
+        name: the kernel; ``{code}`` in it is the code type of the first operand, as OpenVINO names it.
+        joined: its name where the operator's own result is quantized too; empty if that changes nothing.
+        needs: operands without which it stays float; None for all of them.
+        never: why it runs in float though its operands are quantized; empty where it does not.
+    """
+
+    name: str = ""
+    joined: str = ""
+    needs: tuple[str, ...] | None = None
+    never: str = ""
+
+
+_PROBABILITIES = "the probabilities it multiplies are not quantized"
+_ORT_MATMUL = Kernel(name="MatMulIntegerToFloat", joined="QLinearMatMul")
+
+FLOAT = "float: "  # begins the forecast for what stays float
+UNKNOWN = "not known"
+
+# Target → op kind, or operand where the operands of one operator go different ways → kernel.
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "onnxruntime": {
+        "conv": Kernel(name="QLinearConv"),
+        "linear": _ORT_MATMUL,
+        "matmul": _ORT_MATMUL,
+        "einsum": Kernel(never="onnxruntime has no integer Einsum"),
+        "add": Kernel(name="QLinearAdd"),
+        "cat": Kernel(name="QLinearConcat"),
+        "avg_pool": Kernel(name="QLinearAveragePool"),
+        "embedding": Kernel(name="DequantizeLinear + Gather"),
+        "sdpa": Kernel(name="MatMulIntegerToFloat (query·key)", needs=("query", "key")),
+        "sdpa.value": Kernel(never=_PROBABILITIES),
+    },
+    "openvino": {
+        "conv": Kernel(name="Convolution {code}"),
+        "conv_transpose": Kernel(name="Deconvolution {code}"),
+        "linear": Kernel(name="FullyConnected {code}"),
+        "matmul": Kernel(name="MatMul {code}"),
+        "einsum": Kernel(never="OpenVINO runs Einsum in float"),
+        "cat": Kernel(name="Concat {code}"),
+        "avg_pool": Kernel(name="AvgPool {code}"),
+        "sdpa": Kernel(name="MatMul {code} (query·key)", needs=("query", "key")),
+        "sdpa.value": Kernel(never=_PROBABILITIES),
+    },
+    "tensorrt": {
+        "conv": Kernel(name="int8 Convolution"),
+        "conv_transpose": Kernel(name="int8 Deconvolution"),
+        "linear": Kernel(name="int8 MatrixMultiply"),
+        "matmul": Kernel(name="int8 MatrixMultiply"),
+        # Only the operand that comes from elsewhere is quantized: the other never leaves the convolution.
+        "add": Kernel(name="sum inside the int8 Convolution", needs=()),
+        "cat": Kernel(name="int8 Concatenation"),
+        "avg_pool": Kernel(name="int8 Pooling"),
+        "sdpa": Kernel(name="int8 MatrixMultiply (query·key)", needs=("query", "key")),
+        "sdpa.value": Kernel(never=_PROBABILITIES),
+    },
+    "generic": {
+        **{
+            kind: Kernel(name=f"{name} between Q/DQ")
+            for kind, name in (
+                *(("conv", "Conv"), ("conv_transpose", "ConvTranspose"), ("linear", "Gemm"), ("matmul", "MatMul")),
+                *(("einsum", "Einsum"), ("add", "Add"), ("cat", "Concat"), ("avg_pool", "AveragePool")),
+            )
+        },
+        "embedding": Kernel(name="DequantizeLinear + Gather"),
+        "sdpa": Kernel(name="MatMul between Q/DQ (query·key)", needs=("query", "key")),
+        "sdpa.value": Kernel(name="MatMul with DQ (·value)", needs=("value",)),
+    },
+}
+# Widths of code that the integer kernels of a target read; other codes are exported, and computed with in float.
+CODES = {
+    "onnxruntime": range(2, 9),
+    "openvino": range(2, 9),
+    "tensorrt": range(8, 9),
+    "generic": range(2, 17),
+}
+_OPERANDS = {kind.name: tuple(kind.operands) for kind in KINDS.values()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One operator of the plan: the sites on its operands, by operand ("output" for its result).
+
+    ``result`` says whether its result is quantized: None where no graph was looked at. ``why_float`` has the operands
+    that are known to be float, with the plan's reason for it or an empty string.
+    """
+
+    place: Place
+    sites: dict[str, Site] = field(default_factory=dict)
+    result: bool | None = None
+    why_float: dict[str, str] = field(default_factory=dict)
+
+
+def absolute(site: Site, edge: Edge) -> Edge:
+    """An edge of a site as the whole model names it."""
+    return dataclasses.replace(edge, path=".".join(filter(None, (site.owner, edge.path))))
+
+
+def place_of(edge: Edge) -> Place:
+    """The operator of an absolute edge."""
+    return edge.path, edge.kind, edge.ordinal
+
+
+def operations(
+    plan: Plan,
+    results: Mapping[Place, bool] | None = None,
+    served: Mapping[Place, Mapping[str, str]] | None = None,
+) -> dict[Place, Operation]:
+    """Every operator that a site of the plan serves.
+
+    ``results`` and ``served`` are what a graph shows. Without them an operand that has no site counts as float only
+    where the plan says why: it may read a result that has one, or be a weight that serves every call of its module.
+    """
+    found: dict[Place, Operation] = {}
+    for site in plan.sites:
+        for edge in site.local.edges:
+            place = place_of(absolute(site, edge))
+            operation = found.setdefault(place, Operation(place=place, result=(results or {}).get(place)))
+            operation.sites.setdefault(edge.operand, site)
+    by_key = {site.key: site for site in plan.sites}
+    for place, operation in found.items():
+        for operand in _OPERANDS.get(place[1], ()):
+            if operand in operation.sites:
+                continue
+            key = (served or {}).get(place, {}).get(operand)
+            if key is not None:
+                operation.sites[operand] = by_key[key]
+                continue
+            why = _why_float(plan, operation, operand)
+            if why or served is not None:
+                operation.why_float[operand] = why
+        why = _why_float(plan, operation, "output")
+        if operation.result is False or (operation.result is None and why):
+            operation.why_float["output"] = why  # without a graph it may be quantized all the same, by who reads it
+    return found
+
+
+def _why_float(plan: Plan, operation: Operation, operand: str) -> str:
+    """What the plan says about an operand left in float; empty where it says nothing, or not whom it means."""
+    keys = _possible_keys(operation.place, operand)
+    sources = {site.source for site in operation.sites.values()}
+    prefix = f"its {operand}: "
+    reasons = [d.reason for d in plan.declined if d.where in keys]
+    if not reasons:
+        about = dict.fromkeys(d.reason for d in plan.declined if d.source in sources and d.reason.startswith(prefix))
+        # Several operators may stand on one line of the user's.
+        reasons = list(about) if len(about) == 1 else []
+    return reasons[0].removeprefix(prefix) if reasons else ""
+
+
+def _possible_keys(place: Place, operand: str) -> set[str]:
+    """Keys that a site on the operand could have had, before `fxquant.override` took it away."""
+    path, kind, ordinal = place
+    parts = path.split(".") if path else []
+    keys = {".".join((*parts, operand))} if ordinal == 0 else set()
+    for cut in range(len(parts) + 1):
+        keys.add(".".join((*parts[:cut], "_".join((*parts[cut:], f"{kind}{ordinal}", operand)))))
+    return keys
+
+
+def expected_kernel(operation: Operation, operand: str, target: str) -> str:
+    """The kernel that reads an operand of an operator, or ``"float: …"`` and why."""
+    profile, kind = get_profile(target), operation.place[1]
+    table = KERNELS.get(target, {})
+    kernel = table.get(f"{kind}.{operand}") or table.get(kind)
+    if kernel is None:
+        return UNKNOWN
+    if kernel.never:
+        return f"{FLOAT}{kernel.never}"
+    needs_result = kind in profile.needs_output
+    needed = (_OPERANDS.get(kind, ()) if kernel.needs is None else kernel.needs) + ("output",) * needs_result
+    for name in needed:
+        if name == "output" and name in operation.why_float and operation.result is None:
+            return f"{kernel.name} if all that reads its output is quantized"
+        if name in operation.why_float:
+            why = operation.why_float[name]
+            return f"{FLOAT}its {name} is not quantized" + (f" ({why})" if why else "")
+    read = {name: site for name, site in operation.sites.items() if name != "output" or needs_result}
+    for name, site in read.items():
+        bits = site.local.spec.bits
+        if bits not in CODES.get(target, range(2, 17)):
+            return f"{FLOAT}its {name} has {bits}-bit codes"
+    name = kernel.joined if kernel.joined and operation.result else kernel.name
+    return name.format(code=_code(operation))
+
+
+def _code(operation: Operation) -> str:
+    """``u8`` or ``i8``, of the first operand that is an activation."""
+    specs = [site.local.spec for site in operation.sites.values() if site.local.role == "activation"]
+    return f"{'i' if not specs or specs[0].signed else 'u'}{specs[0].bits if specs else 8}"
