@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,70 +19,120 @@ aten = torch.ops.aten
 class FoldBatchNorm(Pass):
     """``batch_norm(conv(x, FQ(w), b))``  →  ``conv(x, FQ(w·f), (b − μ)·f + β)`` with ``f = γ / √(σ² + eps)``.
 
-    That is the graph with running statistics: eval, and training with frozen statistics. In training with batch
-    statistics the graph stays as it is, and already is the folded network with the batch correction: with one
-    symmetric scale per output channel taken from the current weight, ``FQ(w·f) = f·FQ(w)`` in exact arithmetic
-    (codes only change sign with f), so ``batch_norm(conv(x, FQ(w)))`` scales the quantized folded weight by
-    ``σ_running / σ_batch`` without ever dividing by γ. A weight quantized in another way would break that
-    identity and is declined.
+    That is the graph with running statistics: eval, and training with frozen statistics. It holds for convolutions,
+    transposed convolutions and linears whose weight has its scale, or scales, from itself. In training with batch
+    statistics the graph stays as it is where ``Folding.commutes``, and `FoldTrainingBatchNorm` rewrites the rest:
+    with one symmetric scale per output channel taken from the current weight, ``FQ(w·f) = f·FQ(w)`` in exact
+    arithmetic (codes only change sign with f), so ``batch_norm(conv(x, FQ(w)))`` already scales the quantized
+    folded weight by ``σ_running / σ_batch`` without ever dividing by γ.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Folds in ``gm`` and its nested bodies."""
-        return sum(self._fold_all(module.graph, result) for module in all_graphs(gm))
-
-    def _fold_all(self, graph: fx.Graph, result: PassResult) -> int:
-        return sum(self._fold(graph, node, result) for node in list(call_nodes(graph)) if _is_batch_norm(node))
-
-    def _fold(self, graph: fx.Graph, norm: fx.Node, result: PassResult) -> int:
-        head = norm.args[0]
-        assert isinstance(head, fx.Node)
-        kind = kind_of(head)
-        quantized = operands(head).get("weight") if kind is not None and kind.name in ("conv", "linear") else None
-        if quantized is None or quantized.target not in fake_quantize.FAKE_QUANTIZE:
-            self.decline(result, norm, f"{head.name} before it has no quantized weight")
-            return 0
-        if not _is_per_channel_of_itself(quantized):
-            self.decline(result, norm, "the weight before it has no scale per output channel taken from itself")
-            return 0
-        if norm.args[5] is True:
-            return 0  # batch statistics: see the class
-        if only_user(head) is not norm:
-            self.decline(result, norm, f"{head.name} is used without its normalization too")
-            return 0
-        if any(isinstance(a, fx.Node) and a.op == "call_function" for a in norm.args[1:5]):
-            self.decline(result, norm, "its parameters or statistics are computed in the graph")
-            return 0
-        if packet(head) is aten.linear and head.meta["val"].dim() != 2:
-            self.decline(result, norm, f"{head.name} has its channels in another dimension")
-            return 0
-        if len(quantized.users) > 1:
-            quantized = _own_copy(graph, head, quantized)
-        _rewrite(graph, head, norm, quantized)
-        return 1
+        done = 0
+        for graph in (module.graph for module in all_graphs(gm)):
+            for norm in list(batch_norms(graph, training=False)):
+                found = match(norm)
+                if isinstance(found, str):
+                    self.decline(result, norm, found)
+                    continue
+                _rewrite(graph, found)
+                done += 1
+        return done
 
 
-def _is_batch_norm(node: fx.Node) -> bool:
-    return packet(node) is aten.batch_norm
+@dataclass(frozen=True, kw_only=True)
+class Folding:
+    """``norm(head(x, quantized))``, to be folded. ``axis`` holds the output channels of the weight."""
+
+    norm: fx.Node
+    head: fx.Node
+    quantized: fx.Node
+    axis: int
+
+    @property
+    def weight(self) -> fx.Node:
+        """The float weight."""
+        weight = self.quantized.args[0]
+        assert isinstance(weight, fx.Node)
+        return weight
+
+    @property
+    def groups(self) -> int:
+        """Output channels per index of ``axis``: above 1 in a transposed convolution with groups only."""
+        return int(self.head.meta["val"].shape[1]) // int(self.weight.meta["val"].shape[self.axis])
+
+    @property
+    def commutes(self) -> bool:
+        """Whether ``FQ(w·f) = f·FQ(w)``: every output channel has a scale that it shares with no other."""
+        is_per_channel = self.quantized.target is fake_quantize.PER_CHANNEL
+        return is_per_channel and bool(self.quantized.args[3] == self.axis) and self.groups == 1
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The head's bias."""
+        bias = self.head.args[2] if len(self.head.args) > 2 else self.head.kwargs.get("bias")
+        return bias if isinstance(bias, fx.Node) else None
+
+    def set_bias(self, bias: fx.Node | None) -> None:
+        """Gives the head another bias, or none."""
+        if len(self.head.args) > 2:
+            self.head.update_arg(2, bias)
+        elif bias is not None or "bias" in self.head.kwargs:
+            self.head.update_kwarg("bias", bias)
 
 
-def _is_per_channel_of_itself(quantized: fx.Node) -> bool:
-    if quantized.target is not fake_quantize.PER_CHANNEL or quantized.args[3] != 0:
-        return False
+def batch_norms(graph: fx.Graph, *, training: bool) -> list[fx.Node]:
+    """The BatchNorms of a graph that use statistics of the batch (``training``), or the running ones."""
+    return [n for n in call_nodes(graph) if packet(n) is aten.batch_norm and (n.args[5] is True) == training]
+
+
+def match(norm: fx.Node) -> Folding | str:
+    """What can be folded, or why it cannot."""
+    head = norm.args[0]
+    assert isinstance(head, fx.Node)
+    kind = kind_of(head)
+    quantized = None if kind is None or kind.weight is None else operands(head).get(kind.weight)
+    if kind is None or quantized is None or quantized.target not in fake_quantize.FAKE_QUANTIZE:
+        return f"{head.name} before it has no quantized weight"
+    if kind.name not in ("conv", "conv_transpose") and packet(head) is not aten.linear:
+        return f"{head.name} before it is neither a convolution nor a linear"
+    assert kind.weight_axis is not None
+    found = Folding(norm=norm, head=head, quantized=quantized, axis=kind.weight_axis)
+    if not _is_scaled_by_itself(quantized):
+        return "the weight before it has no scale taken from itself"
+    if head.meta["val"].dim() != found.weight.meta["val"].dim():
+        return f"{head.name} has its channels in another dimension"
+    if only_user(head) is not norm:
+        return f"{head.name} is used without its normalization too"
+    if norm.args[3] is None or norm.args[4] is None:
+        return "it keeps no running statistics to fold"
+    if any(isinstance(a, fx.Node) and a.op == "call_function" for a in norm.args[1:5]):
+        return "its parameters or statistics are computed in the graph"
+    return found
+
+
+def _is_scaled_by_itself(quantized: fx.Node) -> bool:
     scale = quantized.args[1]
-    pair = scale.args[0] if isinstance(scale, fx.Node) else None
-    return isinstance(pair, fx.Node) and pair.target is qparams.SYMMETRIC_QPARAMS
+    pair = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
+    if not isinstance(pair, fx.Node) or pair.target is not qparams.SYMMETRIC_QPARAMS:
+        return False
+    detached = pair.args[0]
+    return isinstance(detached, fx.Node) and packet(detached) is aten.detach and detached.args[0] is quantized.args[0]
 
 
-def _own_copy(graph: fx.Graph, head: fx.Node, quantized: fx.Node) -> fx.Node:
-    """A shared weight's fake-quant chain, repeated for this one use: others see it unfolded."""
+def own_quantizer(graph: fx.Graph, found: Folding) -> Folding:
+    """The weight's fake-quant chain, repeated before this one use: others, if any, see the weight unfolded."""
     copies: dict[fx.Node, fx.Node] = {}
-    chain = _chain(quantized)
-    with graph.inserting_before(head):
+    chain = _chain(found.quantized)
+    with graph.inserting_before(found.head):
         for node in chain:
             copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
-    replace_operand(head, "weight", copies[quantized])
-    return copies[quantized]
+    replace_operand(found.head, "weight", copies[found.quantized])
+    for node in reversed(chain):
+        if not node.users:
+            graph.erase_node(node)
+    return dataclasses.replace(found, quantized=copies[found.quantized])
 
 
 def _chain(quantized: fx.Node) -> list[fx.Node]:
@@ -94,36 +145,57 @@ def _chain(quantized: fx.Node) -> list[fx.Node]:
     return [detached, pair, scale, zero_point, quantized]
 
 
-def _rewrite(graph: fx.Graph, head: fx.Node, norm: fx.Node, quantized: fx.Node) -> None:
-    _, gamma, beta, mean, var, _, _, eps = norm.args[:8]
-    weight = quantized.args[0]
-    detached, *_ = _chain(quantized)
-    assert isinstance(weight, fx.Node) and isinstance(var, fx.Node) and isinstance(mean, fx.Node)
+def fold_weight(graph: fx.Graph, found: Folding) -> tuple[fx.Node, fx.Node]:
+    """Puts ``w·f`` before the weight's quantizer; the nodes of ``σ² + eps`` and of f."""
+    norm, weight, (detached, *_) = found.norm, found.weight, _chain(found.quantized)
+    _, gamma, _, _, var, _, _, eps = norm.args[:8]
     with graph.inserting_before(detached):
-        deviation = call(graph, aten.rsqrt.default, call(graph, aten.add.Scalar, var, eps, like=norm), like=norm)
+        variance = call(graph, aten.add.Scalar, var, eps, like=norm)
+        deviation = call(graph, aten.rsqrt.default, variance, like=norm)
         factor = deviation if gamma is None else call(graph, aten.mul.Tensor, gamma, deviation, like=norm)
-        shape = [-1] + [1] * (weight.meta["val"].dim() - 1)
-        column = call(graph, aten.view.default, factor, shape, like=norm)
-        folded = call(graph, aten.mul.Tensor, weight, column, like=weight)
+        folded = call(graph, aten.mul.Tensor, weight, _along_weight(graph, found, factor), like=weight)
         # Under autocast or in half precision the statistics are float32: the weight keeps its own dtype.
-        if folded.meta["val"].dtype != weight.meta["val"].dtype:
-            folded = call(graph, aten.to.dtype, folded, weight.meta["val"].dtype, like=weight)
+        folded = as_dtype(graph, folded, weight.meta["val"].dtype)
     detached.replace_input_with(weight, folded)
-    quantized.replace_input_with(weight, folded)
+    found.quantized.replace_input_with(weight, folded)
+    return variance, factor
+
+
+def _along_weight(graph: fx.Graph, found: Folding, factor: fx.Node) -> fx.Node:
+    """One factor per output channel, shaped to multiply the weight.
+
+    A transposed convolution's weight is ``[in, out / groups, …]``, and group g of the input channels makes group g
+    of the output channels: ``w[i, o]`` gets the factor of channel ``g · out / groups + o``.
+    """
+    like, weight, groups = found.norm, found.weight.meta["val"], found.groups
+    ones = [1] * (weight.dim() - found.axis - 1)
+    if groups == 1:
+        return call(graph, aten.view.default, factor, [1] * found.axis + [-1, *ones], like=like)
+    rows, columns = weight.shape[:2]
+    by_group = call(graph, aten.view.default, factor, [groups, 1, columns], like=like)
+    repeated = call(graph, aten.expand.default, by_group, [groups, rows // groups, columns], like=like)
+    return call(graph, aten.reshape.default, repeated, [rows, columns, *ones], like=like)
+
+
+def as_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The node itself, or a cast of it."""
+    return node if node.meta["val"].dtype == dtype else call(graph, aten.to.dtype, node, dtype, like=node)
+
+
+def _rewrite(graph: fx.Graph, found: Folding) -> None:
+    if len(found.quantized.users) > 1:
+        found = own_quantizer(graph, found)
+    norm, head, bias = found.norm, found.head, found.bias
+    _, _, beta, mean = norm.args[:4]
+    _, factor = fold_weight(graph, found)
     with graph.inserting_before(head):
-        bias = head.args[2] if len(head.args) > 2 else head.kwargs.get("bias")
-        if isinstance(bias, fx.Node):
+        if bias is not None:
             shifted = call(graph, aten.sub.Tensor, bias, mean, like=norm)
         else:
             shifted = call(graph, aten.neg.default, mean, like=norm)
         scaled = call(graph, aten.mul.Tensor, shifted, factor, like=norm)
         new_bias = scaled if beta is None else call(graph, aten.add.Tensor, scaled, beta, like=norm)
-        wanted = head.meta["val"].dtype if bias is None else bias.meta["val"].dtype  # type: ignore[union-attr]
-        if new_bias.meta["val"].dtype != wanted:
-            new_bias = call(graph, aten.to.dtype, new_bias, wanted, like=norm)
-    if len(head.args) > 2:
-        head.update_arg(2, new_bias)
-    else:
-        head.update_kwarg("bias", new_bias)
+        new_bias = as_dtype(graph, new_bias, (head if bias is None else bias).meta["val"].dtype)
+    found.set_bias(new_bias)
     norm.replace_all_uses_with(head)
     graph.erase_node(norm)

@@ -8,9 +8,11 @@ from typing import Any
 from fxquant.passes.base import Pass
 from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.tag_recompute import TagRecompute
 from fxquant.passes.unify_scales import UnifyScales
 from fxquant.profiles import Profile
@@ -23,6 +25,7 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
         FunctionalizeActivations(),
         InsertFakeQuantize(recipe=recipe, profile=profile, stateless=stateless),
         FoldBatchNorm(),
+        FoldTrainingBatchNorm(),
         UnifyScales(profile=profile),
         EliminateRedundantFakeQuantize(),
     )
@@ -37,8 +40,8 @@ def joint_passes(decompositions: Table | None = None) -> tuple[Pass, ...]:
     With ``decompositions``, the table of a compiler that fuses, fake-quants are lowered here: the partitioner then
     sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every quantizer's input.
     """
-    tags = TagRecompute()
-    return (tags,) if decompositions is None else (tags, LowerFakeQuantize(decompositions=decompositions))
+    tags = (TagRecompute(), SaveRunningStatistics())
+    return tags if decompositions is None else (*tags, LowerFakeQuantize(decompositions=decompositions))
 
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:

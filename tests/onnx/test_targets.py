@@ -23,6 +23,8 @@ from fxquant.errors import ExportError, MissingDependency
 from fxquant.onnx import lint_onnx, runtime, verify
 from fxquant.onnx.openvino import run_openvino
 from fxquant.onnx.runtime import run_codes
+from fxquant.recipes import Recipe
+from fxquant.spec import CurrentTensor, QuantSpec
 from tests.onnx.graphs import Graph
 from tests.onnx.models import calibrated
 
@@ -138,6 +140,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     **{f"attention-{s}": (lambda s=s: Attention(s), TOKENS) for s in ("operator", "before", "after", "division")},
     "mlp": (mlp, TOKENS),
     "decoder": (lambda: Decoder(False), IMAGE),
+    "decoder-with-norm": (lambda: Decoder(True), IMAGE),
     "average-pool": (Pool, IMAGE),
 }
 
@@ -178,13 +181,45 @@ def test_tensorrt_export_is_clean_and_training_s_codes(name: str, tmp_path: Path
     assert report.runtime is None and not report.rows and math.isnan(report.integer_share)
 
 
-def test_batch_norm_behind_a_transposed_convolution_stays_and_is_found(tmp_path: Path) -> None:
-    """One scale for the whole weight: a factor per channel cannot go into it."""
-    model = calibrated(Decoder(True), IMAGE, target="tensorrt")
-    report = fxquant.export_onnx(model, (IMAGE,), tmp_path / "net.onnx")
-    assert any(note.startswith("FoldBatchNorm declined batch_norm") for note in report.notes)
-    (finding,) = lint_onnx(tmp_path / "net.onnx", "tensorrt").findings
-    assert finding.rule == "batch-norm-is-folded"
+class Normed(nn.Module):
+    """Convolution and transposed convolution, each with a BatchNorm, in groups or not."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.down, self.one = nn.Conv2d(4, 6, 3, 2, 1, groups=groups, bias=False), nn.BatchNorm2d(6)
+        self.up, self.two = nn.ConvTranspose2d(6, 4, 2, 2, groups=groups), nn.BatchNorm2d(4)
+        self.out = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.two(self.up(F.relu(self.one(self.down(x)))))))
+
+
+PER_TENSOR = Recipe(name="per-tensor", weight=QuantSpec(narrow=True, range=CurrentTensor()))
+
+
+@pytest.mark.parametrize("recipe", ["int8", PER_TENSOR], ids=["per-channel", "per-tensor"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("target", ["generic", "openvino", "tensorrt"])
+def test_batch_norm_is_folded(target: str, groups: int, recipe: str | Recipe, tmp_path: Path) -> None:
+    """Trained with batch statistics first: the codes are those of the weight that training then quantizes."""
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = fxquant.prepare(Normed(groups), (IMAGE,), target=target, recipe=recipe)
+    for norm in (model.one, model.two):
+        nn.init.uniform_(norm.weight, -1.5, 1.5)
+    step = torch.compile(model, backend="fxquant_eager")
+    for _ in range(3):
+        step(IMAGE).square().mean().backward()
+    model.eval()
+    path = tmp_path / "net.onnx"
+    report = fxquant.export_onnx(model, (IMAGE,), path)
+    assert not any("BatchNorm" in note for note in report.notes)
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(path).graph.node}
+    assert lint_onnx(path, target), str(lint_onnx(path, target))
+    verified = fxquant.verify_onnx(model, (IMAGE,), path)
+    assert verified.differing_codes == 0 and verified.compared_codes > 0
+    assert verified.max_output_difference < 1e-5 < verified.output_spread
 
 
 class Scores(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,34 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxquant
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.profiles import ONNXRUNTIME
+from fxquant.profiles import GENERIC, ONNXRUNTIME
 from fxquant.recipes import INT8, Recipe
+from fxquant.rules import Rule
 from fxquant.spec import CurrentTensor, QuantSpec
 from tests.passes.graphs import INSERT, QUANTIZE, apply, captured, quantizing, show, untouched
 
 FOLD = FoldBatchNorm()
-# Only the weight is quantized finely enough to matter: activations get 16 bits, so that a reference can leave them out.
-RECIPE = Recipe(name="weights", activation=QuantSpec(bits=16, signed=False, symmetric=False))
-FINE = InsertFakeQuantize(recipe=RECIPE, profile=ONNXRUNTIME, stateless=True)
+# Activations stay float, so that a reference can leave them out.
+FLOAT = (Rule(operand="activation", spec=None),)
+SCHEMES = {
+    "per channel": Recipe(name="channels", rules=FLOAT),
+    "per tensor": Recipe(name="tensor", weight=QuantSpec(narrow=True, range=CurrentTensor()), rules=FLOAT),
+}
+
+
+def inserting(scheme: str) -> InsertFakeQuantize:
+    return InsertFakeQuantize(recipe=SCHEMES[scheme], profile=GENERIC, stateless=True)
+
+
+FINE = inserting("per channel")
+
+
+@pytest.fixture(autouse=True)
+def cold() -> None:
+    torch._dynamo.reset()  # all layers share one forward: past the recompile limit it would run in float
 
 
 class Layer(nn.Module):
@@ -29,6 +47,8 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.head, self.norm = head, norm
+        for parameter in head.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
         with torch.no_grad():
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
@@ -40,16 +60,126 @@ class Layer(nn.Module):
         return self.norm(self.head(x))
 
 
+N1, N2, N3 = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+T1, T2, T3 = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 LAYERS: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {
-    "conv1d": (lambda: Layer(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), (2, 3, 8)),
-    "conv2d, no bias": (lambda: Layer(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)), (2, 3, 6, 6)),
-    "conv2d, bias, groups": (lambda: Layer(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4)), (2, 4, 6, 6)),
-    "depthwise": (lambda: Layer(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.BatchNorm2d(4)), (2, 4, 6, 6)),
-    "conv2d, not affine": (lambda: Layer(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), (2, 3, 6, 6)),
-    "conv3d": (lambda: Layer(nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)), (2, 2, 4, 4, 4)),
-    "linear": (lambda: Layer(nn.Linear(5, 4), nn.BatchNorm1d(4)), (6, 5)),
-    "linear, no bias": (lambda: Layer(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4)), (6, 5)),
+    "conv1d": (lambda: Layer(nn.Conv1d(3, 4, 3), N1(4)), (2, 3, 8)),
+    "conv2d, no bias": (lambda: Layer(nn.Conv2d(3, 4, 3, bias=False), N2(4, momentum=0.4)), (2, 3, 6, 6)),
+    "conv2d, bias, groups": (lambda: Layer(nn.Conv2d(4, 4, 3, groups=2), N2(4, eps=0.1)), (2, 4, 6, 6)),
+    "depthwise": (lambda: Layer(nn.Conv2d(4, 4, 3, groups=4, bias=False), N2(4)), (2, 4, 6, 6)),
+    "conv2d, not affine": (lambda: Layer(nn.Conv2d(3, 4, 3, padding=1), N2(4, affine=False)), (2, 3, 6, 6)),
+    "conv3d": (lambda: Layer(nn.Conv3d(2, 4, 2), N3(4)), (2, 2, 4, 4, 4)),
+    "linear": (lambda: Layer(nn.Linear(5, 4), N1(4)), (6, 5)),
+    "linear, no bias": (lambda: Layer(nn.Linear(5, 4, bias=False), N1(4)), (6, 5)),
+    "transposed 1d": (lambda: Layer(T1(3, 4, 3, stride=2), N1(4)), (2, 3, 5)),
+    "transposed 2d": (lambda: Layer(T2(3, 4, 3, 2, 1, output_padding=1), N2(4, momentum=0.4)), (2, 3, 4, 4)),
+    "transposed 2d, no bias": (lambda: Layer(T2(3, 4, 2, bias=False), N2(4)), (2, 3, 4, 4)),
+    "transposed 2d, groups": (lambda: Layer(T2(6, 4, 3, groups=2), N2(4, momentum=0.4)), (2, 6, 4, 4)),
+    "transposed 2d, depthwise": (lambda: Layer(T2(4, 4, 3, groups=4, bias=False), N2(4)), (2, 4, 4, 4)),
+    "transposed 3d, groups": (lambda: Layer(T3(4, 4, 2, groups=2), N3(4, affine=False)), (2, 4, 3, 3, 3)),
 }
+
+
+def is_transposed(layer: Layer) -> bool:
+    return isinstance(layer.head, (T1, T2, T3))
+
+
+def fake(weight: Tensor, axis: int | None) -> Tensor:
+    """s8 narrow, one scale per index of an axis or one for all; gradients pass."""
+    others = [d for d in range(weight.dim()) if d != axis]
+    scale = (weight.detach().abs().amax(others, keepdim=True).float() / 127).clamp(min=1e-15)
+    return weight + ((weight / scale).round() * scale - weight).detach()
+
+
+def row(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view([1, -1] + [1] * (like.dim() - 2))
+
+
+def times(layer: Layer, weight: Tensor, factor: Tensor) -> Tensor:
+    """Every output channel of the weight by its factor, group by group."""
+    if not is_transposed(layer):
+        return weight * row(factor, weight).transpose(0, 1)
+    groups = layer.head.groups
+    parts = zip(weight.chunk(groups), factor.chunk(groups), strict=True)
+    return torch.cat([part * row(own, part) for part, own in parts])
+
+
+def apply_head(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer with another weight and without its bias."""
+    bias = {} if layer.head.bias is None else {"bias": torch.zeros_like(layer.head.bias)}
+    return torch.func.functional_call(layer.head, {"weight": weight, **bias}, x)
+
+
+def bias_of(module: nn.Module, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if module.bias is None else module.bias
+
+
+def axis_of(layer: Layer, scheme: str) -> int | None:
+    return None if scheme == "per tensor" else int(is_transposed(layer))
+
+
+def by_running(layer: Layer, x: Tensor, scheme: str) -> Tensor:
+    """BatchNorm by hand with running statistics, on the layer with its folded weight quantized."""
+    norm = layer.norm
+    deviation = (norm.running_var + norm.eps).sqrt()
+    factor = (torch.ones_like(deviation) if norm.weight is None else norm.weight) / deviation
+    y = apply_head(layer, x, fake(times(layer, layer.head.weight, factor), axis_of(layer, scheme)))
+    shift = (bias_of(layer.head, factor) - norm.running_mean) * factor + bias_of(norm, factor)
+    return y + row(shift, y)
+
+
+Step = tuple[Tensor, dict[str, Tensor | None]]
+
+
+def steps(layer: Layer, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], count: int = 2) -> list[Step]:
+    """Results and gradients of training steps, each from what the one before left."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(count):
+        x = torch.randn(shape, generator=generator).to(layer.norm.running_var.dtype).requires_grad_()
+        y = run(x)
+        optimizer.zero_grad()
+        (y * torch.randn(y.shape, generator=generator)).sum().backward()
+        found.append((y.detach(), {n: p.grad for n, p in layer.named_parameters()} | {"x": x.grad}))
+        found[-1] = copy.deepcopy(found[-1])
+        optimizer.step()
+    return found
+
+
+def assert_same_steps(got: list[Step], expected: list[Step], rtol: float = 1e-6, atol: float = 1e-6) -> None:
+    for (y, gradients), (want, want_gradients) in zip(got, expected, strict=True):
+        torch.testing.assert_close(y, want, rtol=rtol, atol=atol)
+        torch.testing.assert_close(gradients, want_gradients, rtol=rtol, atol=atol)
+
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+@every_layer
+@every_scheme
+def test_eval_is_the_folded_network(name: str, scheme: str) -> None:
+    build, shape = LAYERS[name]
+    layer, x = build().double().eval(), torch.randn(shape).double()
+    gm = captured(layer, x, passes=(inserting(scheme),))
+    result = apply(FOLD, gm)
+    assert result.rewrites == 1 and not result.declines and "batch_norm" not in gm.code
+    with torch.no_grad():
+        got = torch.compile(layer, backend=quantizing(inserting(scheme), FOLD))(x)
+    torch.testing.assert_close(got, by_running(layer, x, scheme), rtol=1e-6, atol=1e-6)
+
+
+@every_layer
+@every_scheme
+def test_frozen_statistics_train_the_folded_network(name: str, scheme: str) -> None:
+    build, shape = LAYERS[name]
+    layer = build().double().train()
+    layer.norm.eval()
+    oracle = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend=quantizing(inserting(scheme), FOLD))
+    expected = steps(oracle, lambda x: by_running(oracle, x, scheme), shape)
+    assert_same_steps(steps(layer, compiled, shape), expected)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(oracle.named_buffers()), rtol=0, atol=0)
 
 
 def column(vector: Tensor, weight: Tensor) -> Tensor:
@@ -58,69 +188,8 @@ def column(vector: Tensor, weight: Tensor) -> Tensor:
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of s8 narrow, one scale per output channel, in float64."""
-    amax = weight.abs().flatten(1).amax(1).clamp(min=1e-30)
-    scale = column(amax / 127, weight)
+    scale = column(weight.abs().flatten(1).amax(1).clamp(min=1e-30) / 127, weight)
     return (weight / scale).round(), scale
-
-
-def factor_of(layer: Layer, var: Tensor) -> Tensor:
-    gamma = torch.ones(4) if layer.norm.weight is None else layer.norm.weight
-    return gamma.double() / (var.double() + layer.norm.eps).sqrt()
-
-
-def parts(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, bias and β in float64, zeros where there are none."""
-    head, norm = layer.head, layer.norm
-    bias = torch.zeros(4) if head.bias is None else head.bias
-    beta = torch.zeros(4) if norm.bias is None else norm.bias
-    return head.weight.double(), bias.double(), beta.double()
-
-
-def apply_head(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    head = layer.head
-    if isinstance(head, nn.Linear):
-        return F.linear(x, weight, bias)
-    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
-    return conv(x, weight, bias, groups=head.groups)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_eval_is_the_folded_network(name: str) -> None:
-    build, shape = LAYERS[name]
-    layer, x = build().eval(), torch.randn(shape)
-    gm = captured(layer, x, passes=(FINE,))
-    result = apply(FOLD, gm)
-    assert result.rewrites == 1 and "batch_norm" not in gm.code
-    compiled = torch.compile(layer, backend=quantizing(FINE, FOLD))
-    weight, bias, beta = parts(layer)
-    factor = factor_of(layer, layer.norm.running_var)
-    code, scale = quantized(weight * column(factor, weight))
-    expected = apply_head(layer, x.double(), code * scale, (bias - layer.norm.running_mean.double()) * factor + beta)
-    torch.testing.assert_close(compiled(x).double(), expected, rtol=0, atol=3e-4 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_training_scales_by_the_running_statistic_and_corrects_by_the_batch(name: str) -> None:
-    """y = conv(x, FQ(w·γ/σ_running)) · σ_running/σ_batch + β − γ·μ_batch/σ_batch, statistics of the float conv's output
-    with the quantized weight; γ = 0 included, since nothing is divided by it."""
-    build, shape = LAYERS[name]
-    layer, x = build().train(), torch.randn(shape)
-    gm = captured(layer, x, passes=(FINE,))
-    assert untouched(FOLD, gm).declines == []
-    weight, bias, beta = parts(layer)
-    running = (layer.norm.running_var.double() + layer.norm.eps).sqrt()
-    gamma = torch.ones(4).double() if layer.norm.weight is None else layer.norm.weight.double()
-    folded = weight * column(gamma / running, weight)
-    code, scale = quantized(folded)
-    plain_code, plain_scale = quantized(weight)
-    y = apply_head(layer, x.double(), plain_code * plain_scale, bias)
-    others = [d for d in range(y.dim()) if d != 1]
-    mean, deviation = y.mean(others), (y.var(others, correction=0) + layer.norm.eps).sqrt()
-    row = [1, -1] + [1] * (y.dim() - 2)
-    scaled = apply_head(layer, x.double(), code * scale)
-    expected = scaled * (running / deviation).view(row) + (beta + gamma * (bias - mean) / deviation).view(row)
-    got = torch.compile(layer, backend=quantizing(FINE, FOLD))(x)
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-3 * max(1.0, expected.abs().max().item()))
 
 
 def test_codes_of_the_folded_weight_are_those_of_the_weight_up_to_sign() -> None:
@@ -131,17 +200,6 @@ def test_codes_of_the_folded_weight_are_those_of_the_weight_up_to_sign() -> None
     ties = ((steps - steps.floor()) - 0.5).abs() < 1e-9
     plain, folded = quantized(weight)[0], quantized(weight * column(factor, weight))[0]
     assert torch.equal((plain * column(factor.sign(), weight))[~ties], folded[~ties])
-
-
-def test_gradients_reach_weight_and_both_norm_parameters() -> None:
-    layer, x = LAYERS["conv2d, no bias"][0]().eval(), torch.randn(2, 3, 6, 6)
-    torch.compile(layer, backend=quantizing(FINE, FOLD))(x).square().sum().backward()
-    got = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
-    layer.zero_grad()
-    layer(x).square().sum().backward()
-    for one, other in zip(got, (p.grad for p in layer.parameters()), strict=True):
-        assert other is not None
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -213,28 +271,47 @@ def reasons(model: Callable[..., Any], *args: Tensor, recipe: Recipe = INT8) -> 
     return [d.reason for d in result.declines]
 
 
+def plain(head: nn.Module) -> Layer:
+    return Layer(head, nn.BatchNorm1d(4)).eval()
+
+
 def test_declines() -> None:
     layer, x = LAYERS["conv2d, no bias"][0]().eval(), torch.randn(2, 3, 6, 6)
-    per_tensor = Recipe(name="coarse", weight=QuantSpec(narrow=True, range=CurrentTensor()))
-    assert reasons(layer, x, recipe=per_tensor) == [
-        "the weight before it has no scale per output channel taken from itself"
-    ]
     assert reasons(layer, x, recipe=Recipe(name="none", kinds=frozenset({"linear"}))) == [
         "conv2d before it has no quantized weight"
     ]
-    rows = Layer(nn.Linear(5, 4), nn.BatchNorm1d(4)).eval()
+    rows = plain(nn.Linear(5, 4))
     assert reasons(lambda x: rows.norm(y := rows.head(x)) + y, torch.randn(6, 5)) == [
         "linear is used without its normalization too"
     ]
     assert reasons(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval(), x) == ["relu before it has no quantized weight"]
     assert reasons(nn.Sequential(nn.BatchNorm2d(3)).eval(), x)[0].endswith("before it has no quantized weight")
     assert reasons(rows, torch.randn(2, 4, 5)) == ["linear has its channels in another dimension"]
+    unbatched = plain(nn.Conv1d(3, 4, 3))
+    assert reasons(unbatched, torch.randn(3, 6)) == ["conv1d has its channels in another dimension"]
+
+    def added(x: Tensor) -> Tensor:
+        return rows.norm(torch.addmm(rows.head.bias, x, columns))
+
+    columns = nn.Parameter(torch.randn(5, 4))
+    assert reasons(added, torch.randn(6, 5)) == ["addmm before it is neither a convolution nor a linear"]
 
     def doubled(x: Tensor) -> Tensor:
         n = layer.norm
         return F.batch_norm(layer.head(x), n.running_mean, n.running_var, n.weight * 2, n.bias)
 
     assert reasons(doubled, x) == ["its parameters or statistics are computed in the graph"]
+
+
+def test_a_scale_from_elsewhere_is_declined() -> None:
+    rows = plain(nn.Linear(5, 4))
+
+    def fixed(x: Tensor) -> Tensor:
+        weight = fxquant.ops.fake_quantize_per_tensor_affine(rows.head.weight, 0.01, 0, -127, 127)
+        return rows.norm(F.linear(x, weight, rows.head.bias))
+
+    result = untouched(FOLD, captured(fixed, torch.randn(6, 5)))
+    assert [d.reason for d in result.declines] == ["the weight before it has no scale taken from itself"]
 
 
 def test_untouched_without_batch_norm() -> None:
