@@ -1,0 +1,37 @@
+"""What a step read of running statistics that it then updated is saved for its backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fxquant.passes.base import Pass, PassResult
+
+_MARK = "fxquant.running_statistic"
+
+
+def mark(node: fx.Node) -> None:
+    """Marks a node of the captured graph that reads a buffer which the graph updates later."""
+    # `custom` is what AOTAutograd hands on to the nodes that it makes of this one.
+    node.meta["custom"] = {**node.meta.get("custom", {}), _MARK: True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRunningStatistics(Pass):
+    """Joint graph: nodes that were marked are saved, in the user's checkpoint regions too.
+
+    They are small, one number per channel. Left to itself, the partitioner computes them again in backward from
+    the buffer, which by then holds the next step's statistics: gradients would silently be wrong.
+    """
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Sets ``meta["recompute"]``."""
+        done = 0
+        for node in gm.graph.nodes:
+            wanted = node.op == "call_function" and _MARK in node.meta.get("custom", {})
+            if wanted and node.meta.get("recompute") != CheckpointPolicy.MUST_SAVE:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                done += 1
+        return done
