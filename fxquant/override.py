@@ -34,8 +34,8 @@ def override(model: nn.Module, changes: Mapping[str, QuantSpec | None]) -> nn.Mo
     model = unwrap(model)
     changed = _changed(plan, dict(changes))
     before = dict(quantizers(model))
-    detach(model)
     try:
+        detach(model)
         attach(model, changed)
     except BaseException:
         detach(model)

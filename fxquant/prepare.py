@@ -54,7 +54,8 @@ def prepare(
         model: any module that torch.compile can run, with floating-point parameters, not yet prepared.
         args: positional example inputs, a tuple; ``kwargs``: keyword ones.
         recipe: ``"int8"``, ``"w4a8"`` or a `Recipe`.
-        target: the runtime that the model will be deployed to: ``"onnxruntime"``.
+        target: the runtime that the model will be deployed to: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, or
+            ``"generic"`` for none in particular.
         rules: exceptions to the recipe, the first that matches decides: ``[fxquant.skip("head")]``.
 
     Raises:

@@ -63,9 +63,9 @@ def define(
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel if check is not None else arithmetic, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxquant::{name}", _traced(fake or arithmetic), lib=LIBRARY)
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
+    torch.library.register_fake(f"fxquant::{name}", _traced(op, fake or arithmetic), lib=LIBRARY)
     gradient = _Gradient(op, backward, saves) if backward is not None else None
     if gradient is not None:
         torch.library.register_autograd(
@@ -78,25 +78,26 @@ def define(
     return op
 
 
-def _traced(fake: Arithmetic) -> Arithmetic:
-    """The fake implementation; the first one that Dynamo meets lets plain ``backend="inductor"`` fuse our ops too.
+_fused: set[Any] = set()
+
+
+def _traced(op: Any, fake: Arithmetic) -> Arithmetic:
+    """The fake implementation; the first time that Dynamo meets the op, it lets plain ``backend="inductor"`` fuse ours.
 
     Inductor's table of decompositions can only be extended once Inductor is loaded, which `import fxquant` must not
-    do. Dynamo runs an op's fake implementation before Inductor reads the table.
+    do. Dynamo runs an op's fake implementation before Inductor reads the table. Families that are imported later
+    come into the table at their own first time.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not _fused and "torch._dynamo" in sys.modules:
+        if op not in _fused and "torch._dynamo" in sys.modules:
             from fxquant.backend import fuse_in_inductor
 
-            _fused.append(True)
             fuse_in_inductor()
+            _fused.update(ARITHMETIC)
         return fake(*args, **kwargs)
 
     return run
-
-
-_fused: list[bool] = []
 
 
 def _by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -133,6 +134,26 @@ def test_errors_leave_the_model_as_it_was(model: nn.Module, changes: dict[str, A
     with pytest.raises(InvalidArgument, match=message):
         fxquant.override(model, changes)
     assert specs(model) == before
+
+
+@pytest.mark.parametrize("step", ["detach", "attach"])
+def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module, monkeypatch: Any, step: str) -> None:
+    module = sys.modules["fxquant.override"]
+    real, calls = getattr(module, step), []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(args)
+        real(*args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    before = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    monkeypatch.setattr(module, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.override(model, {"down.*": None, "up.input": A4})
+    after = model.state_dict()
+    assert before.keys() <= after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert set(specs(model).values()) == {"u8", "s8 axis 0"} and len(specs(model)) == 4
 
 
 def test_only_a_prepared_model_can_be_changed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -174,3 +176,19 @@ def test_plain_inductor_keeps_the_mark_of_a_prepared_model() -> None:
 
     fxquant.backend.fuse_in_inductor()
     assert BIND not in decompositions and set(DECOMPOSITIONS) <= set(decompositions)
+
+
+LATER = """
+import torch
+from fxquant import ops
+torch.compile(lambda x: ops.fake_quantize_per_tensor_affine(x, 0.3, 0, -8, 7))(torch.randn(3))
+from fxquant.ops import amax
+from torch._inductor.utils import run_and_get_code
+_, code = run_and_get_code(torch.compile(lambda x: amax.fake_tensor_quant(x, torch.tensor(1.0))), torch.randn(64))
+assert "torch.ops.fxquant" not in "".join(code), "a call is left"
+"""
+
+
+def test_a_family_imported_after_the_first_compile_fuses_too() -> None:
+    found = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
