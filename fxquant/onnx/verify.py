@@ -67,6 +67,8 @@ class VerifyReport:
         max_output_difference: largest difference of an output, onnxruntime without optimizations.
         optimized_output_difference: the same of the runtime; OpenVINO is compared with onnxruntime without
             optimizations, whose codes it starts from.
+        outputs_within_code: of the same two, the share of output values that lie within one 8-bit code of each other:
+            1/255 of the range of their output.
         output_spread: standard deviation of the reference's outputs, to judge those two by.
         latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
         integer_dot: None, or why integer speed is not to be expected on this CPU.
@@ -82,6 +84,7 @@ class VerifyReport:
     cascaded_codes: int
     max_output_difference: float
     optimized_output_difference: float
+    outputs_within_code: float
     output_spread: float
     latency: float
     float_latency: float
@@ -160,8 +163,11 @@ class VerifyReport:
         if self.runtime is None:
             return f"{plain} in {_PLAIN} {spread}"
         if self.runtime == _ONNXRUNTIME:
-            return f"{plain} unoptimized, {self.optimized_output_difference:.3g} optimized {spread}"
-        return f"{plain} in {_PLAIN}, {self.runtime}'s from those by {self.optimized_output_difference:.3g} {spread}"
+            both = f"{plain} unoptimized, {self.optimized_output_difference:.3g} optimized {spread}"
+        else:
+            apart = f"{self.runtime}'s from those by {self.optimized_output_difference:.3g}"
+            both = f"{plain} in {_PLAIN}, {apart} {spread}"
+        return f"{both}; {100 * self.outputs_within_code:.4g} % of them by an 8-bit code at most"
 
     def _latency_line(self) -> str:
         return (
@@ -232,6 +238,7 @@ class _Ran:
     rows: tuple[KernelRow, ...] = ()
     lint: LintReport | None = None
     optimized_output_difference: float = math.nan
+    outputs_within_code: float = math.nan
     latency: float = math.nan
     float_latency: float = math.nan
     integer_dot: str | None = None
@@ -250,10 +257,12 @@ def _in_onnxruntime(
         float_path = Path(folder) / "float.onnx"
         _export_float(model, args, kwargs, float_path)
         times = latency({"quantized": path, "float": float_path}, feeds, rounds=rounds)
+    outputs = run_outputs(path, feeds, optimize=True)
     return _Ran(
         runtime=_ONNXRUNTIME,
         rows=kernel_rows(path),
-        optimized_output_difference=_largest(run_outputs(path, feeds, optimize=True), reference),
+        optimized_output_difference=_largest(outputs, reference),
+        outputs_within_code=_within_code(outputs, reference),
         latency=times["quantized"],
         float_latency=times["float"],
         integer_dot=integer_dot_support(),
@@ -271,6 +280,7 @@ def _elsewhere(
         runtime=f"OpenVINO {ran.version}",
         rows=ran.rows,
         optimized_output_difference=_largest(ran.outputs, unoptimized),
+        outputs_within_code=_within_code(ran.outputs, unoptimized),
         integer_dot=integer_dot_support(),
     )
 
@@ -350,6 +360,20 @@ def _largest(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
     import numpy as np
 
     return max((float(np.abs(f - r).max(initial=0)) for f, r in zip(found, reference, strict=True)), default=0.0)
+
+
+def _within_code(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
+    import numpy as np
+
+    close = total = 0
+    for f, r in zip(found, reference, strict=True):
+        if r.size and r.dtype.kind == "f":
+            finite = r[np.isfinite(r)]  # masks put -inf there
+            step = np.ptp(finite) / 255 if finite.size else 0.0
+            with np.errstate(invalid="ignore"):  # inf − inf
+                close += int(((f == r) | (np.abs(f - r) <= step)).sum())
+            total += r.size
+    return close / total if total else 1.0
 
 
 def _export_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:
