@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fxquant.prepare import prepare, strip
     from fxquant.profiles import Profile
     from fxquant.recipes import Recipe
-    from fxquant.report import explain
+    from fxquant.report import Mixed, explain
+    from fxquant.report.mixed import mixed
     from fxquant.report.sensitivity import sensitivity
     from fxquant.rules import Rule, first_layer, last_layer, skip
     from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
@@ -35,7 +36,7 @@ _HOMES = {
     **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.state"),
     "calibrate": "fxquant.calibrate",
     "override": "fxquant.override",
-    **dict.fromkeys(("explain", "sensitivity"), "fxquant.report"),
+    **dict.fromkeys(("Mixed", "explain", "mixed", "sensitivity"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
     "Recipe": "fxquant.recipes",
@@ -47,6 +48,7 @@ _MODULES = ("backend", "errors", "formats", "onnx", "ops", "report", "tensor_qua
 __all__ = [
     "CurrentTensor",
     "Fixed",
+    "Mixed",
     "MovingAverage",
     "Profile",
     "QuantSpec",
@@ -61,6 +63,7 @@ __all__ = [
     "freeze_batch_norm",
     "freeze_ranges",
     "last_layer",
+    "mixed",
     "ops",
     "override",
     "prepare",

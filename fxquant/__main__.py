@@ -1,11 +1,18 @@
-"""``python -m fxquant``: the main job from a shell."""
+"""``python -m fxquant``: what a shell can do with a model or a file. Exit status 0 is good, 1 is not, 2 is usage."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import fxquant
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,6 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     kernels = commands.add_parser("kernels", help="which nodes of an ONNX file onnxruntime runs on integers")
     kernels.add_argument("path", help="an ONNX file")
+    kernels.set_defaults(run=_kernels)
+    lint = commands.add_parser("lint", help="check an ONNX file against a target's rules; 1 where it breaks one")
+    lint.add_argument("path", help="an ONNX file")
+    lint.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
+    lint.add_argument("--json", action="store_true", help="print JSON")
+    lint.set_defaults(run=_lint)
+    _add_explain(commands)
     known, rest = parser.parse_known_args(argv)
     if known.command == "demo":
         from fxquant.demo import main as demo
@@ -25,21 +39,126 @@ def main(argv: list[str] | None = None) -> int:
         return demo(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _kernels(known.path)
-
-
-def _kernels(path: str) -> int:
-    from fxquant.onnx.kernels import kernel_rows
-    from fxquant.table import table
-
+    run: Callable[[argparse.Namespace], int] = known.run
     try:
-        rows = kernel_rows(path)
+        return run(known)
     except fxquant.errors.FxquantError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser("explain", help="where a model would be quantized, and where not and why")
+    explain.add_argument(
+        "model", metavar="MODULE:NAME", help="a module's model, or function that makes it: nn.Module or (module, args)"
+    )
+    explain.add_argument(
+        "--input", action="append", metavar="SHAPE[:DTYPE]",
+        help="an example input, once for each: 1x3x32x32 (random floats), 1x16:int64 (zeros)",
+    )  # fmt: skip
+    explain.add_argument("--recipe", default="int8", help="a recipe by name (default: int8)")
+    explain.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
+    explain.add_argument("--skip", action="append", default=[], metavar="GLOB", help="modules to leave in float")
+    explain.add_argument("--draw", metavar="FILE.svg", help="write the graph with its quantized edges")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(run=_explain)
+
+
+def _kernels(given: argparse.Namespace) -> int:
+    from fxquant.onnx.kernels import kernel_rows
+    from fxquant.table import table
+
+    rows = kernel_rows(given.path)
     cells = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in rows]
     sys.stdout.write(table(("node", "op", "kernel", "integer", "why not"), cells) + "\n")
     return 0
+
+
+def _lint(given: argparse.Namespace) -> int:
+    from fxquant.onnx import lint_onnx
+
+    report = lint_onnx(given.path, given.target)
+    sys.stdout.write(f"{json.dumps(report.to_dict(), indent=2) if given.json else report}\n")
+    return 0 if report else 1
+
+
+def _explain(given: argparse.Namespace) -> int:
+    model, args = _model(given.model)
+    if given.input:
+        args = tuple(_example(text) for text in given.input)
+    if args is None:
+        raise fxquant.errors.InvalidArgument(
+            f"{given.model} must come with example inputs: got a model alone. "
+            "Add --input 1x3x32x32, once for each input, or let it give (model, args)."
+        )
+    rules = [fxquant.skip(path) for path in given.skip]
+    fxquant.prepare(model, args, recipe=given.recipe, target=given.target, rules=rules)
+    found = fxquant.explain(model, args)
+    if given.draw:
+        found.draw(given.draw)
+    sys.stdout.write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found}\n")
+    return 0
+
+
+def _model(name: str) -> tuple[Any, tuple[Any, ...] | None]:
+    """The model that ``module:name`` leads to, and the example inputs that come with it."""
+    from torch import nn
+
+    found = _named(name)
+    if not isinstance(found, (nn.Module, tuple)):
+        if not callable(found):
+            raise _no_model(name, found)
+        found = found()
+    model, args = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise _no_model(name, found)
+    return model, args
+
+
+def _named(name: str) -> Any:
+    """What ``module:a.b`` names; errors inside that module come through."""
+    where, _, path = name.partition(":")
+    if not where or not path:
+        raise fxquant.errors.InvalidArgument(
+            f"MODULE:NAME must name a module and something in it: got {name!r}. Write package.models:make_model."
+        )
+    try:
+        found: Any = importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+            raise
+        raise fxquant.errors.InvalidArgument(
+            f"MODULE:NAME must name a module that Python finds: got {where!r}. Run from its folder, or set PYTHONPATH."
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise fxquant.errors.InvalidArgument(
+                f"MODULE:NAME must name something in the module: got {path!r}, and {where} has no such attribute."
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _no_model(name: str, found: Any) -> fxquant.errors.InvalidArgument:
+    return fxquant.errors.InvalidArgument(
+        f"{name} must be or return an nn.Module, or (module, args): got {type(found).__name__}."
+    )
+
+
+def _example(text: str) -> Any:
+    """``1x3x32x32`` as random floats, the same at each call; ``2x7:int64`` as zeros, which index any table."""
+    import torch
+
+    shape, _, dtype = text.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", shape) or (dtype or "float32") not in _DTYPES:
+        raise fxquant.errors.InvalidArgument(
+            f"--input must be a shape, and maybe a type of {', '.join(_DTYPES)}: got {text!r}. Write 1x3x32x32 or "
+            "1x16:int64."
+        )
+    sizes, kind = tuple(map(int, shape.split("x"))), getattr(torch, dtype or "float32")
+    if not kind.is_floating_point:
+        return torch.zeros(sizes, dtype=kind)
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(kind)
 
 
 if __name__ == "__main__":

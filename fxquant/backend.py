@@ -145,7 +145,8 @@ def quantize_graph(
 ) -> fx.GraphModule:
     """Dynamo's graph as the captured QAT graph: what both backends hand on."""
     chosen = _Options.read(options)
-    captured = capture(gm, example_inputs)
+    # Without gradients there is nothing to checkpoint.
+    captured = capture(gm, example_inputs, inline_checkpoints=not torch.is_grad_enabled())
     digests = tuple(str(node.args[0]) for node in execution_order(captured) if is_bind(node))
     prepared = bool(digests) or of_prepared_model(example_inputs)
     if prepared and chosen.given:

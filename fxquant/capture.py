@@ -14,39 +14,57 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch._guards import TracingContext  # private; tried on 2.13
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph  # private; tried on 2.13
 from torch._higher_order_ops.utils import reenter_make_fx  # private; tried on 2.13
-from torch._higher_order_ops.wrap import tag_activation_checkpoint  # private; tried on 2.13
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap  # private; tried on 2.13
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 
 from fxquant.passes.base import drop_dead_nodes
+from fxquant.regions import dissolve_exported, has_transforms, outline_transforms, silence
 from fxquant.resolve import tell_calls_apart
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same attributes."""
+    graph = fx.Graph()
+    names: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, names))
+    for old, new in names.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(gm, graph)
 
 
 class _Retrace(fx.Interpreter):
     """Runs a Dynamo graph under make_fx, keeping whole what must not be traced through."""
 
     def __init__(self, gm: fx.GraphModule, inline_checkpoints: bool = False) -> None:
-        super().__init__(gm)
+        super().__init__(outline_transforms(_copied(gm)) if has_transforms(gm) else gm)
         self.inline_checkpoints = inline_checkpoints
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is tag_activation_checkpoint:
             if self.inline_checkpoints:
                 return self._inline(args)
-            return self._keep(target, args, kwargs, bodies=1)
+            return self._keep(target, args, kwargs, 1, _Retrace(args[0]).run)
+        if target is invoke_subgraph:  # a region that is compiled once for all its calls: each has sites of its own
+            return _Retrace(args[0], self.inline_checkpoints).run(*args[2:])
+        if target is wrap:
+            return self._keep(target, args, kwargs, 1)
         if isinstance(target, HigherOrderOperator) and target.name() == "autograd_function_apply":
-            return self._keep(target, args, kwargs, bodies=2)
+            return self._keep(target, args, kwargs, 2)
         return super().call_function(target, args, kwargs)
 
     def _inline(self, args: tuple[Any, ...]) -> Any:
         """Dissolves a checkpointed body, marking the nodes it makes with a region of their own."""
         mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13
-        assert mode is not None, "retracing runs under make_fx"
+        if mode is None:  # a body of a body, run for its values
+            return _Retrace(args[0], inline_checkpoints=True).run(*args[1:])
         graph = mode.tracer.graph
         before = len(graph.nodes)
         value = _Retrace(args[0], inline_checkpoints=True).run(*args[1:])
@@ -54,24 +72,33 @@ class _Retrace(fx.Interpreter):
             node.meta.setdefault("region", f"checkpoint{before}")
         return value
 
-    def _keep(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], bodies: int) -> Any:
+    def _keep(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        bodies: int,
+        retraced: Callable[..., Any] | None = None,
+    ) -> Any:
         """Records one call with its nested graphs as submodules.
 
-        A checkpointed body is retraced to ATen, since it holds sites. The two bodies of a custom
-        autograd.Function stay as Dynamo wrote them: tracing through the call would drop its backward.
+        A checkpointed body is ``retraced`` to ATen, since it holds sites. The two bodies of a custom
+        autograd.Function, and the body of a `torch.func` transform, stay as Dynamo wrote them: tracing through
+        the first would drop its backward, and values inside the second are wrapped.
         """
         mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13
-        assert mode is not None, "retracing runs under make_fx"
-        tracer: Any = mode.tracer
         operands = args[bodies:]
+        run = retraced or functools.partial(target, *args[:bodies])
+        if mode is None:  # in a body that is run for its values
+            return run(*operands, **({} if retraced else kwargs))
+        tracer: Any = mode.tracer
         with proxy_tensor.disable_proxy_modes_tracing():
-            run = _Retrace(args[0]).run if bodies == 1 else functools.partial(target, *args[:bodies])
-            value = run(*operands, **({} if bodies == 1 else kwargs))
+            value = run(*operands, **({} if retraced else kwargs))
         proxies = []
         for body in args[:bodies]:
-            if bodies == 1:
+            if retraced:
                 meta = body.meta
-                body = _without_dead_nodes(reenter_make_fx(_Retrace(body).run)(*operands))
+                body = _without_dead_nodes(reenter_make_fx(retraced)(*operands))
                 body.meta.update(meta)
             name = tracer.get_fresh_qualname("nested_graph")
             tracer.root.register_module(name, body)
@@ -115,6 +142,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
     with context.fake_mode, torch.fx.traceback.preserve_node_meta():
         traced = proxy_tensor.make_fx(_Retrace(gm, inline_checkpoints).run, pre_dispatch=True)(*fakes)
     _describe_placeholders(gm, traced, example_inputs)
+    silence(traced)
     tell_calls_apart(traced)
     return _without_dead_nodes(traced)
 
@@ -140,11 +168,6 @@ def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_i
         new.meta["state"] = trainable or "._parameters[" in source or "._buffers[" in source
 
 
-def is_checkpoint(node: fx.Node) -> bool:
-    """Whether the node runs a nested graph under activation checkpointing."""
-    return node.op == "call_function" and node.target is tag_activation_checkpoint
-
-
 def in_compiled_region() -> bool:
     """Whether plain Python is running inside a torch.compile call, that is, Dynamo left this frame eager."""
     if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:  # private; tried on 2.13
@@ -162,16 +185,55 @@ def exported_graph(
 ) -> fx.GraphModule:
     """The model under torch.export as an ATen training graph that keeps the model's calling convention.
 
-    Parameters and buffers are get_attr nodes, all in front, named by their paths in the model.
+    Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
+    of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
-    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    with _as_deployed():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
+    dissolve_exported(gm)
+    outline_transforms(gm)
+    silence(gm)
+    _call_by_first_path(gm, model)
+    tell_calls_apart(gm)
     first = next(iter(gm.graph.nodes))
     for node in list(gm.graph.nodes):
         if node.op == "get_attr" and node is not first:
             first.prepend(node)
     return _without_dead_nodes(gm)
+
+
+def _call_by_first_path(gm: fx.GraphModule, model: torch.nn.Module) -> None:
+    """In ``nn_module_stack``, a module that has several paths gets the first, by which the plan knows it."""
+    first: dict[int, str] = {}
+    names = {path: first.setdefault(id(m), path) for path, m in model.named_modules(remove_duplicate=False)}
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any(names.get(path, path) != path for path, _ in stack.values()):
+            node.meta["nn_module_stack"] = {k: (names.get(path, path), kind) for k, (path, kind) in stack.items()}
+
+
+@contextlib.contextmanager
+def _as_deployed() -> Iterator[None]:
+    """Inside, autocast and regions that are compiled once for all their calls are what they enclose."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(self: torch.autocast) -> Any:
+        wanted, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = wanted
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", enter_disabled),
+        mock.patch("torch._higher_order_ops.invoke_subgraph.invoke_subgraph_placeholder", call),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -197,26 +259,39 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> Iterator[Callable[..., Any]]:
-    """``torch.compile(model, backend=backend)`` that leaves no trace in the recompile counts of the user's code."""
+    """``torch.compile(model, backend=backend)`` that leaves no trace on the model or in recompile counts."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not before torch 2.13
         options["isolate_recompiles"] = True
     limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
-    with torch._dynamo.config.patch(limits):
-        yield torch.compile(model, backend=backend, **options)
+    mark = "_is_torch_compile"  # private; tried on 2.13: the wrapper's, which passes what is set on it to the model
+    marked = mark in vars(model)
+    try:
+        with torch._dynamo.config.patch(limits):
+            yield torch.compile(model, backend=backend, **options)
+    finally:
+        if not marked:
+            vars(model).pop(mark, None)
 
 
 def dynamo_graphs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.GraphModule]:
     """Every graph that Dynamo makes of one call, retraced to ATen with checkpointed bodies inlined.
 
     The model really runs, op by op; see `untouched`. Errors of the model come through unchanged. A graph's
-    ``meta["parameters"]`` holds the ids of the parameters that it reads.
+    ``meta["parameters"]`` holds the ids of the parameters that it reads, ``meta["runs"]`` how often the call ran it.
     """
     graphs: list[fx.GraphModule] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        graphs.append(capture(gm, example_inputs, inline_checkpoints=True))
-        graphs[-1].meta["parameters"] = {id(v) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
-        return gm.forward
+        found = capture(gm, example_inputs, inline_checkpoints=True)
+        found.meta["parameters"] = {id(v) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
+        found.meta["runs"] = 0
+        graphs.append(found)
+
+        def run(*inputs: Any) -> Any:
+            found.meta["runs"] += 1
+            return gm.forward(*inputs)
+
+        return run
 
     with torch.enable_grad(), compiled_aside(model, record, dynamic=False) as compiled:
         compiled(*args, **kwargs)

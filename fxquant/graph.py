@@ -50,7 +50,10 @@ KINDS: dict[Any, Kind] = {
     aten.addmm: Kind("linear", {"input": 1, "weight": 2}, "weight", -1),
     **dict.fromkeys((aten.matmul, aten.bmm, aten.mm), _MATMUL),
     aten.baddbmm: Kind("matmul", {"lhs": 1, "rhs": 2}, "rhs", -1),
-    aten.mv: Kind("mv", {"lhs": 0, "rhs": 1}),
+    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), Kind("mv", {"lhs": 0, "rhs": 1})),
+    aten.addmv: Kind("mv", {"lhs": 1, "rhs": 2}),
+    aten.bilinear: Kind("bilinear", {}),
+    **dict.fromkeys((aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu), Kind("recurrent_layer", {})),
     **dict.fromkeys(
         (aten.gru_cell, aten.lstm_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell), Kind("recurrent_cell", {})
     ),
@@ -76,6 +79,13 @@ AGNOSTIC = frozenset(
         *(aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
         *(aten.permute, aten.transpose, aten.t, aten.mT, aten.contiguous, aten.clone, aten.expand, aten.alias),
         *(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.upsample_nearest1d, aten.upsample_nearest2d),
+    }
+)
+# Pads whose values are those of the tensor, or zeros, which every format holds: see `is_agnostic`.
+PADS = frozenset(
+    {
+        *(aten.pad, aten.constant_pad_nd, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d),
+        *(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
     }
 )
 ZEROS = frozenset({aten.zeros, aten.zeros_like, aten.new_zeros})
@@ -135,12 +145,15 @@ def replace_operand(node: fx.Node, name: str, new: fx.Node) -> None:
 
 
 def is_agnostic(node: fx.Node) -> bool:
-    """Moves values only; dropout counts where it is switched off."""
+    """Moves values only; dropout counts where it is switched off, and a pad that adds zeros or repeats values."""
     if node.op != "call_function":
         return False
     if packet(node) is aten.slice:  # ``x[:]``, which is traced only where the size is symbolic
         given = list(node.args[2:])
         return all(value in whole for value, whole in zip(given, ((None, 0), (None, sys.maxsize), (1,)), strict=False))
+    if packet(node) in PADS:
+        value = node.args[3:] if packet(node) is aten.pad else node.args[2:]
+        return not any(value)
     return packet(node) in AGNOSTIC or (packet(node) in DROPOUT and node.args[2] is False)
 
 
@@ -252,6 +265,36 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
         if found.issuperset(inputs) and (inputs or packet(node) is aten.full):
             found.add(node)
     return found
+
+
+def weight_computations(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
+    """The constants that nothing but weights, and buffers, are computed from: what parametrizations run.
+
+    A deployed model holds their results; a product among them is none of its products.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in constants and all(user in found or _reads_as_weight(user, node) for user in node.users):
+            found.add(node)
+    return found
+
+
+def _reads_as_weight(user: fx.Node, value: fx.Node) -> bool:
+    kind = kind_of(user)
+    reading = [name for name, operand in operands(user).items() if operand is value]
+    return kind is not None and kind.weight is not None and reading == [kind.weight]
+
+
+def same_views(graph: fx.Graph, constants: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Constant → the first node that holds the same view of the same tensor: ``w.t()`` written twice is one."""
+    seen: dict[tuple[object, ...], fx.Node] = {}
+    first: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in constants:
+            is_view = packet(node) in AGNOSTIC and len(node.all_input_nodes) == 1
+            base = first[node.all_input_nodes[0]] if is_view else node
+            first[node] = seen.setdefault((node.target, base, repr(node.args[1:])), node) if is_view else node
+    return first
 
 
 def shares_memory(node: fx.Node) -> bool:

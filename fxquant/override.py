@@ -12,6 +12,7 @@ from torch import nn
 from fxquant.errors import InvalidArgument
 from fxquant.plan import Declined, Plan, Site
 from fxquant.prepare import attach, detach
+from fxquant.profiles import Profile, get_profile
 from fxquant.recipes import check_spec
 from fxquant.spec import QuantSpec
 from fxquant.state import Quantizer, quantizers, require_plan, unwrap
@@ -21,8 +22,9 @@ def override(model: nn.Module, changes: Mapping[str, QuantSpec | None]) -> nn.Mo
     """Gives sites of a prepared model another format, or leaves them in float, in place; returns the model.
 
     ``changes`` maps globs over site keys, as `explain` shows them, to a format or None; the first that matches a
-    site decides. Ranges that were found stay, also under another number of bits. Graphs compiled before are compiled
-    again at their next call. A checkpoint of the model before belongs to another plan.
+    site decides. A format per channel or per group runs along the channels of each operator. Ranges that were found
+    stay, also under another number of bits. Graphs compiled before are compiled again at their next call. A
+    checkpoint of the model before belongs to another plan.
 
     >>> override(model, {"stem.*": None, "*.weight": QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor())})
 
@@ -62,21 +64,41 @@ def _changed(plan: Plan, changes: dict[str, QuantSpec | None]) -> Plan:
             reason = f"left in float by override({pattern!r})"
             declined.append(Declined(where=site.key, reason=reason, source=site.source))
             continue
-        sites.append(_with_spec(site, spec, pattern))
+        sites.append(_with_spec(site, spec, pattern, get_profile(plan.target)))
     _check_used(plan, changes, used)
     if not sites:
         raise InvalidArgument("changes must leave a site to quantize: got none. fxquant.strip gives the float model.")
     return dataclasses.replace(plan, sites=tuple(sites), declined=tuple(declined))
 
 
-def _with_spec(site: Site, spec: QuantSpec, pattern: str) -> Site:
+def _with_spec(site: Site, spec: QuantSpec, pattern: str, profile: Profile) -> Site:
     if not isinstance(spec, QuantSpec):
         raise InvalidArgument(f"changes[{pattern!r}] must be a QuantSpec, or None for float: got {spec!r}.")
     check_spec(site.local.role, spec, f"changes[{pattern!r}]")
-    if site.local.role == "weight" and spec.axis is not None:
+    if spec.group_size is not None:
+        spec = dataclasses.replace(spec, axis=_group_axis(site, spec.group_size, pattern))
+        profile.check_format("weight", spec, f"changes[{pattern!r}]")
+    elif site.local.role == "weight" and spec.axis is not None:
         spec = dataclasses.replace(spec, axis=site.local.spec.axis)  # per channel means the operator's own axis
     reason = f"{site.reason}; format by override({pattern!r})"
     return dataclasses.replace(site, local=dataclasses.replace(site.local, spec=spec), reason=reason)
+
+
+def _group_axis(site: Site, size: int, pattern: str) -> int:
+    """The channel axis of a weight that can have groups of this size."""
+    if site.matrix is None:
+        kinds = ", ".join(dict.fromkeys(edge.kind for edge in site.local.edges))
+        raise InvalidArgument(
+            f"changes[{pattern!r}] must not be per group for {site.key}: got groups of {size} for the weight of {kinds}"
+            ", and only matrices have them. Name the sites of linear layers."
+        )
+    axis, length = site.matrix
+    if length % size:
+        raise InvalidArgument(
+            f"changes[{pattern!r}] must have groups that divide the {length} values of a channel of {site.key}: "
+            f"got {size}."
+        )
+    return axis
 
 
 def _check_used(plan: Plan, changes: Mapping[str, QuantSpec | None], used: set[str]) -> None:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,21 +20,27 @@ from torch import fx
 from fxquant.errors import InvalidArgument
 from fxquant.graph import (
     ZEROS,
+    Kind,
     activation_name,
     call_nodes,
     changed_in_place,
     constant_nodes,
+    is_agnostic,
     is_float,
     kind_of,
     operands,
     packet,
+    same_views,
     unit_end,
     user_line,
+    weight_computations,
 )
+from fxquant.groups import matrix_of, why_not_grouped
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.plan import Declined, Role
 from fxquant.profiles import Profile
 from fxquant.recipes import Recipe, check_spec
+from fxquant.regions import is_transform
 from fxquant.rules import Rule, Rulebook, Where
 from fxquant.spec import Fixed, QuantSpec
 
@@ -44,12 +50,16 @@ _POSITIVE = frozenset({torch.ops.aten.softmax, torch.ops.aten.sigmoid})
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A tensor to quantize: for which operands (role "output": whose result), how and why."""
+    """A tensor to quantize: for which operands (role "output": whose result), how and why.
+
+    ``matrix`` is that of `fxquant.plan.Site`.
+    """
 
     role: Role
     spec: QuantSpec
     edges: tuple[Operand, ...]
     reason: str
+    matrix: tuple[int, int] | None = None
 
 
 @dataclass
@@ -72,6 +82,8 @@ class _Solver:
         self.declined: list[tuple[fx.Node, str]] = []
         self.demands: list[Operand] = []
         self._changed = changed_in_place(graph)
+        self._computing = weight_computations(graph, self.constants)
+        self._view = same_views(graph, self.constants)
         self._heads: dict[fx.Node, fx.Node] = {}  # unit end → hard operator that needs a quantized result
         self._demanding: set[fx.Node] = set()  # hard operators
         self._soft: dict[fx.Node, fx.Node] = {}  # unit end → soft operator that is still in
@@ -79,6 +91,10 @@ class _Solver:
     def solve(self) -> Placements:
         for node in call_nodes(self.graph):
             kind = kind_of(node)
+            if node in self._computing:
+                continue
+            if is_transform(node):
+                self.declined.append((node, "a torch.func transform (vmap, grad, …) is kept whole: it stays float"))
             if kind is not None and kind.name in self.profile.refused:
                 self.declined.append((node, self.profile.refused[kind.name]))
                 continue
@@ -89,9 +105,11 @@ class _Solver:
             elif any(operand in self._changed for operand in operands(node).values()):
                 self.declined.append((node, "one operand is changed in place while it is in use"))
             elif kind.name in self.profile.hard:
-                whole = self._demand(node)
+                whole = self._demand(node) and self._is_wanted(node, "output")
                 if whole and kind.name in self.profile.needs_output and not self._skips(node, "output"):
                     self._heads[unit_end(node, self.profile.fuses)] = node
+            elif kind.name in self.profile.soft | {"add"} and not self._all_wanted(node):
+                self.declined.append((node, self._weights_only))
             elif kind.name == "add" and self.profile.skips:
                 self._demand_skip(node)
             elif kind.name in self.profile.soft and not self._skips_any(node):
@@ -114,6 +132,40 @@ class _Solver:
             self.declined.append(entry)
         return True
 
+    @property
+    def _weights_only(self) -> str:
+        return f"recipe {self.recipe.name!r} leaves activations in float"
+
+    def _is_wanted(self, node: fx.Node, name: str) -> bool:
+        """Whether recipe or rules have a format for an activation."""
+        if self.recipe.activation is not None:
+            return True
+        rule = self.exceptions.rule(node, name)
+        return rule is not None and rule.spec is not None
+
+    def _all_wanted(self, node: fx.Node) -> bool:
+        return all(self._is_wanted(node, name) for name in (*operands(node), "output"))
+
+    def _is_weight(self, kind: Kind, name: str, operand: fx.Node) -> bool:
+        return operand in self.constants and is_float(operand) and (name == kind.weight or kind.name == "einsum")
+
+    def _why_not_grouped(self, node: fx.Node, name: str) -> str | None:
+        """Why the weight of an operator cannot have the format per group that it would get; None if it can."""
+        rule = self.exceptions.rule(node, name)
+        spec = self.recipe.weight if rule is None else rule.spec
+        if spec is None or spec.group_size is None:
+            return None
+        why = why_not_grouped(node, name, spec, self.profile)
+        others = [edge for edge in self.weights.get(self._view[operands(node)[name]], {}) if self._is_grouped(edge)]
+        if why is None and any(matrix_of(*edge) != matrix_of(node, name) for edge in others):
+            return f"it is tied to that of {_names(others)}, whose channels are its other axis"
+        return why
+
+    def _is_grouped(self, edge: Operand) -> bool:
+        rule = self.exceptions.rule(*edge)
+        spec = self.recipe.weight if rule is None else rule.spec
+        return spec is not None and spec.group_size is not None
+
     def _skips_any(self, node: fx.Node) -> bool:
         return any(self._skips(node, name) for name in (*operands(node), "output"))
 
@@ -121,6 +173,11 @@ class _Solver:
         """Demands the operands of a hard operator; whether all of them are quantized."""
         kind = kind_of(node)
         assert kind is not None
+        weights = [name for name, operand in operands(node).items() if self._is_weight(kind, name, operand)]
+        ungrouped = next(filter(None, (self._why_not_grouped(node, name) for name in weights)), None)
+        if ungrouped is not None:  # its other operands would be quantized for nothing
+            self.declined.append((node, ungrouped))
+            return False
         whole = True
         for name, operand in operands(node).items():
             if not is_float(operand):
@@ -138,11 +195,15 @@ class _Solver:
                 # would want a scale for each column of each matrix.
                 axis = None if axis is None or dim < 2 or (axis < 0 and dim > 2) else axis % dim
                 axis = None if kind.name in self.profile.one_scale else axis
-                self.weights.setdefault(operand, {})[node, name] = axis
+                self.weights.setdefault(self._view[operand], {})[node, name] = axis
             elif constant and kind.name == "einsum":
-                self.weights.setdefault(operand, {})[node, name] = None
-            else:
+                self.weights.setdefault(self._view[operand], {})[node, name] = None
+            elif self._is_wanted(node, name):
                 self.demands.append((node, name))
+            else:
+                whole = False
+        if not weights and not whole and self.recipe.activation is None:
+            self.declined.append((node, self._weights_only))
         return whole
 
     def _demand_skip(self, node: fx.Node) -> None:
@@ -244,13 +305,22 @@ class _Solver:
 
     def _weights(self) -> list[Placement]:
         placed = []
-        for uses in self.weights.values():
+        views = Counter(map(_tensor_of, self.weights))
+        for weight, uses in self.weights.items():
             for spec, edges in self._by_spec(list(uses), self.recipe.weight).items():
                 # One quantizer per tensor: a tied weight is quantized per channel if its uses agree on the channels.
                 axes = {uses[edge] for edge in edges if uses[edge] is not None}
                 axis = axes.pop() if len(axes) == 1 and spec.axis is not None else None
+                matrices = {matrix_of(*edge) for edge in edges}
+                matrix = matrices.pop() if len(matrices) == 1 else None
+                if spec.group_size is not None and matrix is not None:
+                    axis = matrix[0]
                 reason = f"weight {'tied between' if len(edges) > 1 else 'of'} {_names(edges)}"
-                placed.append(self._placement("weight", dataclasses.replace(spec, axis=axis), edges, reason))
+                reason += f"; {self._weights_only}" if self.recipe.activation is None else ""
+                if views[_tensor_of(weight)] > 1:
+                    reason += "; the tensor is also read transposed, there with channels and codes of its own"
+                found = self._placement("weight", dataclasses.replace(spec, axis=axis), edges, reason)
+                placed.append(dataclasses.replace(found, matrix=matrix))
         return placed
 
     def _outputs(self, units: dict[fx.Node, fx.Node]) -> list[Placement]:
@@ -277,7 +347,10 @@ class _Solver:
             for spec, edges in self._by_spec(reads, self._activation_spec(source, reads)).items()
         ]
 
-    def _activation_spec(self, source: fx.Node, uses: list[Operand]) -> QuantSpec:
+    def _activation_spec(self, source: fx.Node, uses: list[Operand]) -> QuantSpec | None:
+        """The recipe's format, None where only rules have one."""
+        if self.recipe.activation is None:
+            return None
         is_positive = activation_name(source) is not None or packet(source) in _POSITIVE
         spec = self.profile.fit(self.recipe.activation, self._named(uses), is_positive=is_positive)
         if activation_name(source) == "relu6" and not spec.symmetric:
@@ -294,12 +367,14 @@ class _Solver:
             found.add(f"{'linear' if is_linear else kind}.{name}")
         return found
 
-    def _by_spec(self, edges: list[Operand], default: QuantSpec) -> dict[QuantSpec, list[Operand]]:
+    def _by_spec(self, edges: list[Operand], default: QuantSpec | None) -> dict[QuantSpec, list[Operand]]:
         """The uses of a tensor by the format that rules, or else the recipe, give them."""
         found: dict[QuantSpec, list[Operand]] = {}
         for edge in edges:
             rule = self.exceptions.rule(*edge)
-            found.setdefault(default if rule is None or rule.spec is None else rule.spec, []).append(edge)
+            spec = default if rule is None or rule.spec is None else rule.spec
+            assert spec is not None, "an operand without a format is not demanded"
+            found.setdefault(spec, []).append(edge)
         return found
 
     def _placement(self, role: Role, spec: QuantSpec, edges: list[Operand], reason: str) -> Placement:
@@ -312,8 +387,15 @@ class _Solver:
                 )
             reason += f"; format by {rule}"
         subject = " and ".join(map(str, rules)) or f"recipe {self.recipe.name!r}"
-        self.profile.check_bits(role, spec, subject)
+        self.profile.check_format(role, spec, subject)
         return Placement(role=role, spec=spec, edges=tuple(edges), reason=reason)
+
+
+def _tensor_of(weight: fx.Node) -> fx.Node:
+    """The tensor that a weight is a view of."""
+    while is_agnostic(weight):
+        weight = weight.all_input_nodes[0]
+    return weight
 
 
 def _names(edges: list[Operand]) -> str:
@@ -352,10 +434,11 @@ class Exceptions:
 def weighted(graph: fx.Graph, profile: Profile) -> list[fx.Node]:
     """The operators that a target runs on integers and that have a weight, in order: the first and last layers."""
     constants = constant_nodes(graph)
+    computing = weight_computations(graph, constants)
     found = []
     for node in call_nodes(graph):
         kind = kind_of(node)
-        if kind is None or kind.weight is None or kind.name not in profile.hard:
+        if kind is None or kind.weight is None or kind.name not in profile.hard or node in computing:
             continue
         if operands(node).get(kind.weight) in constants:
             found.append(node)

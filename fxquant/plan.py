@@ -16,7 +16,8 @@ from typing import Any, Literal
 from fxquant.errors import PlanMismatch
 from fxquant.spec import QuantSpec
 
-VERSION = 1
+VERSION = 2
+_READ = (1, 2)  # version 1 has no groups: what is missing there has its default
 
 
 class Mode(enum.IntEnum):
@@ -89,12 +90,16 @@ class LocalSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A local site with its place in the model, why it is there and where the user wrote it."""
+    """A local site with its place in the model, why it is there and where the user wrote it.
+
+    ``matrix`` is the channel axis and the length of a channel, for weights whose format may be per group.
+    """
 
     owner: str
     local: LocalSite
     reason: str
     source: str = ""
+    matrix: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
@@ -129,9 +134,7 @@ class Plan:
 
     def to_json(self) -> str:
         """For checkpoints."""
-        sites = [
-            {"owner": s.owner, "local": s.local.to_dict(), "reason": s.reason, "source": s.source} for s in self.sites
-        ]
+        sites = [{**vars(site), "local": site.local.to_dict()} for site in self.sites]
         declined = [dataclasses.asdict(d) for d in self.declined]
         fields = {
             "version": VERSION,
@@ -146,15 +149,12 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Inverse of `to_json`; PlanMismatch when another version wrote it."""
         fields = json.loads(text)
-        if fields["version"] != VERSION:
+        if fields["version"] not in _READ:
             raise PlanMismatch(
-                f"checkpoint's plan must be of version {VERSION}: got {fields['version']}. "
+                f"checkpoint's plan must be of version {_READ[0]} to {VERSION}: got {fields['version']}. "
                 "Load it with the fxquant that wrote it and save the float weights with fxquant.strip."
             )
-        sites = tuple(
-            Site(owner=s["owner"], local=LocalSite.from_dict(s["local"]), reason=s["reason"], source=s["source"])
-            for s in fields["sites"]
-        )
+        sites = tuple(_site(s) for s in fields["sites"])
         declined = tuple(Declined(**d) for d in fields["declined"])
         return cls(recipe=fields["recipe"], target=fields["target"], sites=sites, declined=declined)
 
@@ -168,6 +168,17 @@ class Plan:
                 here, there = _what_differs(mine[key], theirs[key])
                 lines.append(f"{key}: {here} in the model, {there} in the checkpoint")
         return sorted(lines)
+
+
+def _site(fields: dict[str, Any]) -> Site:
+    matrix = fields.get("matrix")
+    return Site(
+        owner=fields["owner"],
+        local=LocalSite.from_dict(fields["local"]),
+        reason=fields["reason"],
+        source=fields["source"],
+        matrix=None if matrix is None else (matrix[0], matrix[1]),
+    )
 
 
 def _what_differs(mine: LocalSite, theirs: LocalSite) -> tuple[str, str]:

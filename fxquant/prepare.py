@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import types
@@ -21,6 +22,7 @@ from fxquant.place import Exceptions, Placement, place, weighted
 from fxquant.plan import Declined, Edge, LocalSite, Plan, Site
 from fxquant.profiles import Profile, get_profile
 from fxquant.recipes import Recipe, get_recipe
+from fxquant.regions import unreached
 from fxquant.resolve import edges_of, enclosing, modules_around, positions
 from fxquant.rules import Rule, Rulebook
 from fxquant.state import (
@@ -35,12 +37,22 @@ from fxquant.state import (
 )
 
 
+class Measured(abc.ABC):
+    """A recipe that is found by running the model: `prepare` attaches ``base``, then calls `fit`."""
+
+    base: str | Recipe
+
+    @abc.abstractmethod
+    def fit(self, model: nn.Module) -> None:
+        """Gives a model that was just prepared by ``base`` its formats."""
+
+
 def prepare(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    recipe: str | Recipe = "int8",
+    recipe: str | Recipe | Measured = "int8",
     target: str = "onnxruntime",
     rules: Iterable[Rule] | None = None,
 ) -> nn.Module:
@@ -53,7 +65,8 @@ def prepare(
     Args:
         model: any module that torch.compile can run, with floating-point parameters, not yet prepared.
         args: positional example inputs, a tuple; ``kwargs``: keyword ones.
-        recipe: ``"int8"``, ``"w4a8"`` or a `Recipe`.
+        recipe: ``"int8"``, ``"w4a8"``, ``"int4_weight_only"`` (in groups of 32), a `Recipe`, or a `fxquant.Mixed` that
+            measures formats on data.
         target: the runtime that the model will be deployed to: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, or
             ``"generic"`` for none in particular.
         rules: exceptions to the recipe, the first that matches decides: ``[fxquant.skip("head")]``.
@@ -63,16 +76,27 @@ def prepare(
             model cannot run on.
         UnsupportedModel: nothing to quantize, or parameters that are not floating point.
     """
-    chosen, profile = get_recipe(recipe).with_rules(rules or ()), get_profile(target)
+    chosen, profile = _recipe(recipe).with_rules(rules or ()), get_profile(target)
     _check(model, args, kwargs)
     kwargs = dict(kwargs or {})
     plan = _make_plan(model, args, kwargs, chosen, profile)
     try:
         attach(model, plan)
+        if isinstance(recipe, Measured):
+            recipe.fit(model)
     except BaseException:
         detach(model)
         raise
     return model
+
+
+def _recipe(recipe: str | Recipe | Measured) -> Recipe:
+    if recipe == "mixed":
+        raise InvalidArgument(
+            "recipe 'mixed' must come with data and a budget: got its name alone. "
+            "Write recipe=fxquant.Mixed(data=batches, weight_bytes=0.6)."
+        )
+    return get_recipe(recipe.base if isinstance(recipe, Measured) else recipe)
 
 
 def strip(model: nn.Module) -> nn.Module:
@@ -122,7 +146,7 @@ def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
         raise InvalidArgument(
             f"model must not be prepared twice: {where}. Call fxquant.strip on the prepared model first."
         )
-    wrong = [(name, p.dtype) for name, p in model.named_parameters() if not p.dtype.is_floating_point]
+    wrong = [(n, p.dtype) for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
     if wrong:
         name, dtype = wrong[0]
         raise UnsupportedModel(
@@ -193,11 +217,11 @@ def _make_plan(
     book = Rulebook(recipe.rules)
     for gm in graphs:
         found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm), ends))
-        declined += found.described_declines()
+        declined += (*found.described_declines(), *unreached(gm, profile))
         naming = _Naming(gm, sites)
         for placed in found.placed:
             naming.add(placed, declined)
-    declined += _left_out(model, graphs)
+    declined += left_out(model, graphs)
     _check_kinds(recipe, graphs, sites.values())
     book.check()
     if not sites:
@@ -209,7 +233,7 @@ def _make_plan(
     return Plan(recipe=recipe.name, target=profile.name, sites=tuple(sites.values()), declined=tuple(declined))
 
 
-def _left_out(model: nn.Module, graphs: list[fx.GraphModule]) -> list[Declined]:
+def left_out(model: nn.Module, graphs: list[fx.GraphModule]) -> list[Declined]:
     """Modules none of whose own parameters any graph reads, as recurrent layers: Dynamo ran them in Python."""
     read: set[int] = set().union(*(gm.meta["parameters"] for gm in graphs))
     reason = "Dynamo made no graph of it on the example inputs: it stays float"
@@ -287,7 +311,9 @@ class _Naming:
         taken = self.taken.setdefault(path, set())
         local = LocalSite(name=_name(edges[0], taken), role=placed.role, spec=placed.spec, edges=edges)
         taken.add(local.name)
-        self.sites[path, edges] = Site(owner=path, local=local, reason=placed.reason, source=user_line(first))
+        self.sites[path, edges] = Site(
+            owner=path, local=local, reason=placed.reason, source=user_line(first), matrix=placed.matrix
+        )
 
     def _is_of_repeated_module(self, placed: Placement) -> bool:
         """Whether calls of one module read the weight, maybe as many as its input is long: each has its own site."""

@@ -34,7 +34,10 @@ class Profile:
         bias_apart: a bias is subtracted, since the runtime would merge an added one into a float product.
         direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
             before it.
+        float_pads: a pad runs in float, so that what is padded is quantized again behind it, to the same codes.
         activation_bits, weight_bits: code widths that the runtime knows.
+        group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
+        even_groups: weights per group have an even number of channels.
         refused: kind → why it stays in float.
         opset: the ONNX opset written by default, and the highest the runtime loads.
     """
@@ -53,8 +56,12 @@ class Profile:
     one_scale: frozenset[str] = frozenset()
     bias_apart: bool = False
     direct_operands: bool = False
+    float_pads: bool = False
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
+    group_bits: range = range(2, 17)
+    group_sizes: tuple[int, ...] | None = None
+    even_groups: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     opset: int = 21
     highest_opset: int = 26
@@ -69,20 +76,34 @@ class Profile:
             return spec
         return dataclasses.replace(spec, signed=True, symmetric=True)
 
-    def check_bits(self, role: str, spec: QuantSpec, subject: str) -> None:
-        """Raises InvalidArgument for a width that the runtime has no codes for."""
+    def check_format(self, role: str, spec: QuantSpec, subject: str) -> None:
+        """Raises InvalidArgument for a width that the runtime has no codes for, or groups of another size."""
         known = self.weight_bits if role == "weight" else self.activation_bits
+        if spec.group_size is not None:
+            self._check_group_size(spec.group_size, subject)
+            known = range(max(known.start, self.group_bits.start), min(known.stop, self.group_bits.stop))
         if spec.bits not in known:
+            what = "an activation" if role != "weight" else "a weight" if spec.group_size is None else "groups"
+            bits = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start}"
             raise InvalidArgument(
-                f"{subject} must have {known.start} to {known.stop - 1} bits for target {self.name!r}: "
-                f"got {spec.bits} for {'a weight' if role == 'weight' else 'an activation'}."
+                f"{subject} must have {bits} bits for target {self.name!r}: got {spec.bits} for {what}."
+            )
+
+    def _check_group_size(self, size: int, subject: str) -> None:
+        if self.group_sizes is not None and size not in self.group_sizes:
+            sizes = " or ".join(map(str, self.group_sizes))
+            raise InvalidArgument(
+                f"{subject} must have groups of {sizes} for target {self.name!r}: got {size}. "
+                f"Give the weights QuantSpec(group_size={self.group_sizes[0]}, …)."
             )
 
 
 _PRODUCTS = frozenset({"conv", "linear", "matmul", "einsum", "sdpa"})
 _FLOAT_CELLS = {
     "recurrent_cell": "a fused recurrent cell is not looked into: its products stay float",
+    "recurrent_layer": "a fused recurrent layer is not looked into: its products stay float",
     "mv": "products of a matrix and a vector stay float",
+    "bilinear": "no runtime multiplies two activations and a weight in one integer kernel",
 }
 # Attention is kept whole, so that its probabilities are float and nothing is won by integers beside them.
 _FLOAT_VALUE = {"sdpa.value": "it is multiplied by probabilities in float"}
@@ -93,6 +114,9 @@ ONNXRUNTIME = Profile(
     soft=frozenset({"add", "cat", "avg_pool"}),
     needs_output=frozenset({"conv"}),
     bias_apart=True,
+    float_pads=True,
+    # Beside a quantized activation it takes wider blocks for scales per column, and fails at run time.
+    group_bits=range(2, 5),
     refused={"conv_transpose": "onnxruntime has no integer ConvTranspose kernel", **_FLOAT_CELLS},
 )
 
@@ -126,6 +150,9 @@ TENSORRT = Profile(
     direct_operands=True,
     activation_bits=range(8, 9),
     weight_bits=range(4, 9),
+    group_bits=range(4, 5),
+    group_sizes=(64, 128),
+    even_groups=True,
     refused={"embedding": "TensorRT looks tables up in float", **_FLOAT_CELLS},
     highest_opset=24,
 )

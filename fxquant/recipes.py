@@ -35,17 +35,19 @@ class Recipe:
     ``weight.axis`` 0 stands for "per output channel": placement sets the axis of each operator.
     ``kinds`` restricts quantization to some op kinds (None: all that the target supports); a kind that matches
     nothing in the model is an error at prepare. ``rules`` are exceptions, see `fxquant.Rule`.
+    ``activation`` None leaves activations in float (weight only), but for those that a rule gives a format.
     """
 
     name: str
-    activation: QuantSpec = field(default_factory=lambda: QuantSpec(signed=False, symmetric=False))
+    activation: QuantSpec | None = field(default_factory=lambda: QuantSpec(signed=False, symmetric=False))
     weight: QuantSpec = field(default_factory=lambda: QuantSpec(narrow=True, axis=0, range=CurrentTensor()))
     kinds: frozenset[str] | None = None
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         check_spec("weight", self.weight, "Recipe.weight")
-        check_spec("activation", self.activation, "Recipe.activation")
+        if self.activation is not None:
+            check_spec("activation", self.activation, "Recipe.activation")
         checked(self.rules)
 
     def with_rules(self, rules: Iterable[Rule]) -> Recipe:
@@ -53,14 +55,21 @@ class Recipe:
         return dataclasses.replace(self, rules=(*checked(rules), *self.rules))
 
     def with_range(self, found: Range) -> Recipe:
-        """The same recipe with another way to find activation ranges."""
+        """The same recipe with another way to find activation ranges; weight-only ones have none."""
+        if self.activation is None:
+            return self
         return dataclasses.replace(self, activation=dataclasses.replace(self.activation, range=found))
 
 
 INT8 = Recipe(name="int8")
 W4A8 = Recipe(name="w4a8", weight=QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor()))
+INT4_WEIGHT_ONLY = Recipe(
+    name="int4_weight_only",
+    activation=None,
+    weight=QuantSpec(bits=4, narrow=True, axis=0, group_size=32, range=CurrentTensor()),
+)
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (INT8, W4A8)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (INT8, W4A8, INT4_WEIGHT_ONLY)}
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

@@ -65,6 +65,8 @@ class QuantSpec:
         symmetric: the zero point is fixed (0 when signed, the middle code otherwise).
         narrow: leave out the lowest code of a signed format, so that codes mirror at 0.
         axis: channel axis of a per-channel scale, None for one scale per tensor.
+        group_size: number of consecutive values of a channel that share a scale, for matrices of weights; None for
+            one scale per channel. Groups run along the axis that is not ``axis``.
         rounding: ``"divide"`` is ONNX QuantizeLinear's ``x / scale``, ``"reciprocal"`` torch's ``x · (1/scale)``.
         range: how minimum and maximum are found.
     """
@@ -74,6 +76,7 @@ class QuantSpec:
     symmetric: bool = True
     narrow: bool = False
     axis: int | None = None
+    group_size: int | None = None
     rounding: Rounding = "divide"
     range: Range = dataclasses.field(default_factory=MovingAverage)
 
@@ -88,6 +91,23 @@ class QuantSpec:
             raise InvalidArgument(f"QuantSpec.axis must be counted from the front: got {self.axis}.")
         if self.axis is not None and not self.symmetric:
             raise InvalidArgument("QuantSpec per channel must be symmetric: runtimes take zero point 0 there.")
+        if self.group_size is not None:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        if type(self.group_size) is not int or self.group_size < 2:
+            raise InvalidArgument(f"QuantSpec.group_size must be an integer of at least 2: got {self.group_size!r}.")
+        if self.axis is None:
+            raise InvalidArgument(
+                f"QuantSpec.group_size must go with an axis: got group_size={self.group_size} and axis=None. "
+                "Set axis=0, the output channels."
+            )
+        if not self.signed:
+            raise InvalidArgument("QuantSpec per group must be signed: runtimes take zero point 0 there.")
+        if not isinstance(self.range, CurrentTensor):
+            raise InvalidArgument(
+                f"QuantSpec per group must have range=CurrentTensor(): got {self.range}. Only weights have groups."
+            )
 
     @property
     def quant_min(self) -> int:
@@ -100,10 +120,12 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def __str__(self) -> str:
-        """``u8``, ``s8 axis 0``, ``s4 narrow …``: short enough for a table cell."""
+        """``u8``, ``s8 axis 0``, ``s4 axis 0 group 32``: short enough for a table cell."""
         words = [f"{'s' if self.signed else 'u'}{self.bits}"]
         if self.axis is not None:
             words.append(f"axis {self.axis}")
+        if self.group_size is not None:
+            words.append(f"group {self.group_size}")
         if isinstance(self.range, Fixed):
             words.append(f"[{self.range.min:g}, {self.range.max:g}]")
         return " ".join(words)
@@ -116,7 +138,7 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QuantSpec:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; what older plans lack has its default."""
         fields = dict(fields)
         found = dict(fields.pop("range"))
         return cls(range=_RANGES[found.pop("kind")](**found), **fields)

@@ -17,3 +17,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def megabytes(count: float) -> str:
     """``1.25 MB``, ``12.3 kB``."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def short(source: str) -> str:
+    """The file's name and line, without its folders."""
+    return source.replace("\\", "/").rsplit("/", 1)[-1]

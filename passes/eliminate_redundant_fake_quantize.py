@@ -12,7 +12,11 @@ from fxquant.graph import call_nodes, changed_in_place, is_agnostic
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, drop_dead_nodes
 
-_PURE = (*qparams.QPARAM_OPS, operator.getitem, torch.ops.aten.detach.default, torch.ops.aten.full.default)
+aten = torch.ops.aten
+_PURE = (
+    *(*qparams.QPARAM_OPS, operator.getitem, aten.detach.default, aten.full.default),
+    *(aten.reshape.default, aten.transpose.int),  # before a weight per group
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ def _eliminate(graph: fx.Graph) -> int:
         if node.target not in fake_quantize.FAKE_QUANTIZE or node.args[0] in changed:
             continue
         parameters = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[1:])
-        key = (node.target, node.args[0], parameters, node.kwargs.get("rounding"))
+        value = node.all_input_nodes[0]
+        key = (node.target, representative.get(value, value), parameters, node.kwargs.get("rounding"))
         twin = seen.setdefault(key, node)
         before = twin if twin is not node else _quantized_before(node, parameters, representative, changed)
         if before is not None:

@@ -11,6 +11,7 @@ from torch import fx
 from fxquant.graph import call_nodes, kind_of, only_user, operands, packet, replace_operand
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, call
+from fxquant.passes.insert_fake_quantize import grouped_value
 
 aten = torch.ops.aten
 
@@ -20,11 +21,12 @@ class FoldBatchNorm(Pass):
     """``batch_norm(conv(x, FQ(w), b))``  →  ``conv(x, FQ(w·f), (b − μ)·f + β)`` with ``f = γ / √(σ² + eps)``.
 
     That is the graph with running statistics: eval, and training with frozen statistics. It holds for convolutions,
-    transposed convolutions and linears whose weight has its scale, or scales, from itself. In training with batch
-    statistics the graph stays as it is where ``Folding.commutes``, and `FoldTrainingBatchNorm` rewrites the rest:
-    with one symmetric scale per output channel taken from the current weight, ``FQ(w·f) = f·FQ(w)`` in exact
-    arithmetic (codes only change sign with f), so ``batch_norm(conv(x, FQ(w)))`` already scales the quantized
-    folded weight by ``σ_running / σ_batch`` without ever dividing by γ.
+    transposed convolutions and linears whose weight has its scale, or scales, from itself, also where a transpose or
+    reshape that keeps the channels whole stands before the BatchNorm. In training with batch statistics the graph
+    stays as it is where ``Folding.commutes``, and `FoldTrainingBatchNorm` rewrites the rest: with one symmetric scale
+    per output channel taken from the current weight, ``FQ(w·f) = f·FQ(w)`` in exact arithmetic (codes only change
+    sign with f), so ``batch_norm(conv(x, FQ(w)))`` already scales the quantized folded weight by
+    ``σ_running / σ_batch`` without ever dividing by γ.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -43,7 +45,7 @@ class FoldBatchNorm(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class Folding:
-    """``norm(head(x, quantized))``, to be folded. ``axis`` holds the output channels of the weight."""
+    """``norm(move(head(x, quantized)))``, to be folded. ``axis`` holds the output channels of the weight."""
 
     norm: fx.Node
     head: fx.Node
@@ -60,6 +62,8 @@ class Folding:
     @property
     def groups(self) -> int:
         """Output channels per index of ``axis``: above 1 in a transposed convolution with groups only."""
+        if packet(self.head) is aten.linear:
+            return 1
         return int(self.head.meta["val"].shape[1]) // int(self.weight.meta["val"].shape[self.axis])
 
     @property
@@ -67,6 +71,11 @@ class Folding:
         """Whether ``FQ(w·f) = f·FQ(w)``: every output channel has a scale that it shares with no other."""
         is_per_channel = self.quantized.target is fake_quantize.PER_CHANNEL
         return is_per_channel and bool(self.quantized.args[3] == self.axis) and self.groups == 1
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether something stands between head and norm: a transpose, a flatten."""
+        return self.norm.args[0] is not self.head
 
     @property
     def bias(self) -> fx.Node | None:
@@ -89,27 +98,68 @@ def batch_norms(graph: fx.Graph, *, training: bool) -> list[fx.Node]:
 
 def match(norm: fx.Node) -> Folding | str:
     """What can be folded, or why it cannot."""
-    head = norm.args[0]
-    assert isinstance(head, fx.Node)
+    head, channels = _head(norm)
     kind = kind_of(head)
     quantized = None if kind is None or kind.weight is None else operands(head).get(kind.weight)
+    if quantized is not None and grouped_value(quantized) is not None:
+        return "the weight before it has a scale per group: it is not folded into"
     if kind is None or quantized is None or quantized.target not in fake_quantize.FAKE_QUANTIZE:
         return f"{head.name} before it has no quantized weight"
     if kind.name not in ("conv", "conv_transpose") and packet(head) is not aten.linear:
         return f"{head.name} before it is neither a convolution nor a linear"
     assert kind.weight_axis is not None
-    found = Folding(norm=norm, head=head, quantized=quantized, axis=kind.weight_axis)
     if not _is_scaled_by_itself(quantized):
         return "the weight before it has no scale taken from itself"
-    if head.meta["val"].dim() != found.weight.meta["val"].dim():
+    dims = head.meta["val"].dim()
+    if channels != (1 if kind.name != "linear" else dims - 1) or (kind.name != "linear" and _is_batchless(head)):
         return f"{head.name} has its channels in another dimension"
-    if only_user(head) is not norm:
+    if only_user(head) is None:
         return f"{head.name} is used without its normalization too"
     if norm.args[3] is None or norm.args[4] is None:
         return "it keeps no running statistics to fold"
     if any(isinstance(a, fx.Node) and a.op == "call_function" for a in norm.args[1:5]):
         return "its parameters or statistics are computed in the graph"
-    return found
+    return Folding(norm=norm, head=head, quantized=quantized, axis=kind.weight_axis)
+
+
+def _is_batchless(head: fx.Node) -> bool:
+    weight = head.args[1]
+    assert isinstance(weight, fx.Node)
+    return bool(head.meta["val"].dim() != weight.meta["val"].dim())
+
+
+_SAME = frozenset({aten.contiguous, aten.clone})
+_RESHAPING = frozenset({aten.view, aten.reshape, aten.flatten, aten.unflatten, aten._unsafe_view})
+
+
+def _head(norm: fx.Node) -> tuple[fx.Node, int]:
+    """What a BatchNorm normalizes, seen through ops that only move it, and its dimension of channels there."""
+    value, channels = norm.args[0], 1
+    assert isinstance(value, fx.Node)
+    while kind_of(value) is None and len(value.users) == 1 and value.args and isinstance(value.args[0], fx.Node):
+        before = _channels_before(value, value.args[0], channels)
+        if before is None:
+            break
+        value, channels = value.args[0], before
+    return value, channels
+
+
+def _channels_before(node: fx.Node, source: fx.Node, channels: int) -> int | None:
+    """The dimension of an op's operand that becomes ``channels`` of its result, whole; None where none does."""
+    name, args = packet(node), node.args
+    shapes = [getattr(n.meta.get("val"), "shape", ()) for n in (node, source)]
+    dims = len(shapes[1])
+    if name in _SAME:
+        return channels
+    if name is aten.transpose:
+        one, two = int(args[1]) % dims, int(args[2]) % dims  # type: ignore[arg-type]
+        return {one: two, two: one}.get(channels, channels)
+    if name is aten.permute:
+        return int(args[1][channels]) % dims  # type: ignore[index, arg-type]
+    behind = len(shapes[0]) - channels
+    if name in _RESHAPING and dims >= behind and list(shapes[0][channels:]) == list(shapes[1][dims - behind :]):
+        return dims - behind
+    return None
 
 
 def _is_scaled_by_itself(quantized: fx.Node) -> bool:
@@ -197,5 +247,5 @@ def _rewrite(graph: fx.Graph, found: Folding) -> None:
         new_bias = scaled if beta is None else call(graph, aten.add.Tensor, scaled, beta, like=norm)
         new_bias = as_dtype(graph, new_bias, (head if bias is None else bias).meta["val"].dtype)
     found.set_bias(new_bias)
-    norm.replace_all_uses_with(head)
+    norm.replace_all_uses_with(norm.args[0])  # type: ignore[arg-type]
     graph.erase_node(norm)

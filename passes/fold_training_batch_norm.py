@@ -41,6 +41,8 @@ class FoldTrainingBatchNorm(Pass):
                     self.decline(result, norm, found)
                 elif not found.commutes and isinstance(norm.args[6], fx.Node):
                     self.decline(result, norm, "its momentum is computed in the graph")
+                elif not found.commutes and found.is_moved:
+                    self.decline(result, norm, f"{found.head.name} has its channels in another dimension")
                 elif not found.commutes:
                     _rewrite(graph, found)
                     done += 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import changed_in_place, is_bind, is_float, operands, replace_operand, unit_end
+from fxquant.graph import changed_in_place, is_bind, is_float, operands, packet, replace_operand, unit_end
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, call, item
@@ -157,6 +157,8 @@ def _quantize(graph: fx.Graph, source: fx.Node, site: Insertion) -> fx.Node | No
     """Nodes for one tensor behind the insertion point; None where the site only observes."""
     spec = site.spec
     builder = _Builder(graph, source)
+    if spec.group_size is not None:
+        return _quantize_groups(builder, site)
     scale, zero_point = builder.qparams(site)
     if scale is None:
         return None
@@ -169,6 +171,33 @@ def _quantize(graph: fx.Graph, source: fx.Node, site: Insertion) -> fx.Node | No
         )
     node.meta["site"] = site
     return node
+
+
+def _quantize_groups(builder: _Builder, site: Insertion) -> fx.Node:
+    """``w[N, K]``  →  ``reshape(fake_quantize(reshape(w, [N·K/G, G]), s, 0, axis 0), [N, K])``, ``wᵀ`` for ``w[K, N]``.
+
+    A group is a row of what the quantizer sees, so that a scale per row is a scale per group. Of a contiguous
+    ``[N, K]`` both reshapes are views.
+    """
+    spec, source = site.spec, builder.source
+    rows = source if spec.axis == 0 else builder.call(aten.transpose.int, source, 0, 1)
+    groups = builder.call(aten.reshape.default, rows, [-1, spec.group_size])
+    value = builder.call(aten.detach.default, groups)
+    both = builder.call(qparams.SYMMETRIC_QPARAMS, value, 0, spec.quant_max)
+    scale, zero_point = builder.item(both, 0), builder.item(both, 1)
+    limits = (spec.quant_min, spec.quant_max)
+    node = builder.call(fake_quantize.PER_CHANNEL, groups, scale, zero_point, 0, *limits, rounding=spec.rounding)
+    node.meta["site"] = site
+    whole = builder.call(aten.reshape.default, node, list(rows.meta["val"].shape))
+    return whole if spec.axis == 0 else builder.call(aten.transpose.int, whole, 0, 1)
+
+
+def grouped_value(node: fx.Node) -> fx.Node | None:
+    """The fake-quant node of a weight per group, given the node behind it that has the weight's own form."""
+    while packet(node) in (aten.transpose, aten.reshape):
+        node = node.all_input_nodes[0]
+    site = node.meta.get("site") if node.target is fake_quantize.PER_CHANNEL else None
+    return node if isinstance(site, Insertion) and site.spec.group_size is not None else None
 
 
 class _Builder:

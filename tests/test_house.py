@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("ops",),
     ("rules", "profiles", "recipes", "tensor_quant"),
-    ("plan", "graph", "lift", "place", "resolve"),
+    ("plan", "graph", "lift", "groups", "place", "resolve", "regions"),
     ("passes",),
     ("capture",),
     ("state", "prepare", "override"),

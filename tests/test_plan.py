@@ -46,7 +46,7 @@ def test_round_trips() -> None:
 
 def test_another_version_is_refused() -> None:
     fields = {**json.loads(plan(INPUT).to_json()), "version": 0}
-    with pytest.raises(PlanMismatch, match=r"checkpoint's plan must be of version 1: got 0\. Load it with"):
+    with pytest.raises(PlanMismatch, match=r"checkpoint's plan must be of version 1 to 2: got 0\. Load it with"):
         Plan.from_json(json.dumps(fields))
 
 

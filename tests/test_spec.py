@@ -8,7 +8,7 @@ import pytest
 
 from fxquant.errors import InvalidArgument
 from fxquant.profiles import ONNXRUNTIME, PROFILES, Profile, get_profile
-from fxquant.recipes import INT8, Recipe, get_recipe
+from fxquant.recipes import INT4_WEIGHT_ONLY, INT8, Recipe, get_recipe
 from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
 
 SPECS = [
@@ -17,6 +17,7 @@ SPECS = [
     QuantSpec(bits=4, narrow=True, axis=1, range=CurrentTensor(), rounding="reciprocal"),
     QuantSpec(signed=False, symmetric=False, range=Fixed(min=-0.1, max=6.0)),
     QuantSpec(bits=16, range=MovingAverage(constant=1 / 3)),
+    QuantSpec(bits=4, axis=1, group_size=32, range=CurrentTensor()),
 ]
 
 
@@ -45,7 +46,13 @@ def test_round_trip(spec: QuantSpec) -> None:
 
 
 def test_words() -> None:
-    assert [str(spec) for spec in SPECS] == ["s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16"]
+    assert [str(spec) for spec in SPECS] == ["s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16", "s4 axis 1 group 32"]
+
+
+def test_fields_of_an_older_version_have_no_groups() -> None:
+    fields = SPECS[2].to_dict()
+    del fields["group_size"]
+    assert QuantSpec.from_dict(fields) == SPECS[2]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,27 @@ def test_words() -> None:
         ),
         ({"axis": -1}, "QuantSpec.axis must be counted from the front: got -1."),
         ({"axis": 0, "symmetric": False}, "QuantSpec per channel must be symmetric: runtimes take zero point 0 there."),
+        (
+            {"group_size": 32},
+            "QuantSpec.group_size must go with an axis: got group_size=32 and axis=None. "
+            "Set axis=0, the output channels.",
+        ),
+        ({"axis": 0, "group_size": 1}, "QuantSpec.group_size must be an integer of at least 2: got 1."),
+        ({"axis": 0, "group_size": 2.5}, "QuantSpec.group_size must be an integer of at least 2: got 2.5."),
+        ({"axis": 0, "group_size": True}, "QuantSpec.group_size must be an integer of at least 2: got True."),
+        (
+            {"axis": 0, "group_size": 8, "symmetric": False},
+            "QuantSpec per channel must be symmetric: runtimes take zero point 0 there.",
+        ),
+        (
+            {"axis": 0, "group_size": 8, "signed": False},
+            "QuantSpec per group must be signed: runtimes take zero point 0 there.",
+        ),
+        (
+            {"axis": 0, "group_size": 8},
+            "QuantSpec per group must have range=CurrentTensor(): got MovingAverage(constant=0.01). "
+            "Only weights have groups.",
+        ),
     ],
 )
 def test_invalid_specs(fields: dict[str, Any], message: str) -> None:
@@ -96,6 +124,7 @@ def test_specs_are_frozen_and_keyword_only() -> None:
         ({"weight": QuantSpec(symmetric=False, range=CurrentTensor())}, "must be signed and symmetric: got s8"),
         ({"weight": QuantSpec(axis=1, range=CurrentTensor())}, r"Recipe.weight.axis must be 0 .* got 1"),
         ({"activation": QuantSpec(axis=1)}, "Recipe.activation.axis must be None: got 1"),
+        ({"activation": INT4_WEIGHT_ONLY.weight}, "Recipe.activation.axis must be None: got 0"),
     ],
 )
 def test_invalid_recipes(fields: dict[str, Any], message: str) -> None:
@@ -105,7 +134,9 @@ def test_invalid_recipes(fields: dict[str, Any], message: str) -> None:
 
 def test_names_of_recipes_and_profiles() -> None:
     assert get_recipe("int8") is INT8 and get_recipe(INT8) is INT8 and get_profile("onnxruntime") is ONNXRUNTIME
-    with pytest.raises(InvalidArgument, match="recipe must be a Recipe or one of 'int8', 'w4a8': got 'int7'"):
+    with pytest.raises(
+        InvalidArgument, match="recipe must be a Recipe or one of 'int8', 'w4a8', 'int4_weight_only': got 'int7'"
+    ):
         get_recipe("int7")
     with pytest.raises(InvalidArgument, match="got 8"):
         get_recipe(8)  # type: ignore[arg-type]
@@ -116,11 +147,14 @@ def test_names_of_recipes_and_profiles() -> None:
 
 
 def test_with_range() -> None:
-    assert INT8.with_range(CurrentTensor()).activation.range == CurrentTensor()
+    found = INT8.with_range(CurrentTensor()).activation
+    assert found is not None and found.range == CurrentTensor()
+    assert INT4_WEIGHT_ONLY.with_range(CurrentTensor()) is INT4_WEIGHT_ONLY
     assert INT8.with_range(CurrentTensor()).weight == INT8.weight
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda p: p.name)
 def test_a_profile_puts_each_kind_in_one_place(profile: Profile) -> None:
     assert not profile.hard & profile.soft and not (profile.hard | profile.soft) & profile.refused.keys()
+    assert len(profile.group_bits) and set(profile.group_bits) <= set(range(2, 17))
     assert profile.needs_output | profile.skips | profile.one_scale <= profile.hard

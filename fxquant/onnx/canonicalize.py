@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph import call_nodes, is_agnostic, only_user, packet
+from fxquant.graph import PADS, call_nodes, is_agnostic, only_user, packet
 from fxquant.onnx.freeze import constant
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
@@ -39,7 +39,7 @@ def canonicalize(gm: fx.GraphModule, profile: Profile = ONNXRUNTIME) -> list[str
             _linear(gm, node, profile.bias_apart)
         elif packet(node) is aten.addmm:
             _addmm(gm, node, profile.bias_apart)
-        elif packet(node) in _STOPPING:
+        elif packet(node) in _STOPPING or (profile.float_pads and packet(node) in PADS and is_agnostic(node)):
             _requantize_moved(gm.graph, node)
         elif packet(node) is aten.scaled_dot_product_attention:
             why = _attention(gm.graph, node)
@@ -61,18 +61,22 @@ def canonicalize(gm: fx.GraphModule, profile: Profile = ONNXRUNTIME) -> list[str
 def _linear(gm: fx.GraphModule, node: fx.Node, bias_apart: bool) -> None:
     """``linear(x, DQ(w[N,K], axis 0), b)``  →  ``matmul(x, DQ(wᵀ[K,N], axis 1)) + b``, or ``… − (−b)``.
 
+    Blocks, on axis 1 of w, stand on axis 0 of wᵀ.
+
     A Transpose behind the DQ would hide the weight from the runtime. ``bias_apart``: an addition would be merged into
     a float Gemm; the subtraction has the same value to the bit.
     """
     x, weight, bias = (*node.args, None)[:3]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE:
         return
-    codes, scale, zero_point, axis = weight.args
+    codes, scale, zero_point, axis, *block = weight.args
     graph = gm.graph
     with graph.inserting_before(node):
         transposed = _transposed(gm, codes)  # type: ignore[arg-type]
         other = None if axis is None else 1 - int(axis)  # type: ignore[arg-type]
-        dequantized = call(graph, DEQUANTIZE, transposed, scale, zero_point, other, like=weight)
+        if block:
+            scale, zero_point = _transposed(gm, scale), _transposed(gm, zero_point)  # type: ignore[arg-type]
+        dequantized = call(graph, DEQUANTIZE, transposed, scale, zero_point, other, *block, like=weight)
         product = call(graph, aten.matmul.default, x, dequantized, like=node)
         if isinstance(bias, fx.Node):
             product = _biased(gm, product, bias, node, bias_apart)

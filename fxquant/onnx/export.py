@@ -85,7 +85,7 @@ def export_onnx(
         dynamic_batch: leave dimension 0 of every input tensor open. ``dynamic_shapes`` (torch.export's) overrides.
         opset: ONNX opset, the target's default if None.
         weight_storage: ``"int4"`` packs codes of at most 4 bits as ONNX int4 (half the size; onnxruntime then runs
-            them in float).
+            them in float). Those of weights per group always are.
 
     Raises:
         InvalidArgument: not prepared, unusable path or opset.
@@ -110,8 +110,7 @@ def export_onnx(
     written = {value.name for node in program.model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     program.model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
-    if weight_storage == "int4":
-        notes += pack_int4(program.model)
+    notes += pack_int4(program.model, only_blocks=weight_storage != "int4")
     size = save(program, destination)
     return ExportReport(
         path=os.fspath(path),

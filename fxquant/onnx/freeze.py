@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,7 @@ def freeze(gm: fx.GraphModule) -> Frozen:
     """Replaces every fake-quant node of an inference graph, in place.
 
     ``fake_quantize(w, s, z)`` of a constant  →  ``dequantize_affine(int8 codes, s, z)``
+    ``reshape(fake_quantize(reshape(w)))``    →  the same with a block of codes for each group, in the form of w
     ``fake_quantize(x, s, z)``                →  ``quantize_dequantize(x, 0.1, 128, …, "layer.input")``
 
     Everything else that depends on parameters only and feeds something that does not (a folded bias) becomes a
@@ -67,7 +69,9 @@ def freeze(gm: fx.GraphModule) -> Frozen:
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in fake_quantize.FAKE_QUANTIZE]
     for node in sorted(nodes, key=lambda n: n.args[0] in values.constants):  # activations first: biases need scales
         site = node.meta["site"]
-        if node.args[0] in values.constants:
+        if node.args[0] in values.constants and site.spec.group_size is not None:
+            _freeze_groups(gm, node, values, frozen)
+        elif node.args[0] in values.constants:
             _freeze_weight(gm, node, site.label, values, frozen)
         else:
             number = seen[site.label] = seen.get(site.label, -1) + 1
@@ -96,20 +100,13 @@ def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Value
     weight, scale, zero_point = (values[n] for n in node.args[:3])  # type: ignore[index]
     per_channel = node.target is fake_quantize.PER_CHANNEL
     axis: int | None = node.args[3] if per_channel else None  # type: ignore[assignment]
-    quant_min, quant_max = node.args[-2:]
     if axis is not None:
         scale = _guard_bias(node, scale, values, label, frozen)
-    shown_scale, shown_point = (
-        numerics.per_channel_view(v, weight.dim(), axis) if axis is not None else v for v in (scale, zero_point)
-    )
-    code = numerics.code_before_clamp(weight, shown_scale, shown_point, node.kwargs["rounding"])  # type: ignore[arg-type]
-    dtype = getattr(torch, storage(quant_min, quant_max)[0])  # type: ignore[arg-type]
-    code = numerics.clamp_code(code, quant_min, quant_max).to(dtype)  # type: ignore[arg-type]
+    code = _codes(node, weight, scale, zero_point, axis)
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     with gm.graph.inserting_before(node):
-        held = [constant(gm, f"{label}.{name}", value, node) for name, value in
-                (("codes", code), ("scale", scale), ("zero_point", zero_point.to(code.dtype)))]  # fmt: skip
+        held = _held(gm, label, (code, scale, zero_point), node)
         new = call(gm.graph, DEQUANTIZE, *held, axis, like=node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
@@ -118,6 +115,40 @@ def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Value
     else:  # of a learned query, as an example: stored as a weight is
         frozen.activations.append(label)
         frozen.absorbed.append(label)
+
+
+def _freeze_groups(gm: fx.GraphModule, node: fx.Node, values: _Values, frozen: Frozen) -> None:
+    """A weight whose quantizer sees a group as a row: see `InsertFakeQuantize`."""
+    site = node.meta["site"]
+    rows, scale, zero_point = (values[n] for n in node.args[:3])  # type: ignore[index]
+    code = _codes(node, rows, scale, zero_point, 0)
+    ends = [user if site.spec.axis == 0 else next(iter(user.users)) for user in node.users]
+    shape = ends[0].all_input_nodes[0].meta["val"].shape if site.spec.axis else ends[0].meta["val"].shape
+    whole = [value.reshape(shape[0], -1) for value in (code, scale, zero_point)]
+    whole = [value.t() if site.spec.axis else value for value in whole]
+    with gm.graph.inserting_before(node):
+        held = _held(gm, site.label, whole, node)
+        new = call(gm.graph, DEQUANTIZE, *held, 1 - site.spec.axis, site.spec.group_size, like=ends[0])
+    for end in ends:
+        end.replace_all_uses_with(new)
+    frozen.weights.append(site.label)
+
+
+def _codes(node: fx.Node, weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    """The codes that a fake-quant node of a weight computes, in the type that they are stored in."""
+    quant_min, quant_max = node.args[-2:]
+    if axis is not None:
+        scale, zero_point = (numerics.per_channel_view(v, weight.dim(), axis) for v in (scale, zero_point))
+    code = numerics.code_before_clamp(weight, scale, zero_point, node.kwargs["rounding"])  # type: ignore[arg-type]
+    dtype = getattr(torch, storage(quant_min, quant_max)[0])  # type: ignore[arg-type]
+    return numerics.clamp_code(code, quant_min, quant_max).to(dtype)  # type: ignore[arg-type]
+
+
+def _held(gm: fx.GraphModule, label: str, values: Sequence[Tensor], like: fx.Node) -> list[fx.Node]:
+    """Codes, scale and zero point as constants."""
+    code, scale, zero_point = values
+    named = (("codes", code), ("scale", scale), ("zero_point", zero_point.to(code.dtype)))
+    return [constant(gm, f"{label}.{name}", value, like) for name, value in named]
 
 
 def _guard_bias(node: fx.Node, scale: Tensor, values: _Values, label: str, frozen: Frozen) -> Tensor:

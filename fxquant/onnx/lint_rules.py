@@ -60,6 +60,11 @@ class Reader(Wiring):
     profile: Profile
 
     @cached_property
+    def opset(self) -> int:
+        """Of the standard's operators."""
+        return max((e.version for e in self.model.opset_import if e.domain in ("", "ai.onnx")), default=0)
+
+    @cached_property
     def nodes(self) -> list[onnx.NodeProto]:
         """All nodes, those of nested graphs too."""
         return list(all_nodes(self.model.graph))
@@ -144,9 +149,20 @@ def title(node: onnx.NodeProto) -> str:
 @rule()
 def _opset_is_read(reader: Reader) -> Breaches:
     """The opset is one that the target reads."""
-    opset = max((entry.version for entry in reader.model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if opset > reader.profile.highest_opset:
-        yield None, f"opset {opset} is beyond {reader.profile.highest_opset}, the highest for {reader.profile.name}"
+    if reader.opset > reader.profile.highest_opset:
+        yield (
+            None,
+            f"opset {reader.opset} is beyond {reader.profile.highest_opset}, the highest for {reader.profile.name}",
+        )
+
+
+@rule()
+def _blocks_have_their_opset(reader: Reader) -> Breaches:
+    """Scales per block, and 4-bit integers, are in the standard from opset 21 on."""
+    for node in reader.of(*QDQ) if reader.opset < 21 else ():
+        what = "scales per block" if attribute(node, "block_size") else f"{(reader.codes(node) or '').lower()} codes"
+        if attribute(node, "block_size") or reader.codes(node) in ("INT4", "UINT4"):
+            yield node, f"it has {what} in opset {reader.opset}: they want 21"
 
 
 @rule()
@@ -276,6 +292,28 @@ def _activation_codes_are_bytes(reader: Reader) -> Breaches:
         kind = reader.code_type(node)
         if kind not in (None, "UINT8", "INT8"):
             yield node, f"its codes are {kind.lower()}: onnxruntime's kernels stay float there"
+
+
+@rule("onnxruntime")
+def _blocks_beside_codes_are_int4(reader: Reader) -> Breaches:
+    """Beside a quantized activation, a weight in blocks has 4-bit codes: of others the product fails at run time."""
+    for node in reader.of("MatMul", "Gemm"):
+        activation, weight = reader.pair(node, 0), reader.pair(node, 1)
+        if activation is None or weight is None or not attribute(weight, "block_size"):
+            continue
+        kind = reader.code_type(weight)
+        if kind in ("INT8", "UINT8"):
+            yield weight, f"its blocks of {kind.lower()} codes stand beside a quantized activation in {title(node)}"
+
+
+@rule("openvino")
+def _blocks_divide_the_axis(reader: Reader) -> Breaches:
+    """Blocks are all of one size: OpenVINO loads no others."""
+    for node in reader.of("DequantizeLinear"):
+        size, shape = attribute(node, "block_size"), reader.shape(node.input[0])
+        axis = attribute(node, "axis")
+        if size and shape is not None and shape[axis if axis is not None else 1] % size:
+            yield node, f"blocks of {size} do not divide axis {axis} of codes of shape {shape}"
 
 
 @rule("openvino")

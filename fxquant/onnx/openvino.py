@@ -76,16 +76,24 @@ def _rows(operations: list[Any], path: ModelPath) -> Iterator[KernelRow]:
         if layer not in _PRODUCTS and not (layer == _FUSED and names):
             continue
         read = [_type_name(port) for port in operation.inputs()]
-        integer = precision in _INTEGER if layer in _PRODUCTS else _reads_integers(read)
+        weight_only = layer in _PRODUCTS and precision in _INTEGER and read[0] not in _INTEGER
+        integer = not weight_only and (precision in _INTEGER if layer in _PRODUCTS else _reads_integers(read))
         yield KernelRow(
             name=", ".join(names) or operation.get_friendly_name(),
             op_type=", ".join(exported[name] for name in names) or layer,
             kernel=f"{layer} {precision}",
             integer=integer,
-            reason=None if integer else f"OpenVINO runs it on {', '.join(read)}",
+            reason=_WEIGHT_ONLY.format(*read)
+            if weight_only
+            else _FLOAT.format(", ".join(read))
+            if not integer
+            else None,
         )
 
 
+_FLOAT = "OpenVINO runs it on {}"
+# Its CPU plugin may do so in groups unless DYNAMIC_QUANTIZATION_GROUP_SIZE is 0; seen with 8-bit weights.
+_WEIGHT_ONLY = "weight-only: {1} codes on {0} activations, which OpenVINO may round to 8 bits as it runs"
 _INFO = ("layerType", "runtimePrecision", "originalLayersNames")
 
 

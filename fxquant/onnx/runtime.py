@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,9 +76,10 @@ def run_outputs(path: ModelPath, feeds: Feeds, *, optimize: bool) -> list[np.nda
     return _run(session(path, optimize=optimize), None, feeds)
 
 
-def run_codes(path: ModelPath, feeds: Feeds) -> dict[str, np.ndarray]:
+def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> dict[str, np.ndarray]:
     """What every activation QuantizeLinear of the graph gives, by the keys of ``quantize_outputs``.
 
+    ``also`` names those that are known to be activations though no input reaches them, as position embeddings.
     Runs without optimizations, so that each Q is one node and its arithmetic the standard's. Integers of 2 or
     4 bits come widened to 8; float8 codes come as their bits in uint8. Raises as ``run_outputs``.
     """
@@ -87,7 +88,7 @@ def run_codes(path: ModelPath, feeds: Feeds) -> dict[str, np.ndarray]:
     wiring = Wiring(model=model, folder=_folder(path))
     shown = {output.name for output in model.graph.output}
     names: dict[str, str] = {}
-    for label, value in _quantize_outputs(wiring).items():
+    for label, value in _quantize_outputs(wiring, also).items():
         wider = _WIDER.get(wiring.code_type(wiring.producer[value]) or "")
         names[label] = f"{value}::codes" if wider else value
         if wider:
@@ -107,7 +108,7 @@ def quantize_outputs(path: ModelPath) -> dict[str, str]:
     A Q whose input hangs on constants alone belongs to a weight and is left out; so is one inside a branch or
     a loop body, whose values nobody outside can read.
     """
-    return _quantize_outputs(Wiring(model=load_model(path), folder=_folder(path)))
+    return _quantize_outputs(Wiring(model=load_model(path), folder=_folder(path)), ())
 
 
 def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, threads: int = 1) -> dict[str, float]:
@@ -244,11 +245,12 @@ def _folder(path: ModelPath) -> str:
     return str(Path(path).absolute().parent)
 
 
-def _quantize_outputs(wiring: Wiring) -> dict[str, str]:
+def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
     return {
         node.output[0]: node.output[0]
         for node in wiring.model.graph.node
-        if node.op_type == "QuantizeLinear" and node.input[0] not in wiring.constants
+        if node.op_type == "QuantizeLinear"
+        and (node.input[0] not in wiring.constants or node.output[0].partition("@")[0] in also)
     }
 
 

@@ -35,10 +35,9 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         codes.name = label
         return op.DequantizeLinear(codes, *qparams)
 
-    def dequantize(code, scale, zero_point, axis=None):  # type: ignore[no-untyped-def]
-        if axis is None:
-            return op.DequantizeLinear(code, scale, zero_point)
-        return op.DequantizeLinear(code, scale, zero_point, axis=axis)
+    def dequantize(code, scale, zero_point, axis=None, block_size=None):  # type: ignore[no-untyped-def]
+        given = {"axis": axis, "block_size": block_size}
+        return op.DequantizeLinear(code, scale, zero_point, **{k: v for k, v in given.items() if v is not None})
 
     def flatten(self, start_dim=0, end_dim=-1):  # type: ignore[no-untyped-def]
         # onnxruntime moves a DQ through Reshape but not through Flatten.

@@ -205,7 +205,7 @@ def verify_onnx(
     plain, kwargs = unwrap(model), dict(kwargs or {})
     feeds = _feeds(path, args, kwargs)
     absorbed = _absorbed_codes(path)
-    found = run_codes(path, feeds)
+    found = run_codes(path, feeds, also=[site.key for site in plan.sites])
     found |= {key: codes for key, codes in absorbed.items() if codes is not None}
     cascaded = _compare_codes(plain, args, kwargs, found, follow=False)
     _check_sites(path, cascaded.unknown - absorbed.keys())

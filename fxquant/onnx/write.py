@@ -78,14 +78,17 @@ def save(program: Any, destination: Path) -> int:
     return total
 
 
-def pack_int4(model: Any) -> list[str]:
-    """Codes in −8…7 as ONNX int4, with their zero points."""
+def pack_int4(model: Any, *, only_blocks: bool) -> list[str]:
+    """Codes in −8…7 as ONNX int4, with their zero points; ``only_blocks``: those of weights per group."""
     import ml_dtypes
     import onnx_ir as ir
 
     packed = 0
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear":
+            continue
+        block = node.attributes.get("block_size")  # the exporter writes its default too, 0 for no blocks
+        if only_blocks and (block is None or block.as_int() == 0):
             continue
         codes, _, zero_point = node.inputs
         if codes is None or codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8:
@@ -106,4 +109,4 @@ def pack_int4(model: Any) -> list[str]:
         packed += 1
     for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
         del model.graph.initializers[name]
-    return [f"{packed} weights stored as int4"]
+    return [f"{packed} weights stored as int4"] if packed or not only_blocks else []

@@ -9,8 +9,12 @@ from fxquant.ops.fake_quantize import PER_TENSOR_SCALAR
 from fxquant.ops.library import define
 
 
-def _dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    if axis is not None:
+def _dequantize(
+    code: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, block_size: int | None = None
+) -> Tensor:
+    if block_size is not None and axis is not None:
+        scale, zero_point = (v.repeat_interleave(block_size, axis) for v in (scale, zero_point))
+    elif axis is not None:
         scale, zero_point = (numerics.per_channel_view(v, code.dim(), axis) for v in (scale, zero_point))
     return numerics.dequantize(code, scale, zero_point)
 
@@ -22,7 +26,9 @@ def _quantize_dequantize(
 
 
 DEQUANTIZE = define(
-    "dequantize_affine(Tensor code, Tensor scale, Tensor zero_point, int? axis) -> Tensor", _dequantize, decompose=False
+    "dequantize_affine(Tensor code, Tensor scale, Tensor zero_point, int? axis, int? block_size=None) -> Tensor",
+    _dequantize,
+    decompose=False,
 )
 QUANTIZE_DEQUANTIZE = define(
     "quantize_dequantize(Tensor input, float scale, int zero_point, int quant_min, int quant_max, str label) -> Tensor",
@@ -31,9 +37,15 @@ QUANTIZE_DEQUANTIZE = define(
 )
 
 
-def dequantize_affine(code: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
-    """``(code − zero_point) · scale`` of integer codes, per tensor or per slice of ``axis``: DequantizeLinear."""
-    return DEQUANTIZE(code, scale, zero_point, axis)
+def dequantize_affine(
+    code: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None, block_size: int | None = None
+) -> Tensor:
+    """``(code − zero_point) · scale`` of integer codes: DequantizeLinear.
+
+    Scale and zero point are scalars, one per slice of ``axis``, or with ``block_size`` one per that many consecutive
+    codes along ``axis``: they then have the shape of ``code`` but for the number of blocks there.
+    """
+    return DEQUANTIZE(code, scale, zero_point, axis, block_size)
 
 
 def quantize_dequantize(

@@ -1,12 +1,16 @@
 """What a plan and its graphs mean, for people: reads them, changes nothing."""
 
+from fxquant.report.coverage import Coverage
 from fxquant.report.explanation import Explanation, explain
 from fxquant.report.mixed import MixedRecipe, mixed
 from fxquant.report.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 from fxquant.report.sqnr import sqnr
+from fxquant.report.within import Mixed
 
 __all__ = [
+    "Coverage",
     "Explanation",
+    "Mixed",
     "MixedRecipe",
     "SensitivityReport",
     "SensitivityRow",

@@ -7,7 +7,7 @@ and OpenVINO were seen there; those for TensorRT come from its documents.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from fxquant.graph import KINDS
@@ -98,6 +98,39 @@ CODES = {
     "generic": range(2, 17),
 }
 _OPERANDS = {kind.name: tuple(kind.operands) for kind in KINDS.values()}
+_WEIGHTS = {"linear": ("input", "weight"), "matmul": ("lhs", "rhs")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnly:
+    """What a runtime makes of a product with a quantized weight and a float activation.
+
+    ``groups`` are the group sizes that it knows there (None: any), ``channels`` whether a scale per channel will do,
+    ``beside`` what it makes of a weight per group beside a quantized activation.
+    """
+
+    name: str
+    beside: str
+    groups: Collection[int] | None = None
+    channels: bool = True
+
+
+WEIGHT_ONLY = {
+    "onnxruntime": WeightOnly(
+        name="MatMulNBits",
+        beside=f"{FLOAT}onnxruntime's integer products have no scales per group",
+        groups=frozenset(2**power for power in range(4, 17)),
+    ),
+    "openvino": WeightOnly(
+        name="FullyConnected, i{bits} weight on float", beside="FullyConnected, i{bits} weight on float"
+    ),
+    "tensorrt": WeightOnly(
+        name="MatrixMultiply with an int4 weight",
+        beside=f"{FLOAT}TensorRT multiplies an int4 weight by float activations",
+        channels=False,
+    ),
+    "generic": WeightOnly(name="MatMul with a DQ weight", beside="MatMul between Q/DQ"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +174,9 @@ def operations(
             operation = found.setdefault(place, Operation(place=place, result=(results or {}).get(place)))
             operation.sites.setdefault(edge.operand, site)
     by_key = {site.key: site for site in plan.sites}
+    weight_only = all(site.local.role == "weight" for site in plan.sites)
     for place, operation in found.items():
+        sources = {site.source for site in operation.sites.values()}
         for operand in _OPERANDS.get(place[1], ()):
             if operand in operation.sites:
                 continue
@@ -149,19 +184,21 @@ def operations(
             if key is not None:
                 operation.sites[operand] = by_key[key]
                 continue
-            why = _why_float(plan, operation, operand)
-            if why or served is not None:
+            why = why_float(plan, place, sources, operand)
+            if why or served is not None or weight_only:
                 operation.why_float[operand] = why
-        why = _why_float(plan, operation, "output")
+        why = why_float(plan, place, sources, "output")
         if operation.result is False or (operation.result is None and why):
             operation.why_float["output"] = why  # without a graph it may be quantized all the same, by who reads it
     return found
 
 
-def _why_float(plan: Plan, operation: Operation, operand: str) -> str:
-    """What the plan says about an operand left in float; empty where it says nothing, or not whom it means."""
-    keys = _possible_keys(operation.place, operand)
-    sources = {site.source for site in operation.sites.values()}
+def why_float(plan: Plan, place: Place, sources: Collection[str], operand: str) -> str:
+    """What the plan says about an operand left in float; empty where it says nothing, or not whom it means.
+
+    ``sources`` are the user's lines that the operator may stem from.
+    """
+    keys = _possible_keys(place, operand)
     prefix = f"its {operand}: "
     reasons = [d.reason for d in plan.declined if d.where in keys]
     if not reasons:
@@ -190,6 +227,9 @@ def expected_kernel(operation: Operation, operand: str, target: str) -> str:
         return UNKNOWN
     if kernel.never:
         return f"{FLOAT}{kernel.never}"
+    special = _of_weight(operation, target)
+    if special is not None:
+        return special
     needs_result = kind in profile.needs_output
     needed = (_OPERANDS.get(kind, ()) if kernel.needs is None else kernel.needs) + ("output",) * needs_result
     for name in needed:
@@ -205,6 +245,23 @@ def expected_kernel(operation: Operation, operand: str, target: str) -> str:
             return f"{FLOAT}its {name} has {bits}-bit codes"
     name = kernel.joined if kernel.joined and operation.result else kernel.name
     return name.format(code=_code(operation))
+
+
+def _of_weight(operation: Operation, target: str) -> str | None:
+    """What becomes of a product whose weight alone is quantized, or has a scale per group; None for any other."""
+    activation, weight = _WEIGHTS.get(operation.place[1], ("", ""))
+    site, known = operation.sites.get(weight), WEIGHT_ONLY.get(target)
+    if site is None or site.local.role != "weight" or known is None:
+        return None
+    size, alone = site.local.spec.group_size, activation in operation.why_float
+    bits = 4 if site.local.spec.bits <= 4 and size is not None else 8
+    if not alone:
+        return None if size is None else known.beside.format(bits=bits)
+    if size is None:
+        return known.name.format(bits=bits) if known.channels else None
+    if known.groups is not None and size not in known.groups:
+        return f"{FLOAT}{known.name} has no groups of {size}"
+    return known.name.format(bits=bits)
 
 
 def _code(operation: Operation) -> str:

@@ -17,11 +17,12 @@ from fxquant.backend import compile_reports
 from fxquant.errors import InvalidArgument
 from fxquant.plan import Declined, Plan
 from fxquant.profiles import get_profile
+from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
 from fxquant.report.expected import FLOAT, Operation, Place, absolute, expected_kernel, operations, place_of
 from fxquant.report.operators import Captured, Operator, capture_operators
 from fxquant.state import BoundForward, Quantizer, bound_forward, owners, quantizers, require_plan, unwrap
-from fxquant.table import table
+from fxquant.table import short, table
 
 _WIDTH = 120  # of the printed tables
 _LINES = 3  # that a cell of them may take
@@ -53,12 +54,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What `explain` found; prints as two tables, and draws where `explain` was given example inputs."""
+    """What `explain` found; prints as tables, and draws where `explain` was given example inputs.
+
+    ``coverage`` says how much of the compute reads quantized operands; None without example inputs.
+    """
 
     plan: Plan
     rows: tuple[Row, ...]
     declined: tuple[Declined, ...]
     compile_declines: tuple[str, ...]
+    coverage: Coverage | None = None
     graphs: tuple[tuple[Operator, ...], ...] | None = field(default=None, repr=False)
 
     @property
@@ -75,6 +80,7 @@ class Explanation:
             "declined": [vars(d) for d in self.declined],
             "compile_declines": list(self.compile_declines),
             "unbound": list(self.unbound),
+            "coverage": self.coverage.to_dict() if self.coverage else None,
         }
 
     def draw(self, path: str | os.PathLike[str]) -> None:
@@ -101,15 +107,18 @@ class Explanation:
         head += f", all {statuses.pop()}" if dropped & {"status"} else ""
         header = ["site", "format", "range", "status", "expected kernel", "why", "source"]
         rows = [
-            [r.key, r.spec, r.range, r.status, "; ".join(dict.fromkeys(r.kernels)), _why(r), _short(r.source)]
+            [r.key, r.spec, r.range, r.status, "; ".join(dict.fromkeys(r.kernels)), _why(r), short(r.source)]
             for r in self.rows
         ]
         kept = [i for i, name in enumerate(header) if name not in dropped]
         header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-        parts = [head, _wrapped(header, rows, ("expected kernel", "why"))]
+        parts = [head, *([self.coverage.summary] if self.coverage else [])]
+        parts.append(_wrapped(header, rows, ("expected kernel", "why")))
+        if self.coverage and self.coverage.most_float():
+            parts += ["", _wrapped(HEADER, self.coverage.cells(), ("why",))]
         if self.declined:
             parts.append(f"\nleft in float: {len(self.declined)}")
-            left = [[d.where, d.reason, _short(d.source)] for d in self.declined]
+            left = [[d.where, d.reason, short(d.source)] for d in self.declined]
             parts.append(_wrapped(["operator", "why", "source"], left, ("why",)))
         if self.compile_declines:
             parts.append("\nin compiled graphs:")
@@ -128,7 +137,8 @@ def explain(
     Args:
         model: prepared, maybe compiled.
         args: example inputs, a tuple; ``kwargs``: keyword ones. With them the model runs once, in float, and its
-            graphs say more: `Explanation.draw`, which sites quantize one tensor, which results are quantized.
+            graphs say more: `Explanation.draw`, `Explanation.coverage`, which sites quantize one tensor, which
+            results are quantized.
 
     Raises InvalidArgument for an unprepared model, and for inputs that it cannot run on.
     """
@@ -144,6 +154,7 @@ def explain(
         plan=plan,
         rows=_rows(model, plan, found, _shares(plan, captured)),
         declined=plan.declined,
+        coverage=coverage(captured, plan) if captured else None,
         compile_declines=tuple(declines),
         graphs=_graphs(captured, found, plan.target),
     )
@@ -218,7 +229,7 @@ def _statuses(model: nn.Module) -> dict[str, str]:
     """Owner path → status.
 
     Instances of a class share compiled graphs, so that a graph exists is not enough: a range that is set says
-    that this instance ran. Owners without ranges are judged by those of the whole model.
+    that this instance ran. Owners without ranges are judged by those of the whole model, or by graphs if it has none.
     """
     digests = {digest for report in compile_reports() for digest in report.digests}
     held = {
@@ -227,7 +238,7 @@ def _statuses(model: nn.Module) -> dict[str, str]:
     ran = {path for path, those in held.items() if any(not math.isnan(q.min_val.item()) for q in those)}
     found = {}
     for path, bound in _bound(model).items():
-        seen = path in ran if held[path] else bool(ran)
+        seen = path in ran if held[path] else bool(ran) or not any(held.values())
         found[path] = "eager" if bound.eager_runs else "compiled" if seen and bound.key in digests else "not yet run"
     return found
 
@@ -241,11 +252,6 @@ def _range(quantizer: Quantizer) -> str:
 
 def _why(row: Row) -> str:
     return row.reason + (f"; shares with {', '.join(row.shares)}" if row.shares else "")
-
-
-def _short(source: str) -> str:
-    """The file's name and line, without its folders."""
-    return source.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def _tooltip(row: Row) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from fxquant.state import quantizers, require_plan, unwrap
 from fxquant.table import megabytes, table
 
 _MOST_POINTS = 20_000  # of the frontier that the choice keeps: above, it is thinned
+_UNSEEN = 0.01  # share of the quantized model's effect that no wider format is bought for
 
 Budget = Literal["weight_bytes", "integer_share"]
 
@@ -86,7 +87,7 @@ def mixed(
     bits: Sequence[int | None] = (4, 8, 16, None),
     progress: bool = True,
 ) -> MixedRecipe:
-    """The formats of a prepared model's weights that keep the result closest to float within one budget.
+    """The formats of a prepared model's weights that keep the result close to float within one budget.
 
     Args:
         data, loss, progress: as for `fxquant.sensitivity`.
@@ -97,19 +98,23 @@ def mixed(
             Leave out what it runs too slowly: a width is chosen for its error and its bytes alone.
 
     Each weight is measured alone in each format, the rest in float: a run for each format and batch, no compile. The
-    squared output errors, or the increases of the loss, are taken to add up; their sum is made smallest exactly (of
-    more than 20 000 undominated choices, nearly).
+    squared output errors, or the increases of the loss, are taken to add up; their least sum within the budget is
+    found exactly (of more than 20 000 undominated choices, nearly). Of all choices that are predicted to move the
+    effect of the whole quantized model by at most 1 % from there, the one of least bytes, or of most integer work, is
+    taken: a wider format for a gain that nobody can measure is none.
 
-    >>> fxquant.override(model, fxquant.report.mixed(model, [x], weight_bytes=0.6))
+    >>> fxquant.override(model, fxquant.mixed(model, [x], weight_bytes=0.6))
+
+    `fxquant.Mixed` does this within `fxquant.prepare`.
 
     Raises:
         InvalidArgument: as `fxquant.sensitivity`; not exactly one budget; one that no choice keeps, with the nearest
-            that can be reached.
+            that can be reached; one under which no site of the model would stay quantized.
         RangeNotSet: as `fxquant.sensitivity`.
     """
     plan = require_plan(model, "mixed")
     plain = unwrap(model)
-    budget, amount = _budget(weight_bytes, integer_share)
+    budget, amount = check_budget(weight_bytes, integer_share)
     weights = _weights(plain, plan)
     if not weights:
         raise InvalidArgument("mixed must be given a model with quantized weights: got none that are switched on.")
@@ -118,7 +123,8 @@ def mixed(
     return _by_share(plain, plan, weights, data, loss, amount, progress)
 
 
-def _budget(weight_bytes: float | None, integer_share: float | None) -> tuple[Budget, float]:
+def check_budget(weight_bytes: float | None, integer_share: float | None) -> tuple[Budget, float]:
+    """The one budget that is given."""
     if (weight_bytes is None) == (integer_share is None):
         given = "none" if weight_bytes is None else "both"
         raise InvalidArgument(f"mixed must be given one budget, weight_bytes or integer_share: got {given}.")
@@ -132,10 +138,15 @@ def _budget(weight_bytes: float | None, integer_share: float | None) -> tuple[Bu
     return "integer_share", integer_share
 
 
-def _widths(bits: Sequence[int | None], plan: Plan) -> list[int | None]:
+def check_bits(bits: Sequence[int | None]) -> None:
+    """Raises InvalidArgument for what is no list of widths."""
     wrong = [b for b in bits if b is not None and not (isinstance(b, int) and 2 <= b <= 16)]
     if wrong or not bits:
         raise InvalidArgument(f"bits must hold widths from 2 to 16, or None for float: got {list(bits)}.")
+
+
+def _widths(bits: Sequence[int | None], plan: Plan) -> list[int | None]:
+    check_bits(bits)
     known = get_profile(plan.target).weight_bits
     found = [b for b in dict.fromkeys(bits) if b is None or b in known]
     if not found:
@@ -158,11 +169,15 @@ def _requantizing(key: str, spec: QuantSpec, sizes: dict[str, _Weight]) -> Look:
         if key not in keys:
             return x
         sizes[key] = dataclasses.replace(sizes[key], count=x.numel(), float_bytes=x.element_size())
-        scale, zero_point = qparams.SYMMETRIC_QPARAMS(x, spec.axis, spec.quant_max)
+        site, axis, rows = sizes[key].site, spec.axis, x
+        if site.local.spec.group_size is not None and site.matrix is not None:  # x has a group in each row
+            axis, rows = 0, x.reshape(-1, spec.group_size or site.matrix[1])
+        scale, zero_point = qparams.SYMMETRIC_QPARAMS(rows, axis, spec.quant_max)
         limits = (spec.quant_min, spec.quant_max)
-        if spec.axis is None:
+        if axis is None:
             return fake_quantize.PER_TENSOR(x, scale, zero_point, *limits, rounding=spec.rounding)
-        return fake_quantize.PER_CHANNEL(x, scale, zero_point, spec.axis, *limits, rounding=spec.rounding)
+        y = fake_quantize.PER_CHANNEL(rows, scale, zero_point, axis, *limits, rounding=spec.rounding)
+        return y.reshape(x.shape)
 
     return look
 
@@ -177,7 +192,7 @@ def _by_bytes(
     widths: list[int | None],
     progress: bool,
 ) -> MixedRecipe:
-    specs = {key: [_with_bits(w.site.local.spec, b) for b in widths] for key, w in weights.items()}
+    specs = {key: [_with_bits(w.site.local.spec, b, plan) for b in widths] for key, w in weights.items()}
     settings = {
         (key, spec): Setting(look=_requantizing(key, spec, weights), keys=frozenset({key}))
         for key, those in specs.items()
@@ -191,17 +206,21 @@ def _by_bytes(
         for key, w in ran.items()
     ]
     whole = sum(weight.count for weight in ran.values())
-    chosen = cheapest(options, math.floor(share * whole + 1e-9))
+    chosen = cheapest(options, math.floor(share * whole + 1e-9), _negligible(found))
     if chosen is None:
         least = sum(min(option.price for option in those) for those in options) / whole
         raise InvalidArgument(
             f"weight_bytes must be at least {_up(least)}, what the narrowest of bits={widths} takes: got {share:g}."
         )
-    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), found)
+    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), found, f"weight_bytes={share:g}")
 
 
-def _with_bits(spec: QuantSpec, bits: int | None) -> QuantSpec | None:
-    return None if bits is None else dataclasses.replace(spec, bits=bits)
+def _with_bits(spec: QuantSpec, bits: int | None, plan: Plan) -> QuantSpec | None:
+    """The format in another width, with a scale per channel where the target has no groups of that width."""
+    if bits is None:
+        return None
+    size = spec.group_size if bits in get_profile(plan.target).group_bits else None
+    return dataclasses.replace(spec, bits=bits, group_size=size)
 
 
 def _by_share(
@@ -229,9 +248,15 @@ def _by_share(
         raise InvalidArgument(
             f"integer_share must be at most {most:g}, where every quantized operator stays quantized: got {share:g}."
         )
-    chosen = cheapest(options, math.floor(now - share * total))
+    chosen = cheapest(options, math.floor(now - share * total), _negligible(found))
     assert chosen is not None, "keeping every format costs nothing of the budget"
-    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), found)
+    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), found, f"integer_share={share:g}")
+
+
+def _negligible(found: Sweep[Any]) -> float:
+    """The cost that moves the effect of all sites together by `_UNSEEN`; 0 where that effect is not finite."""
+    share = (1 + _UNSEEN) ** 2 - 1 if found.measure == "output error" else _UNSEEN  # of squares, and of a loss
+    return share * abs(found.every) if math.isfinite(found.every) else 0.0
 
 
 def _grouped(key: str, readers: _Readers, sizes: dict[str, _Weight]) -> Look:
@@ -264,11 +289,12 @@ class _Readers:
         return {key for key, those in self._by_site.items() if not any(keys.isdisjoint(weights) for keys in those)}
 
 
-def cheapest(options: Sequence[Sequence[_Option]], budget: int) -> list[_Option] | None:
-    """One option of each list, of least summed cost with the summed price within budget; None if nothing is.
+def cheapest(options: Sequence[Sequence[_Option]], budget: int, slack: float = 0.0) -> list[_Option] | None:
+    """One option of each list, with the summed price within budget; None if nothing is.
 
-    Of sums that neither cost nor price tells apart, the first is kept. Exact while at most `_MOST_POINTS` sums are
-    undominated; then the frontier is thinned, and the sum may be a little above the least.
+    Their summed cost is at most ``slack`` above the least one within budget, and of all such sums theirs has the
+    least price. Of sums that neither cost nor price tells apart, the first is kept. Exact while at most `_MOST_POINTS`
+    sums are undominated; then the frontier is thinned, and the sum may be a little above the least.
     """
     least = [min(option.price for option in those) for those in options]
     points: list[tuple[int, float, Any]] = [(0, 0.0, None)]
@@ -288,14 +314,18 @@ def cheapest(options: Sequence[Sequence[_Option]], budget: int) -> list[_Option]
         points = points[:: -(-len(points) // _MOST_POINTS)] if points else []
     if not points:
         return None
-    chain, found = points[-1][2], []
+    # Prices rise and costs fall along the frontier.
+    chain = next(chain for _, cost, chain in points if cost <= points[-1][1] + slack)
+    found = []
     while chain is not None:
         option, chain = chain
         found.append(option)
     return found[::-1]
 
 
-def _recipe(plan: Plan, weights: dict[str, _Weight], chosen: dict[str, _Option], found: Sweep[Any]) -> MixedRecipe:
+def _recipe(
+    plan: Plan, weights: dict[str, _Weight], chosen: dict[str, _Option], found: Sweep[Any], budget: str
+) -> MixedRecipe:
     floats = {key for key, option in chosen.items() if option.spec is None}
     floats |= _Readers(plan, found.uses).only_for(floats) if floats else set()
     formats = {
@@ -303,6 +333,11 @@ def _recipe(plan: Plan, weights: dict[str, _Weight], chosen: dict[str, _Option],
         for site in plan.sites
         if site.key in chosen or site.key in floats
     }
+    if len(formats) == len(plan.sites) and not any(formats.values()):
+        raise InvalidArgument(
+            f"the budget must leave a site quantized: got {budget}, under which every weight, and with it every site, "
+            "is best in float. Allow less, or fxquant.strip the model."
+        )
     macs = sum(use.macs for use in found.uses)
     integer = sum(use.macs for use in found.uses if use.is_integer and use.keys.isdisjoint(floats))
     return MixedRecipe(

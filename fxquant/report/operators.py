@@ -29,7 +29,7 @@ from fxquant.graph import (
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.plan import Declined, Plan, Site
-from fxquant.prepare import frame_marks
+from fxquant.prepare import frame_marks, left_out
 from fxquant.profiles import get_profile
 from fxquant.report.expected import Place, absolute, place_of
 from fxquant.resolve import enclosing, modules_around, positions
@@ -90,12 +90,16 @@ class Captured:
         same_tensor: site key → other sites that quantize the same tensor.
         results: operator → whether its result is quantized.
         served: operator → operand → key of the site that serves it: also one on the result that the operand reads.
+        readers: the graphs themselves with the sites found in them.
+        unread: modules with parameters that no graph reads: Dynamo ran them in Python, or the inputs not at all.
     """
 
     graphs: tuple[tuple[Operator, ...], ...]
     same_tensor: dict[str, tuple[str, ...]] = field(default_factory=dict)
     results: dict[Place, bool] = field(default_factory=dict)
     served: dict[Place, dict[str, str]] = field(default_factory=dict)
+    readers: tuple[Reader, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def capture_operators(
@@ -105,7 +109,7 @@ def capture_operators(
 
     Raises InvalidArgument for inputs that the model cannot run on.
     """
-    readers = [_Reader(gm, plan) for gm in _graphs(model, args, dict(kwargs or {}))]
+    readers = [Reader(gm, plan) for gm in _graphs(model, args, dict(kwargs or {}))]
     if readers:
         readers[0].arguments = tuple(inspect.signature(model.forward).parameters)
     by_tensor = [keys for reader in readers for keys in reader.keys_by_tensor() if len(keys) > 1]
@@ -124,6 +128,8 @@ def capture_operators(
         same_tensor={key: tuple(others) for key, others in shared.items()},
         results=_all_true(result for reader in readers for result in reader.results()),
         served=served,
+        readers=tuple(readers),
+        unread=tuple(one.where for one in left_out(model, [reader.gm for reader in readers])),
     )
 
 
@@ -163,13 +169,14 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return graphs
 
 
-class _Reader:
+class Reader:
     """One graph and the sites of the plan in it."""
 
     def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
         self.gm, self.plan, self.graph = gm, plan, gm.graph
         self.fuses = get_profile(plan.target).fuses
         self.constants = constant_nodes(self.graph)
+        self.around = modules_around(gm)
         self.located = _locate(gm, plan)
         self.carried: dict[fx.Node, Site] = {}  # a value that is codes for all its users → whose
         self.lifted: dict[fx.Node, Site] = {}  # an op that moves codes → whose
@@ -211,7 +218,7 @@ class _Reader:
         """Operator, operand and site key, for every operand that is quantized."""
         for node, place in {node: place for (node, _), (_, place) in self.located.items()}.items():
             for name, value in operands(node).items():
-                key = self._site(node, name, value)
+                key = self.site(node, name, value)
                 if key is not None:
                     yield place, name, key
 
@@ -237,10 +244,9 @@ class _Reader:
 
     def operators(self) -> tuple[Operator, ...]:
         """The graph's operators in execution order; what is computed from parameters alone is left out."""
-        around = modules_around(self.gm)
         index: dict[fx.Node, int] = {}
         found: list[Operator] = []
-        declined = _declines(self.plan.declined)
+        declined = declines_of(self.plan.declined)
         for node in self.graph.nodes:
             if node.op == "placeholder" and not is_state(node) and node.users:
                 made = Operator(role="input", label=_input_name(node, self.arguments), name=node.name)
@@ -252,9 +258,9 @@ class _Reader:
                     continue
                 made = Operator(
                     role="mover" if passes_values(node) or packet(node) in _PARTS else "operator",
-                    label=_label(node),
+                    label=label_of(node),
                     name=node.name,
-                    module=around(node)[-1][0],
+                    module=self.path(node),
                     source=user_line(node),
                     place=self._place(node),
                     head=self.heads.get(node),
@@ -266,6 +272,18 @@ class _Reader:
             index[node] = len(found)
             found.append(made)
         return tuple(found)
+
+    def path(self, node: fx.Node) -> str:
+        """The module that runs the node, as the whole model names it."""
+        return str(self.around(node)[-1][0])
+
+    def own_places(self) -> dict[fx.Node, Place]:
+        """Every operator that placement knows, as the module that runs it counts it in one call, site or not."""
+        found: dict[fx.Node, Place] = {}
+        for (_, below, kind, ordinal), node in positions(self.gm).items():
+            if not below:  # of all the calls around a node the innermost comes last
+                found[node] = (self.path(node), kind, ordinal)
+        return found
 
     def _is_shown(self, node: fx.Node) -> bool:
         if node.op != "call_function" or is_bind(node) or node in self.constants:
@@ -281,15 +299,16 @@ class _Reader:
         read = operands(node)
         wires = []
         for name, value in read.items():
-            site = self._site(node, name, value)
+            site = self.site(node, name, value)
             serves = str(self._edge(node, name)) if (node, name) in self.located else ""
             if value in index or value in self.constants:
                 wires.append(Wire(operand=name, source=index.get(value), site=site, serves=serves))
         others = [value for value in node.all_input_nodes if value not in read.values() and value in index]
-        wires += [Wire(operand="", source=index[v], site=self._site(node, "", v)) for v in others]
+        wires += [Wire(operand="", source=index[v], site=self.site(node, "", v)) for v in others]
         return tuple(wires)
 
-    def _site(self, node: fx.Node, name: str, value: fx.Node) -> str | None:
+    def site(self, node: fx.Node, name: str, value: fx.Node) -> str | None:
+        """Key of the quantizer whose codes the operand carries."""
         if (node, name) in self.located:
             return self.located[node, name][0].key
         if value in self.carried:
@@ -318,7 +337,7 @@ def _locate(gm: fx.GraphModule, plan: Plan) -> dict[Operand, tuple[Site, Place]]
     return found
 
 
-def _declines(declined: Iterable[Declined]) -> dict[tuple[str, str], tuple[str, ...]]:
+def declines_of(declined: Iterable[Declined]) -> dict[tuple[str, str], tuple[str, ...]]:
     """(operator, source line) → reasons."""
     found: dict[tuple[str, str], tuple[str, ...]] = {}
     for one in declined:
@@ -332,7 +351,7 @@ def _adds_bias(node: fx.Node) -> bool:
     return packet(node) in (aten.addmm, aten.baddbmm)
 
 
-def _label(node: fx.Node) -> str:
+def label_of(node: fx.Node) -> str:
     kind = kind_of(node)
     if kind is not None:
         return kind.name

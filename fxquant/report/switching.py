@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.backend import aot_eager, quantize_graph
 from fxquant.calibrate import batch_arguments
@@ -25,6 +24,7 @@ from fxquant.lift import passes_values
 from fxquant.ops import fake_quantize
 from fxquant.progress import track
 from fxquant.recording import evaluating
+from fxquant.report.flops import attention_flops, flops
 from fxquant.resolve import execution_order
 from fxquant.state import quantizers, require_plan
 
@@ -175,36 +175,20 @@ def _uses(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[tuple[str, int, dict
         if kind is not None:
             reads = {name: index.get(_source(operand)) for name, operand in operands(node).items()}
             if kind.name == "sdpa":  # two products, of which the second reads probabilities
-                first, second = _attention_multiply_adds(node)
+                first, second = attention_flops(node)
                 value = reads.pop("value", None)
-                found.append((kind.name, first, reads))
+                found.append((kind.name, first // 2, reads))
                 reads = {"probabilities": None, "value": value}
-                found.append((kind.name, second, reads))
+                found.append((kind.name, second // 2, reads))
             else:
-                found.append((kind.name, _multiply_adds(node), reads))
+                found.append((kind.name, flops(node) // 2, reads))
     return found
-
-
-def _attention_multiply_adds(node: fx.Node) -> tuple[int, int]:
-    """Of query · keyᵀ, and of the probabilities · value; torch's counter knows no attention on CPU."""
-    query, key, value = (operands(node)[name].meta["val"].shape for name in ("query", "key", "value"))
-    scores = math.prod(query[:-1]) * key[-2]
-    return int(scores * query[-1]), int(scores * value[-1])
 
 
 def _source(node: fx.Node) -> fx.Node:
     while passes_values(node):
         node = node.all_input_nodes[0]
     return node
-
-
-def _multiply_adds(node: fx.Node) -> int:
-    """By torch's own counter, on the fake values."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = next((n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta["val"], "fake_mode")), None)
-    with mode or contextlib.nullcontext(), FlopCounterMode(display=False) as counter:
-        node.target(*args, **kwargs)  # type: ignore[operator]
-    return int(counter.get_total_flops()) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +288,7 @@ def _runs(
     """Does the runs, one or more before each item."""
     caller, unset = need
     for batch in data:
-        (args, kwargs), target = _parts(batch, loss)
+        (args, kwargs), target = parts(batch, loss)
         seen: set[str] = set()
         reference = bench.run(args, kwargs, _noting(seen))
         if seen & unset:
@@ -349,7 +333,8 @@ def _measuring(noise: dict[str, tuple[float, float]]) -> Look:
     return look
 
 
-def _parts(batch: Any, loss: Loss | None) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:
+def parts(batch: Any, loss: Loss | None) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:
+    """Arguments and target of one batch; InvalidArgument where a loss is given and the batch is no pair."""
     if loss is None:
         return batch_arguments(batch), None
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:

@@ -430,7 +430,25 @@ def _decoder(g: Graph, broken: bool) -> str:
     return g.op("ConvTranspose", x, g.weight(4, 4, 3, 3, axis=1))
 
 
+def _blocks(codes: Any = INT4, rows: int = 64, count: int = 2, quantized: bool = False) -> Callable[[Graph, bool], str]:
+    """A weight with scales for blocks of 32; the twin has int8 codes, or int4 ones beside a quantized activation."""
+
+    def build(g: Graph, broken: bool) -> str:
+        kind, k, n = (codes, rows, count) if broken else (INT4 if quantized else np.int8, 64, 2)
+        x = g.input(2, k)
+        weight = stored(g, (k, 8), np.full((n, 8), 0.1), kind, axis=0, block_size=32)
+        return g.op("MatMul", pair(g, x) if quantized else x, weight)
+
+    return build
+
+
+COMMON += [
+    Case("scale-fits-the-axis", _blocks(count=3), r"of shape \(3, 8\) on axis 0 .*: \(2, 8\) would", "onnxruntime"),
+    Case("blocks-have-their-opset", _blocks(np.int8), "scales per block in opset 19", "onnxruntime", 21, 19, False),
+]
 RUNTIMES = [
+    Case("blocks-beside-codes-are-int4", _blocks(np.int8, quantized=True), "its blocks of int8 codes", "onnxruntime"),
+    Case("blocks-divide-the-axis", _blocks(rows=48), r"blocks of 32 do not divide axis 0 of .* \(48, 8\)", "openvino"),
     Case("activation-codes-are-bytes", _wide, "its codes are int16", "onnxruntime"),
     Case("right-operand-is-symmetric", _right(np.int8, 3), "got int8 codes with zero point 3", "openvino"),
     Case("right-operand-is-symmetric", _right(np.uint8, 0), "got uint8 codes with zero point 0", "openvino"),

@@ -14,6 +14,7 @@ from torch import nn
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.state import plan_of
+from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import ConvNet, calibrated, snapshot
 
 
@@ -101,3 +102,25 @@ def test_refusals(verified, tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match="must load in onnxruntime"):
         fxquant.verify_onnx(model, (x,), tmp_path / "broken.onnx")
+
+
+def test_a_tensor_that_no_input_reaches_is_compared_too(tmp_path):
+    """Position embeddings of a fixed size: a constant to the file, an activation to the model."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            where = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * torch.arange(8) / 10
+            return self.fc(x) + self.fc(torch.sin(where))
+
+    torch.manual_seed(0)
+    model, x = Positions(), torch.randn(3, 5, 8)
+    fxquant.prepare(model, (x,))
+    fxquant.calibrate(model, [x], progress=False)
+    fxquant.export_onnx(model, (x,), tmp_path / "m.onnx", dynamic_batch=False)
+    report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
+    assert_codes_agree(report)
+    assert [row.key for row in report.codes] == ["fc.input", "fc.input@1"]  # one module, two tensors

@@ -72,6 +72,20 @@ CASES = [
         takes_x=False,
     ),
     Case(
+        "dequantize in blocks, export",
+        DEQUANTIZE,
+        lambda x: (
+            torch.nan_to_num(x.detach().float()).clamp(-9, 9).to(torch.int8).reshape(1, -1),
+            torch.full((1, x.numel()), 0.5),
+            torch.zeros(1, x.numel(), dtype=torch.int8),
+            1,
+            1,
+        ),
+        grads=(),
+        elementwise=False,
+        takes_x=False,
+    ),
+    Case(
         "quantize dequantize, export",
         QUANTIZE_DEQUANTIZE,
         lambda x: (x, 0.1, 3, 0, 15, "site"),

@@ -180,6 +180,12 @@ def test_qdq_ops() -> None:
     code = torch.tensor([[1, 2, 3]], dtype=torch.uint8)
     assert torch.equal(dequantize_affine(code, SC, ZC, 1), (code.float() - ZC) * SC)
     assert torch.equal(dequantize_affine(code, S, Z), (code.float() - 3) * S)
+    scale, zero = torch.tensor([[0.5, 2.0]]), torch.zeros(1, 2, dtype=torch.uint8)
+    blocks = torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8)
+    assert dequantize_affine(blocks, scale, zero, 1, 2).tolist() == [[0.5, 1.0, 6.0, 8.0]]
+    assert torch.equal(
+        dequantize_affine(blocks.t(), scale.t(), zero.t(), 0, 2).t(), dequantize_affine(blocks, scale, zero, 1, 2)
+    )
 
 
 def test_bind_returns_nothing_and_survives_tracing() -> None:

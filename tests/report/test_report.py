@@ -93,6 +93,7 @@ def test_snapshot_of_what_shares_a_tensor_and_what_stayed_float():
         printed(found),
         """\
 recipe 'int8' for onnxruntime: 3 sites, all not yet run
+50.0 % of 432 FLOP in convolutions and matrix products on quantized operands.
 site      format     expected kernel                     why                                        source
 ────────  ─────────  ──────────────────────────────────  ─────────────────────────────────────────  ──────────
 a.input   u8         MatMulIntegerToFloat                operand of linear; shares with b.input     nets.py:XX
@@ -100,6 +101,10 @@ a.weight  s8 axis 0  MatMulIntegerToFloat                weight of linear       
 b.input   u6         float: its weight is not quantized  operand of linear_1; format by             nets.py:XX
                      (Rule(path='b', operand='weight',   Rule(path='b', operand='input', spec=u6);
                      spec=None))                         shares with a.input
+
+most work in float  in  work      why                                                      source
+──────────────────  ──  ────────  ───────────────────────────────────────────────────────  ──────────
+linear              b   216 FLOP  its weight: Rule(path='b', operand='weight', spec=None)  nets.py:XX
 
 left in float: 1
 operator  why                                                      source

@@ -1,0 +1,182 @@
+"""python -m fxquant: explain, lint and kernels, by calls of main."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.__main__ import main
+from tests.report.nets import FLAT, IMAGE, Forked, Residual
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(3, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, shift: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens) + shift))
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("the weights are not here")
+
+
+class Space:
+    inner = staticmethod(Residual)
+
+
+@pytest.fixture(autouse=True)
+def models() -> Iterator[None]:
+    module: Any = types.ModuleType("shell_models")
+    vars(module).update(
+        Residual=Residual, Table=Table, broken=broken, space=Space, number=3, pair=lambda: (Residual(), (IMAGE,)),
+        instance=Forked(), bare=lambda: (Residual(), IMAGE), nothing=lambda: None, three=(Residual(), 1, 2),
+    )  # fmt: skip
+    sys.modules["shell_models"] = module
+    yield
+    del sys.modules["shell_models"]
+
+
+def shell(*argv: str) -> int:
+    torch.manual_seed(0)
+    return main(list(argv))
+
+
+# ---------------------------------------------------------------- explain
+
+
+def test_explain_prints_what_python_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("explain", "shell_models:Residual", "--input", "2x3x8x8") == 0
+    model = fxquant.prepare(Residual(), (IMAGE,))
+    assert capsys.readouterr().out == f"{fxquant.explain(model, (IMAGE,))}\n"
+
+
+@pytest.mark.parametrize("name", ["pair", "Residual", "space.inner"])
+def test_a_function_a_class_or_a_path(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [] if name == "pair" else ["--input", "2x3x8x8"]
+    assert shell("explain", f"shell_models:{name}", *given) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("recipe 'int8' for onnxruntime: 11 sites") and "100 % of 72.8 kFLOP" in out
+
+
+def test_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--recipe", "w4a8", "--target", "openvino", "--skip", "stem", "--skip", "head", "--json")
+    drawing = tmp_path / "net.svg"
+    given = ("--input", "2x3x8x8", "--draw", str(drawing))
+    assert shell("explain", "shell_models:Residual", *given, *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["recipe"], found["target"]) == ("w4a8", "openvino")
+    assert {site["key"].split(".")[0].split("_")[0] for site in found["sites"]}.isdisjoint({"stem", "head"})
+    left = {one["module"]: one["reason"] for one in found["coverage"]["products"] if not one["quantized"]}
+    assert left == {name: f"Rule(path={name!r}, spec=None)" for name in ("stem", "head")}
+    assert drawing.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_several_inputs_and_their_types(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--input", "2x5:int64", "--input", "4")
+    assert shell("explain", "shell_models:Table", *given) == 0
+    assert "head.weight" in capsys.readouterr().out
+    assert shell("explain", "shell_models:instance", "--input", "3x6:float64") == 1  # a float32 model
+    assert "args and kwargs must run through the model" in capsys.readouterr().err
+
+
+def test_inputs_given_win_over_those_that_come_along(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("explain", "shell_models:pair", "--input", "4x3x8x8", "--json") == 0
+    twice = json.loads(capsys.readouterr().out)["coverage"]["flops"]
+    assert shell("explain", "shell_models:pair", "--json") == 0
+    assert twice == 2 * json.loads(capsys.readouterr().out)["coverage"]["flops"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "MODULE:NAME must name a module and something in it: got 'nowhere'"),
+        (["no.such.place:model"], "must name a module that Python finds: got 'no.such.place'. Run from its folder"),
+        (["shell_models:absent"], "got 'absent', and shell_models has no such attribute"),
+        (["shell_models:space.absent"], "got 'space.absent', and shell_models has no such attribute"),
+        (["shell_models:number"], "must be or return an nn.Module, or (module, args): got int"),
+        (["shell_models:nothing"], "must be or return an nn.Module, or (module, args): got NoneType"),
+        (["shell_models:three"], "must be or return an nn.Module, or (module, args): got tuple"),
+        (["shell_models:Residual"], "must come with example inputs: got a model alone. Add --input 1x3x32x32"),
+        (["shell_models:bare"], "args must be a tuple of example inputs: got Tensor"),
+        (["shell_models:Residual", "--input", "2x"], "--input must be a shape, and maybe a type of float32, "),
+        (["shell_models:Residual", "--input", "2x3:int7"], "got '2x3:int7'. Write 1x3x32x32 or 1x16:int64"),
+        (["shell_models:Residual", "--input", "2x3x8x8", "--recipe", "int7"], "recipe must be a Recipe or one of"),
+        (["shell_models:Residual", "--input", "2x3x8x8", "--recipe", "mixed"], "must come with data and a budget"),
+        (["shell_models:Residual", "--input", "2x3x8x8", "--target", "abacus"], "target must be one of"),
+        (["shell_models:Residual", "--input", "2x3x8x8", "--skip", "steam"], "rules must each match an operand"),
+        (["shell_models:Residual", "--input", "2x3x8x8", "--draw", "a.png"], "path must end in .svg: got 'a.png'"),
+    ],
+)
+def test_explain_errors(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("explain", *argv) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == "" and captured.err.count("\n") == 1
+
+
+def test_errors_of_the_users_code_come_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="the weights are not here"):
+        shell("explain", "shell_models:broken", "--input", "1")
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_here\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
+        shell("explain", "needs_more:model")
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = fxquant.calibrate(fxquant.prepare(Forked(), (FLAT,)), [FLAT], progress=False)
+    path = tmp_path_factory.mktemp("shell") / "forked.onnx"
+    fxquant.export_onnx(model.eval(), (FLAT,), str(path))
+    return path
+
+
+def test_lint_of_a_sound_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("lint", str(file)) == 0
+    out = capsys.readouterr().out
+    assert "for onnxruntime: 0 findings in" in out
+
+
+def test_lint_says_what_a_target_would_not_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("lint", str(file), "--target", "tensorrt", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["target"] == "tensorrt" and found["findings"] and found["checked"] > 0
+    assert shell("lint", str(file), "--target", "tensorrt") == 1
+    assert found["findings"][0]["message"] in capsys.readouterr().out
+
+
+def test_kernels(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("kernels", str(file)) == 0
+    assert "MatMulIntegerToFloat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["lint", "kernels"])
+def test_a_file_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell(command, str(tmp_path / "absent.onnx")) == 1
+    assert "absent.onnx" in capsys.readouterr().err
+
+
+def test_an_unknown_target(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("lint", str(file), "--target", "abacus") == 1
+    assert "target must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["lint"], ["explain"], ["lint", "x.onnx", "--fast"]])
+def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        shell(*argv)
+    assert stopped.value.code == 2 and "usage: python -m fxquant" in capsys.readouterr().err
