@@ -54,9 +54,6 @@ KINDS: dict[Any, Kind] = {
     aten.addmv: Kind("mv", {"lhs": 1, "rhs": 2}),
     aten.bilinear: Kind("bilinear", {}),
     **dict.fromkeys((aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu), Kind("recurrent_layer", {})),
-    **dict.fromkeys(
-        (aten.gru_cell, aten.lstm_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell), Kind("recurrent_cell", {})
-    ),
     aten.einsum: Kind("einsum", {}),
     aten.embedding: Kind("embedding", {"weight": 0}, "weight", None),
     aten.scaled_dot_product_attention: Kind("sdpa", {"query": 0, "key": 1, "value": 2}),

@@ -17,7 +17,8 @@ from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind, kind_of, user_line
 from fxquant.lift import Operand
 from fxquant.ops.binding import bind
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
+from fxquant.passes.base import run_all
+from fxquant.passes.pipelines import normalizing_passes
 from fxquant.place import Exceptions, Placement, place, weighted
 from fxquant.plan import Declined, Edge, LocalSite, Plan, Site
 from fxquant.profiles import Profile, get_profile
@@ -211,7 +212,7 @@ def _make_plan(
     sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
     declined: list[Declined] = []
     for gm in graphs:
-        FunctionalizeActivations().run(gm)
+        run_all(normalizing_passes(), gm)
     layers = [node for gm in graphs for node in weighted(gm.graph, profile)]
     ends = (layers[0], layers[-1]) if layers else (None, None)
     book = Rulebook(recipe.rules)

@@ -100,7 +100,6 @@ class Profile:
 
 _PRODUCTS = frozenset({"conv", "linear", "matmul", "einsum", "sdpa"})
 _FLOAT_CELLS = {
-    "recurrent_cell": "a fused recurrent cell is not looked into: its products stay float",
     "recurrent_layer": "a fused recurrent layer is not looked into: its products stay float",
     "mv": "products of a matrix and a vector stay float",
     "bilinear": "no runtime multiplies two activations and a weight in one integer kernel",

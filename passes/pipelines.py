@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fxquant.passes.base import Pass
+from fxquant.passes.decompose_recurrent_cells import DecomposeRecurrentCells
 from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
@@ -19,10 +20,15 @@ from fxquant.profiles import Profile
 from fxquant.recipes import Recipe
 
 
+def normalizing_passes() -> tuple[Pass, ...]:
+    """What comes before placement, in prepare, compile, explain and export alike: places are found by counting."""
+    return (FunctionalizeActivations(), DecomposeRecurrentCells())
+
+
 def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tuple[Pass, ...]:
     """On the captured graph, in compile and in export."""
     return (
-        FunctionalizeActivations(),
+        *normalizing_passes(),
         InsertFakeQuantize(recipe=recipe, profile=profile, stateless=stateless),
         FoldBatchNorm(),
         FoldTrainingBatchNorm(),

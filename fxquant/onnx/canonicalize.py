@@ -45,6 +45,10 @@ def canonicalize(gm: fx.GraphModule, profile: Profile = ONNXRUNTIME) -> list[str
             why = _attention(gm.graph, node)
             if why:
                 notes.append(f"{node.name}: attention left to the exporter: {why}")
+    if profile.bias_apart:
+        for node in list(call_nodes(gm.graph)):
+            if packet(node) is aten.relu:
+                _relu_apart(gm, node)
     if profile.direct_operands:
         for node in list(call_nodes(gm.graph)):
             if packet(node) in (aten.mul, aten.div):
@@ -101,6 +105,22 @@ def _biased(gm: fx.GraphModule, product: fx.Node, bias: fx.Node, node: fx.Node, 
     if apart:
         return call(gm.graph, aten.sub.Tensor, product, _negated(gm, bias), like=node)
     return call(gm.graph, aten.add.Tensor, product, bias, like=node)
+
+
+def _relu_apart(gm: fx.GraphModule, node: fx.Node) -> None:
+    """``f(relu(matmul(x, y)))``  →  ``f(maximum(matmul(x, y), 0))``.
+
+    onnxruntime takes a MatMul and its Relu for one unit, looks for a QuantizeLinear behind it, and leaves both in float
+    where there is none; a maximum it takes for what it is.
+    """
+    product = node.args[0]
+    quantized = all(user.target is QUANTIZE_DEQUANTIZE for user in node.users)
+    if quantized or not isinstance(product, fx.Node) or packet(product) not in _MATMULS:
+        return
+    with gm.graph.inserting_before(node):
+        zero = constant(gm, f"{node.name}_zero", torch.zeros((), dtype=node.meta["val"].dtype), node)
+        node.replace_all_uses_with(call(gm.graph, aten.maximum.default, product, zero, like=node))
+    gm.graph.erase_node(node)
 
 
 def _requantize_moved(graph: fx.Graph, node: fx.Node) -> None:

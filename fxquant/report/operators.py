@@ -27,7 +27,8 @@ from fxquant.graph import (
     user_line,
 )
 from fxquant.lift import Lifting, Operand, lift, passes_values
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
+from fxquant.passes.base import run_all
+from fxquant.passes.pipelines import normalizing_passes
 from fxquant.plan import Declined, Plan, Site
 from fxquant.prepare import frame_marks, left_out
 from fxquant.profiles import get_profile
@@ -165,7 +166,7 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "Give explain what was given to fxquant.prepare."
         ) from error
     for gm in graphs:
-        FunctionalizeActivations().run(gm)
+        run_all(normalizing_passes(), gm)
     return graphs
 
 

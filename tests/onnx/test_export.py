@@ -281,3 +281,20 @@ def test_vanishing_channels_get_a_scale_that_their_bias_can_bear(tmp_path):
     assert any("scale of 2 vanishing channels raised" in note for note in report.notes)
     verified = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
     assert verified.optimized_output_difference < 0.05 * verified.output_spread
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_a_product_whose_relu_is_read_in_float_stays_an_integer_kernel(tmp_path, bias):
+    model = calibrated(
+        nn.Sequential(nn.Linear(16, 32, bias=bias), nn.ReLU(), Absolute(), nn.Linear(32, 8)), torch.randn(6, 16)
+    )
+    x = torch.randn(4, 16)
+    fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
+    assert_codes_agree(report)
+    assert [row.kernel for row in report.rows] == ["MatMulIntegerToFloat"] * 2
+
+
+class Absolute(nn.Module):
+    def forward(self, x):
+        return x.abs()
