@@ -1,4 +1,4 @@
-"""The documents name what there is: operators, and the tests that they point to."""
+"""The documents name what there is: operators, and the tests that they point to; their examples run."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def test_there_are_deviations_to_look_for() -> None:
     section = TEXT.split("## Where we differ")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) - 2 == len(POINTERS)
+
+
+def test_the_placement_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (ROOT / "docs" / "placement.md").read_text(encoding="utf-8")
+    names = {"__name__": "placement"}
+    for example in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(compile(example, "placement.md", "exec"), names)
+    shown = capsys.readouterr().out
+    (printed,) = re.findall(r"```\n(recipe .*?)```", guide, re.DOTALL)
+    assert printed.splitlines()[:2] == shown.splitlines()[:2]
