@@ -133,8 +133,9 @@ def quantized_graph(
         with evaluating(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, dynamic_shapes)
     except Exception as error:
+        hint = "" if dynamic_shapes is None else " With sizes left open it may be those: try dynamic_batch=False."
         raise ExportError(
-            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}"
+            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
         ) from error
     passes = training_passes(get_recipe("int8"), get_profile(plan.target), stateless=False)
     result = run_all(passes, gm)

@@ -212,7 +212,7 @@ def verify_onnx(
     compared = _compare_codes(plain, args, kwargs, found, follow=True)
     with evaluating(plain), torch.no_grad(), compiled_aside(plain, fxquant_eager, dynamic=False) as run:
         reference = run(*args, **kwargs)
-    flat = [t.detach().numpy() for t in torch.utils._pytree.tree_leaves(reference) if isinstance(t, Tensor)]
+    flat = [_array(t) for t in torch.utils._pytree.tree_leaves(reference) if isinstance(t, Tensor)]
     unoptimized = run_outputs(path, feeds, optimize=False)
     if plan.target == "onnxruntime":
         ran = _in_onnxruntime(plain, args, kwargs, path, feeds, flat, rounds)
@@ -354,6 +354,11 @@ def _compare_codes(
 
     record(model, args, kwargs, visit)
     return result
+
+
+def _array(value: Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # numpy has no bfloat16
 
 
 def _largest(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
