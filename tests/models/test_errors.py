@@ -309,8 +309,8 @@ def test_a_checkpoint_of_another_version() -> None:
     model = prepared(Mlp(), X)
     state = model.state_dict()
     plan = state["quantizers.plan"]
-    state["quantizers.plan"] = plan.replace('"version": 1', '"version": 99')
-    with refused(model, PlanMismatch, "checkpoint's plan must be of version 1: got 99"):
+    state["quantizers.plan"] = plan.replace('"version": 2', '"version": 99')
+    with refused(model, PlanMismatch, "checkpoint's plan must be of version 1 to 2: got 99"):
         model.load_state_dict(state)
 
 
