@@ -32,6 +32,7 @@ class Profile:
         float_operands: operand → why it stays in float though its operator is of ``hard``.
         one_scale: kinds whose weight has one scale, not one per output channel.
         bias_apart: a bias is subtracted, since the runtime would merge an added one into a float product.
+        integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
         direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
             before it.
         float_pads: a pad runs in float, so that what is padded is quantized again behind it, to the same codes.
@@ -55,6 +56,7 @@ class Profile:
     float_operands: dict[str, str] = field(default_factory=dict)
     one_scale: frozenset[str] = frozenset()
     bias_apart: bool = False
+    integer_bias: bool = False
     direct_operands: bool = False
     float_pads: bool = False
     activation_bits: range = range(2, 17)
@@ -113,6 +115,7 @@ ONNXRUNTIME = Profile(
     soft=frozenset({"add", "cat", "avg_pool"}),
     needs_output=frozenset({"conv"}),
     bias_apart=True,
+    integer_bias=True,
     float_pads=True,
     # Beside a quantized activation it takes wider blocks for scales per column, and fails at run time.
     group_bits=range(2, 5),

@@ -13,6 +13,7 @@ from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.tag_recompute import TagRecompute
 from fxquant.passes.unify_scales import UnifyScales
@@ -34,6 +35,7 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
         FoldTrainingBatchNorm(),
         UnifyScales(profile=profile),
         EliminateRedundantFakeQuantize(),
+        QuantizeBias(profile=profile),
     )
 
 

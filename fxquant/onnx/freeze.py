@@ -14,11 +14,9 @@ from fxquant.errors import ExportError
 from fxquant.graph import constant_nodes, is_agnostic, kind_of, operands
 from fxquant.onnx.translate_operators import storage
 from fxquant.ops import fake_quantize
+from fxquant.ops.bias import BIAS_MAX, FAKE_QUANTIZE_BIAS, bias_codes
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
-
-# onnxruntime stores a fused bias as int32 in units of (input scale · weight scale), without an overflow check.
-_BIAS_LIMIT = 2.0**31 - 1
 
 
 @dataclass
@@ -59,6 +57,7 @@ def freeze(gm: fx.GraphModule) -> Frozen:
     ``fake_quantize(w, s, z)`` of a constant  →  ``dequantize_affine(int8 codes, s, z)``
     ``reshape(fake_quantize(reshape(w)))``    →  the same with a block of codes for each group, in the form of w
     ``fake_quantize(x, s, z)``                →  ``quantize_dequantize(x, 0.1, 128, …, "layer.input")``
+    ``fake_quantize_bias(b, s, t)``           →  ``dequantize_affine(int32 codes, s·t, 0)``
 
     Everything else that depends on parameters only and feeds something that does not (a folded bias) becomes a
     constant too.
@@ -77,6 +76,8 @@ def freeze(gm: fx.GraphModule) -> Frozen:
             number = seen[site.label] = seen.get(site.label, -1) + 1
             label = site.label if not number else f"{site.label}@{number}"
             _freeze_activation(gm.graph, node, label, values, frozen)
+    for node in [n for n in gm.graph.nodes if n.op == "call_function" and n.target is FAKE_QUANTIZE_BIAS]:
+        _freeze_bias(gm, node, values)
     _freeze_rest(gm, values)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
@@ -163,17 +164,39 @@ def _guard_bias(node: fx.Node, scale: Tensor, values: _Values, label: str, froze
         source = operands(user).get("input")
         if kind is None or kind.name != "conv" or not isinstance(bias, fx.Node) or bias not in values.constants:
             continue
-        while source is not None and is_agnostic(source):
-            source = source.all_input_nodes[0]
+        source = None if source is None else _unmoved(source)
         if source is None or source.target is not QUANTIZE_DEQUANTIZE:
             continue
-        least = values[bias].abs().to(torch.float64) / (float(source.args[1]) * _BIAS_LIMIT)  # type: ignore[arg-type]
+        least = values[bias].abs().to(torch.float64) / (float(source.args[1]) * BIAS_MAX)  # type: ignore[arg-type]
         raised = torch.maximum(scale, (least * 2).to(scale.dtype))
         count = int((least > scale).sum())
         if count:
             frozen.notes.append(f"{label}: scale of {count} vanishing channels raised, so that their bias fits int32")
             scale = torch.where(least.to(scale.dtype) > scale, raised, scale)
     return scale
+
+
+def _freeze_bias(gm: fx.GraphModule, node: fx.Node, values: _Values) -> None:
+    """With the scale that the weight has by now; a bias that cannot be held so is folded to a float constant."""
+    (conv,) = node.users
+    weight, source = operands(conv)["weight"], _unmoved(operands(conv)["input"])
+    bias = node.args[0]
+    if weight.target is not DEQUANTIZE or source.target is not QUANTIZE_DEQUANTIZE or bias not in values.constants:
+        return
+    scale = values[weight.args[1]] * torch.tensor(source.args[1], dtype=torch.float32)  # type: ignore[index]
+    code = bias_codes(values[bias], scale).double().clamp(-BIAS_MAX, BIAS_MAX).to(torch.int32)  # type: ignore[index]
+    label = str(weight.args[0].target).removesuffix("weight__codes")  # type: ignore[union-attr]
+    with gm.graph.inserting_before(node):
+        held = _held(gm, f"{label}bias", (code, scale, torch.zeros_like(scale)), node)
+        new = call(gm.graph, DEQUANTIZE, *held, 0 if scale.dim() else None, like=node)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _unmoved(value: fx.Node) -> fx.Node:
+    while is_agnostic(value):
+        value = value.all_input_nodes[0]
+    return value
 
 
 def _freeze_rest(gm: fx.GraphModule, values: _Values) -> None:

@@ -10,11 +10,12 @@
 | blocks | `blocks` | MX, NVFP4, block integers, double quantization |
 | stochastic rounding | `stochastic` | Philox by element index |
 | scaled by amax | `amax` | what `fxquant.tensor_quant` is made of |
-| ranges, export, state | `qparams`, `qdq`, `binding` | what the passes insert |
+| ranges, bias, export, state | `qparams`, `bias`, `qdq`, `binding` | what the passes insert |
 
 Each file holds schema, checks, arithmetic and gradient of its operators, and a documented Python function for each.
 """
 
+from fxquant.ops.bias import fake_quantize_bias
 from fxquant.ops.binding import bind
 from fxquant.ops.blocks import fake_quantize_blocks, fake_quantize_mx, fake_quantize_nvfp4
 from fxquant.ops.fake_quantize import (
@@ -53,6 +54,7 @@ __all__ = [
     "dequantize_per_channel",
     "dequantize_per_tensor",
     "extend_min_max",
+    "fake_quantize_bias",
     "fake_quantize_blocks",
     "fake_quantize_differentiable",
     "fake_quantize_float",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.ops.binding import BIND
 from fxquant.ops.fake_quantize import (
     PER_CHANNEL,
@@ -61,6 +62,7 @@ CASES = [
     Case("extend min max", EXTEND_MIN_MAX, lambda x: (x, *ranges(x)), grads=()),
     Case("resolve min max", RESOLVE_MIN_MAX, lambda x: (x, *ranges(x)), grads=()),
     Case("affine qparams", AFFINE_QPARAMS, lambda x: (*ranges(x), 0, 255, False), grads=(), takes_x=False),
+    Case("bias", FAKE_QUANTIZE_BIAS, lambda x: (x, one(x)[0], one(x, 0.02)[0]), grads=("bias",)),
     Case("symmetric qparams", SYMMETRIC_QPARAMS, lambda x: (x, None, 127), grads=()),
     Case("symmetric qparams, axis", SYMMETRIC_QPARAMS, lambda x: (x, 1, 127), grads=(), elementwise=False),
     Case(
