@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from fxquant.graph import is_bind
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
+from fxquant.plan import target_of
 from fxquant.profiles import get_profile
 from fxquant.recipes import Recipe, get_recipe
 from fxquant.resolve import bound_sites, execution_order
@@ -159,12 +160,24 @@ def quantize_graph(
         result = PassResult(declines=[_left_alone(captured, "recipe=None places nothing")])
     else:
         stateless = not prepared and any(map(_is_trainable, example_inputs))
-        passes = training_passes(chosen.recipe, get_profile(chosen.target), stateless=stateless)
+        target = _target(digests) or chosen.target
+        passes = training_passes(chosen.recipe, get_profile(target), stateless=stateless)
         result = run_all(passes, captured)
         if not digests and not stateless:
             result.declines.append(_left_alone(captured))
     _report(captured, digests, result)
     return captured
+
+
+def _target(digests: Iterable[str]) -> str | None:
+    """What the prepared parts of a graph are for; None where there are none."""
+    found = sorted({target_of(key) for key in digests})
+    if len(found) > 1:
+        raise UnsupportedModel(
+            f"models that run in one graph must be prepared for one target: got {' and '.join(found)}. "
+            "Prepare them for the same, or compile them apart."
+        )
+    return found[0] if found else None
 
 
 def _refuse_buckets(gm: fx.GraphModule) -> None:

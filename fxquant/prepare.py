@@ -369,4 +369,4 @@ def attach(model: nn.Module, plan: Plan) -> None:
     for path, sites in by_owner.items():
         locals_ = tuple(site.local for site in sites)
         modules[path].add_module(ATTRIBUTE, QuantizerSet(locals_).to(devices[path]))
-        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_).method
+        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_, plan.target).method

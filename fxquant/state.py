@@ -193,12 +193,13 @@ class BoundForward:
     object, and then no two instances of a class share a compile.
     """
 
-    def __init__(self, module: nn.Module, sites: tuple[LocalSite, ...]) -> None:
+    def __init__(self, module: nn.Module, sites: tuple[LocalSite, ...], target: str) -> None:
         self.module = module
+        self.target = target
         self.inner = module.__dict__.get("forward")
         self.sites = sites
         self.names = tuple(site.name for site in sites)
-        self.key = register(sites)
+        self.key = register(sites, target)
         self.eager_runs = 0
         _LIVE.add(self)
 
@@ -255,7 +256,7 @@ class BoundForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        register(self.sites)
+        register(self.sites, self.target)
         _LIVE.add(self)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fxquant.errors import PlanMismatch
-from fxquant.plan import Declined, Edge, LocalSite, Mode, Plan, Site, digest, register, registered
+from fxquant.plan import Declined, Edge, LocalSite, Mode, Plan, Site, digest, register, registered, target_of
 from fxquant.recipes import INT8, W4A8
 from fxquant.spec import Fixed, MovingAverage, QuantSpec
 
@@ -92,19 +92,20 @@ def test_reasons_and_sources_are_no_difference() -> None:
 def test_digest_tells_site_lists_apart() -> None:
     fixed = dataclasses.replace(INPUT, spec=QuantSpec(range=Fixed(min=0, max=6)))
     lists = [(), (INPUT,), (WEIGHT,), (INPUT, WEIGHT), (WEIGHT, INPUT), (fixed,)]
-    assert len({digest(sites) for sites in lists}) == len(lists)
-    assert registered(register((INPUT, WEIGHT))) == (INPUT, WEIGHT)
+    assert len({digest(sites, target) for sites in lists for target in ("onnxruntime", "openvino")}) == 2 * len(lists)
+    key = register((INPUT, WEIGHT), "openvino")
+    assert registered(key) == (INPUT, WEIGHT) and target_of(key) == "openvino"
 
 
 def test_digest_is_the_same_in_every_process() -> None:
-    code = "from tests.test_plan import *; print(digest((INPUT, WEIGHT)))"
+    code = "from tests.test_plan import *; print(digest((INPUT, WEIGHT), 'generic'))"
     found = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True, text=True
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert found == {digest((INPUT, WEIGHT))}
+    assert found == {digest((INPUT, WEIGHT), "generic")}
 
 
 def test_modes_are_numbers_that_graphs_may_hold() -> None:

@@ -319,3 +319,12 @@ def test_what_needs_a_plan_says_so() -> None:
     with refused(model, InvalidArgument, "freeze_ranges must be given a prepared model: got Mlp without a plan"):
         fxquant.freeze_ranges(model)
     assert fxquant.strip(model) is model
+
+
+def test_parts_of_one_graph_are_for_one_target() -> None:
+    parts = nn.Sequential(
+        fxquant.prepare(nn.Sequential(nn.Linear(8, 8)), (X[:, :8],), target="onnxruntime"),
+        fxquant.prepare(nn.Sequential(nn.Linear(8, 8)), (X[:, :8],), target="openvino"),
+    )
+    with pytest.raises(Exception, match="prepared for one target: got onnxruntime and openvino"):
+        torch.compile(parts, backend="fxquant_eager")(X[:, :8])

@@ -57,7 +57,7 @@ class Bound(nn.Module):
         self.register_buffer("high", torch.tensor([high]))
         spec = QuantSpec(signed=False, symmetric=False, range=found) if found else U8
         edge = Edge(path="", kind="linear", ordinal=0, operand="input")
-        self.key = register((LocalSite(name="input", role="activation", spec=spec, edges=(edge,)),))
+        self.key = register((LocalSite(name="input", role="activation", spec=spec, edges=(edge,)),), "onnxruntime")
         self.mode = int(mode)
         self.stateful = spec.range.stateful
 
@@ -117,7 +117,7 @@ def test_stateless_ranges(found: Range, high: float) -> None:
 
 def test_site_without_its_operator_is_declined() -> None:
     edge = Edge(path="", kind="conv", ordinal=0, operand="input")
-    key = register((LocalSite(name="input", role="activation", spec=U8, edges=(edge,)),))
+    key = register((LocalSite(name="input", role="activation", spec=U8, edges=(edge,)),), "onnxruntime")
 
     def model(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         bind(key, [int(Mode.TRAIN)], [low, high])
