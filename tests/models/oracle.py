@@ -53,14 +53,38 @@ class Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self._qparams(x.detach())
+        self.scale = scale
         return FakeQuantize.apply(x, scale, zero_point, 0, 255)
 
 
+def weight_scale(w: Tensor, bits: int = 8) -> Tensor:
+    """One per slice of axis 0."""
+    return (w.detach().flatten(1).abs().amax(1).float() / (2 ** (bits - 1) - 1)).clamp(min=2.0**-60)
+
+
 def weight(w: Tensor, bits: int = 8) -> Tensor:
-    """Signed narrow codes, one scale per slice of axis 0."""
+    """Signed narrow codes."""
     high = 2 ** (bits - 1) - 1
-    scale = (w.detach().flatten(1).abs().amax(1).float() / high).clamp(min=2.0**-60).view(-1, *[1] * (w.dim() - 1))
+    scale = weight_scale(w, bits).view(-1, *[1] * (w.dim() - 1))
     return FakeQuantize.apply(w, scale, torch.zeros_like(scale), -high, high)
+
+
+def bias(b: Tensor, input_scale: Tensor, w: Tensor) -> Tensor:
+    """In units of the integer sum, where 32 bits hold it; straight through."""
+    unit = input_scale * weight_scale(w)
+    code = torch.round(b.detach() / unit)
+    return b + torch.where(code.abs() < 2**31, code * unit - b.detach(), 0)
+
+
+def normalized(x: Tensor, norm: nn.BatchNorm2d, input_scale: Tensor, w: Tensor) -> Tensor:
+    """BatchNorm behind a convolution; evaluated, it is a part of that, and what it adds a bias."""
+    if norm.training:
+        return norm(x)
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    added = norm.bias - norm.running_mean * factor
+    shift = bias(added, input_scale, w * factor.view(-1, 1, 1, 1)) - added
+    return norm(x) + shift.view(1, -1, 1, 1)
 
 
 class OracleMlp(nn.Module):
@@ -88,8 +112,9 @@ class OracleConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m = self.model
         x = F.conv2d(self.image(x), weight(m.conv1.weight), None, padding=1)
-        x = self.unit(torch.relu(m.bn1(x)))
-        y = self.conv2(F.conv2d(x, weight(m.conv2.weight), m.conv2.bias, padding=1))
+        x = self.unit(torch.relu(normalized(x, m.bn1, self.image.scale, m.conv1.weight)))
+        shift = bias(m.conv2.bias, self.unit.scale, m.conv2.weight)
+        y = self.conv2(F.conv2d(x, weight(m.conv2.weight), shift, padding=1))
         x = self.sum(torch.relu(y + x))
         x = self.pool(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return F.linear(x, weight(m.head.weight), m.head.bias)
