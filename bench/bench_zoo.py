@@ -233,25 +233,34 @@ def summary(rows: list[Row]) -> str:
             failing = [entry for entry, kept in asked.items() if not kept]
             names = f": not {', '.join(failing)}" if failing else ""
             lines.append(f"{target:12} {promise:14} {len(asked) - len(failing)} of {len(asked)}{names}")
-        nodes = [row["fixed"] for row in of_target if row.get("fixed")]
-        total, integer = (sum(n[key] for n in nodes) for key in ("nodes", "integer_nodes"))
-        if total:
-            lines.append(f"{target:12} {'integer nodes':14} {integer} of {total} ({100 * integer / total:.1f} %)")
+        files = [row["fixed"] for row in of_target if row.get("fixed")]
+        integer, total = (sum(file[key] for file in files) for key in ("integer_nodes", "nodes"))
+        second = sum("comes from Softmax" in line for file in files for line in file["float_nodes"])
+        if total > second:
+            share = 100 * integer / (total - second)
+            apart = f"; {second} second products of attention in float apart" if second else ""
+            lines.append(f"{target:12} {'integer nodes':14} {integer} of {total - second} ({share:.1f} %){apart}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", type=Path)
+    parser.add_argument("zoo", type=Path, nargs="?")
     parser.add_argument("--targets", default="onnxruntime,openvino")
     parser.add_argument("--only", default="")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--backend", default="fxquant_eager")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--summary", type=Path, help="only sum up a file that --out wrote")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.summary:
+        print(summary([json.loads(line) for line in options.summary.read_text(encoding="utf-8").splitlines()]))
+        return
+    if options.zoo is None:
+        parser.error("a zoo file must be given, or --summary with the results of one.")
     zoo = load_zoo(options.zoo)
     wanted = options.only.split(",") if options.only else list(zoo.names())
     unknown = sorted(set(wanted) - set(zoo.names()))
