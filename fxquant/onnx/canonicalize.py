@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph import PADS, call_nodes, is_agnostic, only_user, packet
+from fxquant.graph import PADS, call_nodes, is_agnostic, only_user, operands, packet
 from fxquant.onnx.freeze import constant
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
@@ -27,6 +27,7 @@ _PRODUCTS = _MATMULS | {
     *(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution),
     *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
 }
+_WEIGHTED = (_PRODUCTS - _MATMULS) | {aten.linear, aten.addmm}
 # What stands between the scores of attention and their softmax.
 _MASKING = frozenset({aten.add, aten.masked_fill, aten.where})
 
@@ -49,6 +50,8 @@ def canonicalize(gm: fx.GraphModule, profile: Profile = ONNXRUNTIME) -> list[str
         for node in list(call_nodes(gm.graph)):
             if packet(node) is aten.relu:
                 _relu_apart(gm, node)
+            elif packet(node) in _WEIGHTED:
+                _float_apart(gm, node)
     if profile.direct_operands:
         for node in list(call_nodes(gm.graph)):
             if packet(node) in (aten.mul, aten.div):
@@ -117,10 +120,38 @@ def _relu_apart(gm: fx.GraphModule, node: fx.Node) -> None:
     quantized = all(user.target is QUANTIZE_DEQUANTIZE for user in node.users)
     if quantized or not isinstance(product, fx.Node) or packet(product) not in _MATMULS:
         return
-    with gm.graph.inserting_before(node):
-        zero = constant(gm, f"{node.name}_zero", torch.zeros((), dtype=node.meta["val"].dtype), node)
-        node.replace_all_uses_with(call(gm.graph, aten.maximum.default, product, zero, like=node))
-    gm.graph.erase_node(node)
+    _as_maximum(gm, node, product)
+
+
+def _as_maximum(gm: fx.GraphModule, relu: fx.Node, value: fx.Node) -> None:
+    with gm.graph.inserting_before(relu):
+        relu.replace_all_uses_with(_maximum(gm, value, 0.0, relu))
+    gm.graph.erase_node(relu)
+
+
+def _maximum(gm: fx.GraphModule, value: fx.Node, least: float, like: fx.Node) -> fx.Node:
+    bound = torch.full((), least, dtype=like.meta["val"].dtype)
+    return call(gm.graph, aten.maximum.default, value, constant(gm, f"{like.name}_least", bound, like), like=like)
+
+
+def _float_apart(gm: fx.GraphModule, node: fx.Node) -> None:
+    """``QDQ(conv(QDQ(x), w))`` with w in float  →  ``QDQ(maximum(conv(QDQ(x), w), lowest))``; of a relu, its maximum.
+
+    Between two quantizers onnxruntime rounds a float weight to 8 bits with one scale of its own making, even where it
+    has no integer kernel and computes in float afterwards. The maximum changes no value and parts what it looks for.
+    """
+    named, user = operands(node), only_user(node)
+    source, weight = named.get("input"), named.get("weight")
+    if source is None or weight is None or user is None or weight.target is DEQUANTIZE:
+        return
+    if _pair_behind(source) is None:
+        return
+    if packet(user) is aten.relu:
+        _as_maximum(gm, user, node)
+    elif user.target is QUANTIZE_DEQUANTIZE:
+        with gm.graph.inserting_before(user):
+            parted = _maximum(gm, node, torch.finfo(node.meta["val"].dtype).min, node)
+        user.replace_input_with(node, parted)
 
 
 def _requantize_moved(graph: fx.Graph, node: fx.Node) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument, MissingDependency, NotQuantizedWarning, RangeNotSet
+from fxquant.onnx import runtime
 from fxquant.ops.qdq import QUANTIZE_DEQUANTIZE
 from fxquant.state import plan_of, quantizers
 from tests.onnx.agreement import assert_codes_agree
@@ -300,3 +301,32 @@ def test_a_product_whose_relu_is_read_in_float_stays_an_integer_kernel(tmp_path,
 class Absolute(nn.Module):
     def forward(self, x):
         return x.abs()
+
+
+UNQUANTIZED = {
+    "conv-transpose": lambda: nn.ConvTranspose2d(8, 8, 2, 2),
+    "conv-transpose-without-bias": lambda: nn.ConvTranspose2d(8, 8, 2, 2, bias=False),
+    "conv-transpose-relu": lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU()),
+    "conv": lambda: nn.Conv2d(8, 8, 3),
+    "linear": lambda: nn.Linear(6, 8),
+    "linear-relu": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("name", UNQUANTIZED)
+def test_a_weight_that_training_left_in_float_stays_so(tmp_path, name):
+    """onnxruntime would round it by a rule of its own; what it computes is then not what training saw."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), UNQUANTIZED[name](), nn.Conv2d(8, 4, 1)), torch.randn(4, 3, 8, 8)
+    fxquant.prepare(model, (x,), rules=[fxquant.Rule(path="1", operand="weight", spec=None, optional=True)])
+    fxquant.calibrate(model, [x], progress=False)
+    path = tmp_path / "m.onnx"
+    fxquant.export_onnx(model, (x,), path)
+    optimized = tmp_path / "optimized.onnx"
+    runtime.session(path, optimize=True, optimized_path=optimized)
+    graph = onnx.load(optimized).graph
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    (weight,) = (p for n, p in model[1].named_parameters() if n.endswith("weight"))
+    kept = [numpy_helper.to_array(tensor) for tensor in held.values() if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert any(np.isin(weight.detach().numpy(), value).all() for value in kept)  # maybe in another layout
+    assert_codes_agree(fxquant.verify_onnx(model, (x,), path, rounds=1))
