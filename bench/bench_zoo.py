@@ -153,7 +153,9 @@ def examine(zoo: Any, name: str, target: str, backend: str, steps: int) -> Row:
         with noted(row, "prepare"):
             fxquant.prepare(model, args, kwargs, target=target)
         with noted(row, "coverage"):
-            row["coverage"] = fxquant.explain(model, args, kwargs).coverage.to_dict()
+            found = fxquant.explain(model, args, kwargs).coverage
+            row["coverage"] = {k: v for k, v in found.to_dict().items() if k != "products"}
+            row["float_products"] = [f"{p.kind} in {p.module}: {p.reason}" for p in found.products if not p.quantized]
         with noted(row, "train"):
             row["fxquant"] = train(entry, model, backend, steps)
         row["unbound"] = list(fxquant.explain(model).unbound)

@@ -73,7 +73,8 @@ def _rows(operations: list[Any], path: ModelPath) -> Iterator[KernelRow]:
         layer, precision = info["layerType"], info["runtimePrecision"]
         tokens = info["originalLayersNames"].split(",")  # OpenVINO adds "/DequantizationMultiply" and its like
         names = [name for name in exported if any(t == name or t.startswith(f"{name}/") for t in tokens)]
-        if layer not in _PRODUCTS and not (layer == _FUSED and names):
+        # What rescales a product's result, fused with what reads it, bears the product's name with a suffix.
+        if layer not in _PRODUCTS and not (layer == _FUSED and set(names) & set(tokens)):
             continue
         read = [_type_name(port) for port in operation.inputs()]
         weight_only = layer in _PRODUCTS and precision in _INTEGER and read[0] not in _INTEGER
