@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def is_agnostic(node: fx.Node) -> bool:
         return all(value in whole for value, whole in zip(given, ((None, 0), (None, sys.maxsize), (1,)), strict=False))
     if packet(node) in PADS:
         value = node.args[3:] if packet(node) is aten.pad else node.args[2:]
-        return not any(value)
+        return not any((*value, node.kwargs.get("value")))
     return packet(node) in AGNOSTIC or (packet(node) in DROPOUT and node.args[2] is False)
 
 
@@ -262,6 +262,27 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
         if found.issuperset(inputs) and (inputs or packet(node) is aten.full):
             found.add(node)
     return found
+
+
+def unmoved(value: fx.Node, moves: Callable[[fx.Node], bool] = is_agnostic) -> fx.Node:
+    """The tensor that a value is, moved at most."""
+    while moves(value):
+        value = value.all_input_nodes[0]
+    return value
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias of a convolution or linear."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return bias if isinstance(bias, fx.Node) else None
+
+
+def set_bias(node: fx.Node, bias: fx.Node | None) -> None:
+    """Gives a convolution or linear another bias, or none."""
+    if len(node.args) > 2:
+        node.update_arg(2, bias)
+    elif bias is not None or "bias" in node.kwargs:
+        node.update_kwarg("bias", bias)
 
 
 def weight_computations(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:

@@ -25,13 +25,13 @@ from fxquant.graph import (
     call_nodes,
     changed_in_place,
     constant_nodes,
-    is_agnostic,
     is_float,
     kind_of,
     operands,
     packet,
     same_views,
     unit_end,
+    unmoved,
     user_line,
     weight_computations,
 )
@@ -305,7 +305,7 @@ class _Solver:
 
     def _weights(self) -> list[Placement]:
         placed = []
-        views = Counter(map(_tensor_of, self.weights))
+        views = Counter(map(unmoved, self.weights))
         for weight, uses in self.weights.items():
             for spec, edges in self._by_spec(list(uses), self.recipe.weight).items():
                 # One quantizer per tensor: a tied weight is quantized per channel if its uses agree on the channels.
@@ -317,7 +317,7 @@ class _Solver:
                     axis = matrix[0]
                 reason = f"weight {'tied between' if len(edges) > 1 else 'of'} {_names(edges)}"
                 reason += f"; {self._weights_only}" if self.recipe.activation is None else ""
-                if views[_tensor_of(weight)] > 1:
+                if views[unmoved(weight)] > 1:
                     reason += "; the tensor is also read transposed, there with channels and codes of its own"
                 found = self._placement("weight", dataclasses.replace(spec, axis=axis), edges, reason)
                 placed.append(dataclasses.replace(found, matrix=matrix))
@@ -389,13 +389,6 @@ class _Solver:
         subject = " and ".join(map(str, rules)) or f"recipe {self.recipe.name!r}"
         self.profile.check_format(role, spec, subject)
         return Placement(role=role, spec=spec, edges=tuple(edges), reason=reason)
-
-
-def _tensor_of(weight: fx.Node) -> fx.Node:
-    """The tensor that a weight is a view of."""
-    while is_agnostic(weight):
-        weight = weight.all_input_nodes[0]
-    return weight
 
 
 def _names(edges: list[Operand]) -> str:

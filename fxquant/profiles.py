@@ -31,7 +31,8 @@ class Profile:
         zero_based_operands: operands with zero point 0, in codes of either sign.
         float_operands: operand → why it stays in float though its operator is of ``hard``.
         one_scale: kinds whose weight has one scale, not one per output channel.
-        bias_apart: a bias is subtracted, since the runtime would merge an added one into a float product.
+        bias_apart: what the runtime would merge into a float product is written apart: a bias is subtracted, a ReLU
+            that is read in float is a maximum, and so is what stands behind a weight in float.
         integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
         direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
             before it.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import call_nodes, kind_of, only_user, operands, packet, replace_operand
+from fxquant.graph import bias_of, call_nodes, kind_of, only_user, operands, packet, replace_operand, set_bias
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, call
 from fxquant.passes.insert_fake_quantize import grouped_value
@@ -76,19 +76,6 @@ class Folding:
     def is_moved(self) -> bool:
         """Whether something stands between head and norm: a transpose, a flatten."""
         return self.norm.args[0] is not self.head
-
-    @property
-    def bias(self) -> fx.Node | None:
-        """The head's bias."""
-        bias = self.head.args[2] if len(self.head.args) > 2 else self.head.kwargs.get("bias")
-        return bias if isinstance(bias, fx.Node) else None
-
-    def set_bias(self, bias: fx.Node | None) -> None:
-        """Gives the head another bias, or none."""
-        if len(self.head.args) > 2:
-            self.head.update_arg(2, bias)
-        elif bias is not None or "bias" in self.head.kwargs:
-            self.head.update_kwarg("bias", bias)
 
 
 def batch_norms(graph: fx.Graph, *, training: bool) -> list[fx.Node]:
@@ -235,7 +222,7 @@ def as_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _rewrite(graph: fx.Graph, found: Folding) -> None:
     if len(found.quantized.users) > 1:
         found = own_quantizer(graph, found)
-    norm, head, bias = found.norm, found.head, found.bias
+    norm, head, bias = found.norm, found.head, bias_of(found.head)
     _, _, beta, mean = norm.args[:4]
     _, factor = fold_weight(graph, found)
     with graph.inserting_before(head):
@@ -246,6 +233,6 @@ def _rewrite(graph: fx.Graph, found: Folding) -> None:
         scaled = call(graph, aten.mul.Tensor, shifted, factor, like=norm)
         new_bias = scaled if beta is None else call(graph, aten.add.Tensor, scaled, beta, like=norm)
         new_bias = as_dtype(graph, new_bias, (head if bias is None else bias).meta["val"].dtype)
-    found.set_bias(new_bias)
+    set_bias(head, new_bias)
     norm.replace_all_uses_with(norm.args[0])  # type: ignore[arg-type]
     graph.erase_node(norm)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import replace_operand
+from fxquant.graph import bias_of, replace_operand, set_bias
 from fxquant.passes.base import Pass, PassResult, all_graphs, call, item
 from fxquant.passes.fold_batch_norm import Folding, as_dtype, batch_norms, fold_weight, match, own_quantizer
 from fxquant.passes.save_running_statistics import mark
@@ -70,7 +70,7 @@ def _rewrite(graph: fx.Graph, found: Folding) -> None:
         batch = _statistics(graph, found, weight)
         result = _corrected(graph, found, batch, running)
         _update(graph, norm, batch)
-    found.set_bias(None)
+    set_bias(found.head, None)
     norm.replace_all_uses_with(result)
     graph.erase_node(norm)
 
@@ -95,7 +95,8 @@ def _corrected(graph: fx.Graph, found: Folding, batch: _Batch, running: fx.Node)
     ratio = call(graph, aten.mul.Tensor, call(graph, aten.sqrt.default, running, like=norm), inverse, like=norm)
     slope = inverse if gamma is None else call(graph, aten.mul.Tensor, gamma, inverse, like=norm)
     # The bias is in the mean and leaves it here again: no effect on the result, but a gradient, of 0, as it had.
-    mean = batch.mean if found.bias is None else call(graph, aten.sub.Tensor, batch.mean, found.bias, like=norm)
+    bias = bias_of(found.head)
+    mean = batch.mean if bias is None else call(graph, aten.sub.Tensor, batch.mean, bias, like=norm)
     shift = call(graph, aten.neg.default, call(graph, aten.mul.Tensor, mean, slope, like=norm), like=norm)
     shift = shift if beta is None else call(graph, aten.add.Tensor, shift, beta, like=norm)
     shape = [1, -1] + [1] * (head.meta["val"].dim() - 2)

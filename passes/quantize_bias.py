@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import call_nodes, kind_of, operands
+from fxquant.graph import bias_of, call_nodes, kind_of, operands, set_bias, unmoved
 from fxquant.lift import passes_values
 from fxquant.ops import fake_quantize
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
@@ -41,24 +41,13 @@ def _quantize(node: fx.Node) -> bool:
         return False
     with node.graph.inserting_before(node):
         quantized = call(node.graph, FAKE_QUANTIZE_BIAS, bias, *scales, like=node)
-    if len(node.args) > 2:
-        node.update_arg(2, quantized)
-    else:
-        node.update_kwarg("bias", quantized)
+    set_bias(node, quantized)
     return True
-
-
-def bias_of(conv: fx.Node) -> fx.Node | None:
-    """The bias of a convolution."""
-    bias = conv.args[2] if len(conv.args) > 2 else conv.kwargs.get("bias")
-    return bias if isinstance(bias, fx.Node) else None
 
 
 def _scales(conv: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Of input and weight, where both are quantized, the weight per output channel or as a whole."""
-    source, weight = operands(conv)["input"], operands(conv)["weight"]
-    while passes_values(source):
-        source = source.all_input_nodes[0]
+    source, weight = unmoved(operands(conv)["input"], passes_values), operands(conv)["weight"]
     if source.target is not fake_quantize.PER_TENSOR or weight.target not in fake_quantize.FAKE_QUANTIZE:
         return None
     if weight.target is fake_quantize.PER_CHANNEL and weight.args[3] != 0:

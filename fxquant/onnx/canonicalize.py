@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph import PADS, call_nodes, is_agnostic, only_user, operands, packet
+from fxquant.graph import PADS, call_nodes, is_agnostic, only_user, operands, packet, unmoved
 from fxquant.onnx.freeze import constant
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import call
@@ -164,8 +164,7 @@ def _requantize_moved(graph: fx.Graph, node: fx.Node) -> None:
 
 def _pair_behind(value: fx.Node) -> fx.Node | None:
     """The Q/DQ pair that a value comes out of, moved at most."""
-    while is_agnostic(value):
-        value = value.all_input_nodes[0]
+    value = unmoved(value)
     return value if value.target is QUANTIZE_DEQUANTIZE else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxquant import numerics
 from fxquant.errors import ExportError
-from fxquant.graph import constant_nodes, is_agnostic, kind_of, operands
+from fxquant.graph import bias_of, constant_nodes, kind_of, operands, unmoved
 from fxquant.onnx.translate_operators import storage
 from fxquant.ops import fake_quantize
 from fxquant.ops.bias import BIAS_MAX, FAKE_QUANTIZE_BIAS, bias_codes
@@ -101,8 +101,7 @@ def _freeze_weight(gm: fx.GraphModule, node: fx.Node, label: str, values: _Value
     weight, scale, zero_point = (values[n] for n in node.args[:3])  # type: ignore[index]
     per_channel = node.target is fake_quantize.PER_CHANNEL
     axis: int | None = node.args[3] if per_channel else None  # type: ignore[assignment]
-    if axis is not None:
-        scale = _guard_bias(node, scale, values, label, frozen)
+    scale = _guard_bias(node, scale, values, label, frozen)
     code = _codes(node, weight, scale, zero_point, axis)
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
@@ -160,14 +159,13 @@ def _guard_bias(node: fx.Node, scale: Tensor, values: _Values, label: str, froze
     """
     for user in node.users:
         kind = kind_of(user)
-        bias = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
-        source = operands(user).get("input")
-        if kind is None or kind.name != "conv" or not isinstance(bias, fx.Node) or bias not in values.constants:
+        if kind is None or kind.name != "conv":
             continue
-        source = None if source is None else _unmoved(source)
-        if source is None or source.target is not QUANTIZE_DEQUANTIZE:
+        bias, source = bias_of(user), unmoved(operands(user)["input"])
+        if bias is None or bias not in values.constants or source.target is not QUANTIZE_DEQUANTIZE:
             continue
         least = values[bias].abs().to(torch.float64) / (float(source.args[1]) * BIAS_MAX)  # type: ignore[arg-type]
+        least = least if scale.numel() == least.numel() else least.amax().reshape(1)  # one scale for all channels
         raised = torch.maximum(scale, (least * 2).to(scale.dtype))
         count = int((least > scale).sum())
         if count:
@@ -179,7 +177,7 @@ def _guard_bias(node: fx.Node, scale: Tensor, values: _Values, label: str, froze
 def _freeze_bias(gm: fx.GraphModule, node: fx.Node, values: _Values) -> None:
     """With the scale that the weight has by now; a bias that cannot be held so is folded to a float constant."""
     (conv,) = node.users
-    weight, source = operands(conv)["weight"], _unmoved(operands(conv)["input"])
+    weight, source = operands(conv)["weight"], unmoved(operands(conv)["input"])
     bias = node.args[0]
     if weight.target is not DEQUANTIZE or source.target is not QUANTIZE_DEQUANTIZE or bias not in values.constants:
         return
@@ -191,12 +189,6 @@ def _freeze_bias(gm: fx.GraphModule, node: fx.Node, values: _Values) -> None:
         new = call(gm.graph, DEQUANTIZE, *held, 0 if scale.dim() else None, like=node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-
-
-def _unmoved(value: fx.Node) -> fx.Node:
-    while is_agnostic(value):
-        value = value.all_input_nodes[0]
-    return value
 
 
 def _freeze_rest(gm: fx.GraphModule, values: _Values) -> None:

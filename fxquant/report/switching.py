@@ -19,7 +19,7 @@ from fxquant.backend import aot_eager, quantize_graph
 from fxquant.calibrate import batch_arguments
 from fxquant.capture import compiled_aside, untouched
 from fxquant.errors import InvalidArgument, RangeNotSet
-from fxquant.graph import kind_of, operands
+from fxquant.graph import kind_of, operands, unmoved
 from fxquant.lift import passes_values
 from fxquant.ops import fake_quantize
 from fxquant.progress import track
@@ -173,7 +173,7 @@ def _uses(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[tuple[str, int, dict
     for node in execution_order(gm):
         kind = kind_of(node)
         if kind is not None:
-            reads = {name: index.get(_source(operand)) for name, operand in operands(node).items()}
+            reads = {name: index.get(unmoved(operand, passes_values)) for name, operand in operands(node).items()}
             if kind.name == "sdpa":  # two products, of which the second reads probabilities
                 first, second = attention_flops(node)
                 value = reads.pop("value", None)
@@ -183,12 +183,6 @@ def _uses(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[tuple[str, int, dict
             else:
                 found.append((kind.name, flops(node) // 2, reads))
     return found
-
-
-def _source(node: fx.Node) -> fx.Node:
-    while passes_values(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -303,6 +303,22 @@ class Absolute(nn.Module):
         return x.abs()
 
 
+def test_a_vanishing_weight_of_one_scale_can_bear_its_bias_too(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight *= 1e-12
+        model[0].bias[:] = torch.tensor([1.0, -0.5, 0.25, 2.0])
+    weight = fxquant.QuantSpec(narrow=True, range=fxquant.CurrentTensor())
+    fxquant.prepare(model, (x,), recipe=fxquant.Recipe(name="per tensor", weight=weight))
+    fxquant.calibrate(model, [x], progress=False)
+    report = fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    assert any("vanishing channels raised" in note for note in report.notes)
+    verified = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
+    assert_codes_agree(verified)
+    assert verified.outputs_within_code == 1.0
+
+
 UNQUANTIZED = {
     "conv-transpose": lambda: nn.ConvTranspose2d(8, 8, 2, 2),
     "conv-transpose-without-bias": lambda: nn.ConvTranspose2d(8, 8, 2, 2, bias=False),
