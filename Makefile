@@ -36,11 +36,17 @@ lint: venv ## Check the style with ruff
 types: venv ## Check the types with mypy
 	@"$(PY)" -m mypy
 
-bench: venv ## Run the benchmarks in bench/, one after the other
-	@set -e; for file in bench/bench_*.py; do \
-	  [ -e "$$file" ] || { echo "There is no bench/bench_*.py."; exit 1; }; \
-	  echo "==> $$file"; "$(PY)" "$$file" $(ARGS); \
+# Small, so that it ends in minutes; ARGS in their place go to step and memory, whose options are the same.
+BENCH := --nets cnn,transformer --dtypes fp32 --variants fxquant --steps 5
+
+bench: venv ## Time, memory and compile of a QAT step, a table at the end; OUT=file keeps the rows
+	@mkdir -p build && rm -f build/bench.jsonl
+	@set -e; for subject in step memory; do echo "==> bench/bench_$$subject.py"; \
+	  "$(PY)" "bench/bench_$$subject.py" $(or $(ARGS),$(BENCH)) --out build/bench.jsonl; \
 	done
+	@echo "==> bench/bench_compile.py"; "$(PY)" bench/bench_compile.py --out build/bench.jsonl
+	@echo "==> All of it"; "$(PY)" bench/table.py build/bench.jsonl
+	@[ -z "$(OUT)" ] || cat build/bench.jsonl >> "$(OUT)"
 
 clean: ## Remove build outputs and caches (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,16 @@
-"""Time and saved bytes of a QAT step against the plain compiled step, interleaved in one process.
+"""Time, saved bytes and kernels of a QAT step against the plain compiled step, interleaved in one process.
 
-    python bench/bench_step.py [--steps 15] [--nets cnn,transformer] [--out bench/results/step.jsonl]
+    python bench/bench_step.py [--steps 15] [--nets cnn,transformer] [--dtypes fp32,bf16] [--variants fxquant,brevitas]
+                               [--out bench/results/step.jsonl]
 
-A JSON line per net and variant: median seconds of forward + backward, its ratio to plain, bytes that autograd
-keeps for backward (parameters excluded) and their ratio. Before timing, compiled gradients are held to those of
-`fxquant_eager`.
+A JSON line per net, dtype (bf16 is autocast) and variant: median seconds of forward + backward, its ratio to plain,
+bytes that autograd keeps for backward (parameters excluded) and their ratio, what Inductor generated (`kernels.py`),
+graph breaks, and graphs that were compiled after the first step. ``--variants`` takes parts of names (`variants.py`);
+peers run where they are installed (`peers.py`). What cannot run here is left out, its reason printed; a failure of
+fxquant makes the exit status 1.
+
+Before timing, compiled gradients of fxquant are held to those of `fxquant_eager`, and losses of the rest to the
+float net's.
 """
 
 from __future__ import annotations
@@ -12,57 +18,27 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from kernels import watch
 from machine import emit, environment
+from nets import NETS, Layer, Unavailable
+from table import show
 from torch import Tensor, nn
-from torch.nn import functional as F
+from variants import DTYPES, Built, Step, Variant, autocast, chosen
 
-import fxquant
+__all__ = ["NETS", "Layer", "gradients", "saved_bytes", "timed"]
 
-Step = Callable[[Tensor], Tensor]
+# Of all gradients, relative to their norm. In bf16 eager rounds after every operator, compiled code after a kernel.
+GRADIENT_ERROR = {"fp32": 2e-2, "bf16": 2e-1}
+LOSS_ERROR = 0.1
 
-
-class Block(nn.Module):
-    """Residual block of two 3×3 convolutions with BatchNorm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
-        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + x)
-
-
-class Layer(nn.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
-        x = x + self.proj(attended)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "cnn": lambda: (
-        nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), *(Block(32) for _ in range(4))),
-        torch.randn(32, 3, 32, 32),
-    ),
-    "transformer": lambda: (nn.Sequential(*(Layer(256) for _ in range(4))), torch.randn(16, 128, 256)),
-}
+Facts = dict[str, object]
+Run = Callable[[str, str, int, Mapping[str, Variant], list[str]], list[Facts]]
 
 
 def saved_bytes(model: nn.Module, step: Step, x: Tensor) -> int:
@@ -79,6 +55,7 @@ def saved_bytes(model: nn.Module, step: Step, x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = step(x).square().mean()
     loss.backward()
+    model.zero_grad()
     return sum(kept.values())
 
 
@@ -90,17 +67,21 @@ def gradients(model: nn.Module, step: Step, x: Tensor) -> list[Tensor]:
     return found
 
 
-def check(model: nn.Module, x: Tensor) -> None:
-    """Compiled gradients equal the eager oracle's but for codes that float32 noise moved: at most 1.6e-2 was seen."""
-    first, second = copy.deepcopy(model), copy.deepcopy(model)
-    compiled = gradients(first, torch.compile(first, backend="fxquant"), x)
-    eager = gradients(second, torch.compile(second, backend="fxquant_eager"), x)
-    for ours, oracle in zip(compiled, eager, strict=True):
-        error = (ours - oracle).norm() / oracle.norm().clamp(min=1e-12)
-        assert error < 2e-2, f"compiled gradient is off by {error:.2e}"
+def check_gradients(compiled: list[Tensor], eager: list[Tensor], dtype: str) -> float:
+    """Compiled gradients equal the eager oracle's but for codes that rounding noise moved; how far off they are."""
+    difference = sum((ours - oracle).square().sum() for ours, oracle in zip(compiled, eager, strict=True))
+    error = float((difference / sum(oracle.square().sum() for oracle in eager)).sqrt())
+    assert error < GRADIENT_ERROR[dtype], f"compiled gradients are off by {error:.2e}"
+    return error
 
 
-def timed(variants: dict[str, tuple[nn.Module, Step]], x: Tensor, steps: int) -> dict[str, float]:
+def check_loss(model: nn.Module, step: Step, x: Tensor, expected: float) -> None:
+    """The loss is finite and near the float net's: the variant computes the same net."""
+    loss = step(x).square().mean().item()
+    assert abs(loss - expected) <= LOSS_ERROR * abs(expected), f"loss is {loss:.4g}, the float net's {expected:.4g}"
+
+
+def timed(variants: Mapping[str, Built], x: Tensor, steps: int) -> dict[str, float]:
     """Median seconds of forward and backward, the variants taking turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(steps):
@@ -112,45 +93,158 @@ def timed(variants: dict[str, tuple[nn.Module, Step]], x: Tensor, steps: int) ->
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def run(net: str, steps: int) -> list[dict[str, object]]:
-    """Rows of one net."""
+class Graphs:
+    """Dynamo's counters since this was made."""
+
+    def __init__(self) -> None:
+        self.before = self._read()
+
+    @staticmethod
+    def _read() -> tuple[int, int]:
+        from torch._dynamo.utils import counters
+
+        return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+
+    @property
+    def breaks(self) -> int:
+        """Graph breaks."""
+        return self._read()[0] - self.before[0]
+
+    @property
+    def compiled(self) -> int:
+        """Graphs handed to a backend."""
+        return self._read()[1] - self.before[1]
+
+
+def warmed(variant: Variant, model: nn.Module, x: Tensor, dtype: str) -> tuple[Built, Facts]:
+    """Builds and checks a variant of a float net: its step; what was generated, Dynamo's counts and the error."""
+    with torch.no_grad():
+        loss = autocast(copy.deepcopy(model), dtype)(x).square().mean().item()
+    oracle: list[list[Tensor]] = []
+    if variant.ours:
+        reference, step = variant.build(copy.deepcopy(model), x, backend="fxquant_eager")
+        oracle = [gradients(reference, autocast(step, dtype), x) for _ in range(2)]
+    trained, step = variant.build(copy.deepcopy(model), x)
+    step = autocast(step, dtype)
+    graphs = Graphs()
+    with watch(trained, x) as made:
+        found = [gradients(trained, step, x)]
+        breaks, first = graphs.breaks, graphs.compiled
+        found.append(gradients(trained, step, x))  # ranges are set now, maybe in another graph: the one that is timed
+    facts: Facts = {"gradient_error": None}
+    if oracle:
+        error = max(check_gradients(*both, dtype) for both in zip(found, oracle, strict=True))
+        facts["gradient_error"] = float(f"{error:.1e}")
+    check_loss(trained, step, x, loss)
+    counts = {"graph_breaks": breaks, "recompiles": graphs.compiled - first}
+    return (trained, step), {**made.fields(), **counts, **facts}
+
+
+def ready_variants(
+    net: str, dtype: str, variants: Mapping[str, Variant], failed: list[str]
+) -> tuple[dict[str, Built], dict[str, Facts], Tensor]:
+    """The variants of a net that run here, warm, with what is known of them, and the batch.
+
+    Names of fxquant's that do not run go to ``failed``; the reason of each that does not is printed.
+    """
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = NETS[net]()
-    plain, prepared = copy.deepcopy(model), fxquant.prepare(copy.deepcopy(model), (x,))
-    check(prepared, x)
-    variants: dict[str, tuple[nn.Module, Step]] = {
-        "plain": (plain, torch.compile(plain)),
-        "fxquant int8": (prepared, torch.compile(prepared, backend="fxquant")),
-    }
-    for each, step in variants.values():
-        gradients(each, step, x)
-    seconds = timed(variants, x, steps)
-    kept = {name: saved_bytes(each, step, x) for name, (each, step) in variants.items()}
+    ready: dict[str, Built] = {}
+    facts: dict[str, Facts] = {}
+    for name, variant in variants.items():
+        try:
+            ready[name], facts[name] = warmed(variant, model, x, dtype)
+        except Exception as error:
+            if name == "plain":
+                raise
+            if variant.ours:
+                failed.append(f"{net} {dtype} {name}")
+            left_out(f"{net} {dtype} {name}", error)
+    return ready, facts, x
+
+
+def run(net: str, dtype: str, steps: int, variants: Mapping[str, Variant], failed: list[str]) -> list[Facts]:
+    """Rows of one net and dtype."""
+    ready, facts, x = ready_variants(net, dtype, variants, failed)
+    graphs = Graphs()
+    seconds = timed(ready, x, steps)
+    assert graphs.compiled == 0, "nothing may be compiled while it is timed"
+    kept = {name: saved_bytes(each, step, x) for name, (each, step) in ready.items()}
     return [
         {
             "net": net,
+            "dtype": dtype,
             "variant": name,
             "step_seconds": round(seconds[name], 5),
             "step_ratio": round(seconds[name] / seconds["plain"], 3),
             "saved_bytes": kept[name],
             "saved_ratio": round(kept[name] / kept["plain"], 3),
+            **facts[name],
             "steps": steps,
             **environment(),
         }
-        for name in variants
+        for name in ready
     ]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15)
+def left_out(what: str, error: Exception) -> None:
+    """Says why a row is missing, in one line."""
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+    print(f"left out: {what}: {kind}{text[:300]}", file=sys.stderr, flush=True)
+
+
+def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """What the step and memory benches have in common on the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--variants", default="", help="comma-separated parts of names; default all")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    return parser
+
+
+def asked(
+    options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[list[tuple[str, str]], dict[str, Variant]]:
+    """The (net, dtype) pairs and variants of a command line; ends with its message where a name is unknown."""
+    for flag, known in (("nets", NETS), ("dtypes", DTYPES)):
+        unknown = [name for name in getattr(options, flag).split(",") if name not in known]
+        if unknown:
+            parser.error(f"--{flag} must be among {', '.join(known)}: got {', '.join(unknown)}.")
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1: got {options.steps}.")
+    try:
+        variants = chosen(options.variants)
+    except ValueError as error:
+        parser.error(str(error))
+    return [(net, dtype) for net in options.nets.split(",") for dtype in options.dtypes.split(",")], variants
+
+
+def main(run: Run, description: str | None, steps: int) -> int:
+    """The command line of a bench that makes rows by net, dtype and variant; its exit status."""
+    parser = arguments(description, steps)
     options = parser.parse_args()
-    for net in options.nets.split(","):
-        emit(run(net, options.steps), options.out)
+    pairs, variants = asked(options, parser)
+    rows: list[Facts] = []
+    failed: list[str] = []
+    # Variants of a net share its code object; a limit that is reached would leave the last of them eager.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        for net, dtype in pairs:
+            try:
+                found = run(net, dtype, options.steps, variants, failed)
+            except Unavailable as error:
+                left_out(f"{net} {dtype}", error)
+                continue
+            emit(found, options.out)
+            rows += found
+    show(rows)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(run, __doc__, steps=15))

@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     from fxquant.profiles import Profile
     from fxquant.recipes import Recipe
     from fxquant.report import Mixed, explain
+    from fxquant.report.cost import cost
     from fxquant.report.mixed import mixed
     from fxquant.report.sensitivity import sensitivity
     from fxquant.rules import Rule, first_layer, last_layer, skip
     from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
-    from fxquant.state import freeze_batch_norm, freeze_ranges
+    from fxquant.state import freeze_batch_norm, freeze_ranges, sync_ranges
 
 __version__ = "0.1.0"
 
 # Loaded at first use: `import fxquant` costs little more than `import torch`.
 _HOMES = {
     **dict.fromkeys(("prepare", "strip"), "fxquant.prepare"),
-    **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.state"),
+    **dict.fromkeys(("freeze_batch_norm", "freeze_ranges", "sync_ranges"), "fxquant.state"),
     "calibrate": "fxquant.calibrate",
     "override": "fxquant.override",
-    **dict.fromkeys(("Mixed", "explain", "mixed", "sensitivity"), "fxquant.report"),
+    **dict.fromkeys(("Mixed", "cost", "explain", "mixed", "sensitivity"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
     "Recipe": "fxquant.recipes",
@@ -56,6 +57,7 @@ __all__ = [
     "Rule",
     "__version__",
     "calibrate",
+    "cost",
     "errors",
     "explain",
     "export_onnx",
@@ -70,6 +72,7 @@ __all__ = [
     "sensitivity",
     "skip",
     "strip",
+    "sync_ranges",
     "tensor_quant",
     "verify_onnx",
 ]

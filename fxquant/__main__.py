@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     lint.add_argument("--json", action="store_true", help="print JSON")
     lint.set_defaults(run=_lint)
     _add_explain(commands)
+    _add_cost(commands)
     known, rest = parser.parse_known_args(argv)
     if known.command == "demo":
         from fxquant.demo import main as demo
@@ -49,19 +50,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser("explain", help="where a model would be quantized, and where not and why")
-    explain.add_argument(
+    _add_model(explain)
+    explain.add_argument("--draw", metavar="FILE.svg", help="write the graph with its quantized edges")
+    explain.set_defaults(run=_explain)
+
+
+def _add_cost(commands: Any) -> None:
+    cost = commands.add_parser("cost", help="memory that a training step moves and keeps, against the float model's")
+    _add_model(cost)
+    cost.add_argument("--dynamic-batch", action="store_true", help="sizes as expressions in the batch size")
+    cost.set_defaults(run=_cost)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """What `_prepared` reads."""
+    command.add_argument(
         "model", metavar="MODULE:NAME", help="a module's model, or function that makes it: nn.Module or (module, args)"
     )
-    explain.add_argument(
+    command.add_argument(
         "--input", action="append", metavar="SHAPE[:DTYPE]",
         help="an example input, once for each: 1x3x32x32 (random floats), 1x16:int64 (zeros)",
     )  # fmt: skip
-    explain.add_argument("--recipe", default="int8", help="a recipe by name (default: int8)")
-    explain.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
-    explain.add_argument("--skip", action="append", default=[], metavar="GLOB", help="modules to leave in float")
-    explain.add_argument("--draw", metavar="FILE.svg", help="write the graph with its quantized edges")
-    explain.add_argument("--json", action="store_true", help="print JSON")
-    explain.set_defaults(run=_explain)
+    command.add_argument("--recipe", default="int8", help="a recipe by name (default: int8)")
+    command.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
+    command.add_argument("--skip", action="append", default=[], metavar="GLOB", help="modules to leave in float")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _kernels(given: argparse.Namespace) -> int:
@@ -83,6 +96,23 @@ def _lint(given: argparse.Namespace) -> int:
 
 
 def _explain(given: argparse.Namespace) -> int:
+    model, args = _prepared(given)
+    found = fxquant.explain(model, args)
+    if given.draw:
+        found.draw(given.draw)
+    sys.stdout.write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found}\n")
+    return 0
+
+
+def _cost(given: argparse.Namespace) -> int:
+    model, args = _prepared(given)
+    found = fxquant.cost(model, args, dynamic_batch=given.dynamic_batch)
+    sys.stdout.write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found}\n")
+    return 0
+
+
+def _prepared(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
+    """The model that was named, prepared as asked, and its example inputs."""
     model, args = _model(given.model)
     if given.input:
         args = tuple(_example(text) for text in given.input)
@@ -93,11 +123,7 @@ def _explain(given: argparse.Namespace) -> int:
         )
     rules = [fxquant.skip(path) for path in given.skip]
     fxquant.prepare(model, args, recipe=given.recipe, target=given.target, rules=rules)
-    found = fxquant.explain(model, args)
-    if given.draw:
-        found.draw(given.draw)
-    sys.stdout.write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found}\n")
-    return 0
+    return model, args
 
 
 def _model(name: str) -> tuple[Any, tuple[Any, ...] | None]:

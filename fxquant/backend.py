@@ -6,9 +6,11 @@ The only file that touches Inductor's and AOTAutograd's private API; each use sa
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +23,16 @@ from fxquant.graph import is_bind
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
-from fxquant.plan import target_of
+from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
+from fxquant.plan import Mode, target_of
 from fxquant.profiles import get_profile
 from fxquant.recipes import Recipe, get_recipe
 from fxquant.resolve import bound_sites, execution_order
-from fxquant.state import of_prepared_model
+from fxquant.state import of_prepared_model, settle_after
 
 log = logging.getLogger("fxquant")
 
-_OPTIONS = ("recipe", "target", "inductor")
+_OPTIONS = ("recipe", "target", "inductor", "integer_matmul", "save_quantized")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +43,15 @@ class CompileReport:
         digests: site lists bound in the graph; empty for an unprepared model.
         quantized: fake-quant nodes inserted.
         declines: what passes left alone and why.
-        seconds: time in capture and passes, without Inductor.
+        integer: products that are taken of integer codes; not counted where the compiled graph came from a cache.
+        seconds: time in capture and in passes at every hook, without Inductor; a cached graph meets no later hook.
     """
 
     digests: tuple[str, ...]
     quantized: int
     declines: tuple[Decline, ...]
     seconds: float
+    integer: int = 0
 
 
 _REPORTS: collections.deque[CompileReport] = collections.deque(maxlen=256)
@@ -55,6 +60,17 @@ _REPORTS: collections.deque[CompileReport] = collections.deque(maxlen=256)
 def compile_reports() -> tuple[CompileReport, ...]:
     """Reports of this process's latest compiles, oldest first."""
     return tuple(_REPORTS)
+
+
+@contextlib.contextmanager
+def unreported() -> Iterator[None]:
+    """Compiles inside are no part of training: reports are put back as they were."""
+    before = compile_reports()
+    try:
+        yield
+    finally:
+        _REPORTS.clear()
+        _REPORTS.extend(before)
 
 
 def fxquant(
@@ -67,23 +83,46 @@ def fxquant(
     """Backend ``"fxquant"``: the QAT graph of ``gm``, compiled by Inductor.
 
     ``mode`` is torch.compile's. ``options``: ``recipe`` and ``target`` for a model that was not prepared (recipe None
-    places nothing: for a model that calls ``fxquant.ops`` itself), and ``inductor``, a mapping of Inductor settings.
+    places nothing: for a model that calls ``fxquant.ops`` itself), ``inductor``, a mapping of Inductor settings, and
+    ``integer_matmul``: whether forward products are taken of integer codes, True, False (the default) or "auto",
+    which measures where that is faster (`fxquant.passes.use_integer_matmul`). ``save_quantized`` False keeps floats for
+    backward where codes and packed masks would do (`fxquant.passes.save_quantized_activations`).
     """
+    _require_compiler(example_inputs)
+    quantized = quantize_graph(gm, example_inputs, options)
+    looks = _takes_first_ranges(quantized)
+    compiled = compile_quantized(quantized, example_inputs, mode=mode, options=options)
+    return settle_after(compiled) if looks else compiled
+
+
+def _takes_first_ranges(gm: fx.GraphModule) -> bool:
+    """Whether a delayed range may be unset at entry."""
+    sites = (node.meta["site"] for node in execution_order(gm) if "site" in node.meta)
+    return any(site.mode is Mode.FIRST for site in sites)
+
+
+def compile_quantized(
+    quantized: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **inner: Any,
+) -> Callable[..., Any]:
+    """Inductor on the QAT graph, with our passes in its hooks. ``inner_compile`` takes the place of its back end."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
 
-    _require_compiler(example_inputs)
-    quantized = quantize_graph(gm, example_inputs, options)
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}
     patches = _with_passes(
         patches,
-        joint_custom_post_pass=joint_passes(select_decomp_table),
+        joint_custom_post_pass=joint_passes(select_decomp_table, **_Options.read(options).joint),
         post_grad_custom_pre_pass=post_grad_passes(select_decomp_table),
     )
     theirs = {op: decompose for op, decompose in select_decomp_table().items() if op not in ARITHMETIC}
     table = _DecompositionTable({**theirs, **DECOMPOSITIONS})
-    compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table)
+    compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table, **inner)
     return compiled
 
 
@@ -117,13 +156,21 @@ def fxquant_eager(
     """
     if mode is not None:
         raise InvalidArgument(f"mode must be left out with backend 'fxquant_eager': got {mode!r}.")
-    return aot_eager(quantize_graph(gm, example_inputs, options), example_inputs, lambda graph: graph)
+    quantized = quantize_graph(gm, example_inputs, options)
+    looks = _takes_first_ranges(quantized)
+    passes = joint_passes(**_Options.read(options).joint)
+    compiled = aot_eager(quantized, example_inputs, lambda graph: graph, passes)
+    return settle_after(compiled) if looks else compiled
 
 
 def aot_eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], runner: Callable[[fx.GraphModule], Callable[..., Any]]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    runner: Callable[[fx.GraphModule], Callable[..., Any]],
+    passes: tuple[Pass, ...] | None = None,
 ) -> Callable[..., Any]:
-    """AOTAutograd with our joint passes; ``runner`` makes each of the two graphs callable."""
+    """AOTAutograd with our joint passes, or others; ``runner`` makes each of the two graphs callable."""
+    behind = joint_passes() if passes is None else passes
     from functorch.compile import (  # type: ignore[import-untyped]
         make_boxed_func,
         min_cut_rematerialization_partition,
@@ -131,13 +178,22 @@ def aot_eager(
     from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        run_all(joint_passes(), joint)
+        _run_behind(behind, joint)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(runner(graph))
 
-    backend = aot_autograd(fw_compiler=compiler, partition_fn=partition, keep_inference_input_mutations=True)
+    def inference(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        _run_behind(behind, graph)
+        return compiler(graph, inputs)
+
+    backend = aot_autograd(
+        fw_compiler=compiler,
+        inference_compiler=inference,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
     return backend(gm, example_inputs)
 
 
@@ -145,6 +201,7 @@ def quantize_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None
 ) -> fx.GraphModule:
     """Dynamo's graph as the captured QAT graph: what both backends hand on."""
+    started = time.perf_counter()
     chosen = _Options.read(options)
     # Without gradients there is nothing to checkpoint.
     captured = capture(gm, example_inputs, inline_checkpoints=not torch.is_grad_enabled())
@@ -165,6 +222,7 @@ def quantize_graph(
         result = run_all(passes, captured)
         if not digests and not stateless:
             result.declines.append(_left_alone(captured))
+    result.seconds = time.perf_counter() - started
     _report(captured, digests, result)
     return captured
 
@@ -219,11 +277,31 @@ def _report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) ->
         log.info("%s", decline)
 
 
+def _run_behind(passes: tuple[Pass, ...], gm: fx.GraphModule) -> None:
+    """Runs passes that come behind the report of their compile, and adds to it what they say."""
+    for each in passes:
+        result = each.run(gm)
+        count = result.rewrites if isinstance(each, UseIntegerMatmul) else 0
+        if _REPORTS:
+            last = _REPORTS.pop()
+            declines, seconds = (*last.declines, *result.declines), last.seconds + result.seconds
+            _REPORTS.append(dataclasses.replace(last, declines=declines, seconds=seconds, integer=last.integer + count))
+        for decline in result.declines:
+            log.info("%s", decline)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     recipe: Recipe | None
     target: str
     given: tuple[str, ...]
+    integers: IntegerMatmul
+    save_quantized: bool
+
+    @property
+    def joint(self) -> dict[str, Any]:
+        """What `joint_passes` is told."""
+        return {"integers": self.integers, "save_quantized": self.save_quantized}
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> _Options:
@@ -238,7 +316,14 @@ class _Options:
         target = str(found.get("target", "onnxruntime"))
         get_profile(target)
         recipe = found.get("recipe", "int8")
-        return cls(recipe=None if recipe is None else get_recipe(recipe), target=target, given=given)
+        integers = found.get("integer_matmul", False)
+        if integers not in (True, False, "auto"):
+            raise InvalidArgument(f"options['integer_matmul'] must be True, False or 'auto': got {integers!r}.")
+        save = found.get("save_quantized", True)
+        if not isinstance(save, bool):
+            raise InvalidArgument(f"options['save_quantized'] must be True or False: got {save!r}.")
+        chosen = None if recipe is None else get_recipe(recipe)
+        return cls(recipe=chosen, target=target, given=given, integers=integers, save_quantized=save)
 
 
 class _DecompositionTable(dict):
@@ -303,7 +388,7 @@ def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...]) -> Any:
             for each in self.before:
                 each(graph)
             assert graph.owning_module is not None, "Inductor's graphs have a module"
-            run_all(self.passes, graph.owning_module)
+            _run_behind(self.passes, graph.owning_module)
 
         def uuid(self) -> Any | None:
             theirs = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from fxquant.errors import PlanMismatch
 from fxquant.spec import QuantSpec
 
-VERSION = 2
-_READ = (1, 2)  # version 1 has no groups: what is missing there has its default
+VERSION = 3
+_READ = (1, 2, 3)  # 1 has no groups, 2 no delayed ranges: what is missing there has its default
 
 
 class Mode(enum.IntEnum):
@@ -25,7 +25,8 @@ class Mode(enum.IntEnum):
 
     OFF leaves the tensor float; STATIC quantizes with the stored range; RESOLVE does too, but takes the tensor's
     own range where none is stored; TRAIN updates the range first; EXTEND and FOLLOW only observe, for
-    calibration by extremes and by moving average.
+    calibration by extremes and by moving average. DELAYED quantizes with the stored range and updates it afterwards;
+    FIRST does too, but takes the tensor's own range where none is stored.
     """
 
     OFF = 0
@@ -34,6 +35,8 @@ class Mode(enum.IntEnum):
     TRAIN = 3
     EXTEND = 4
     FOLLOW = 5
+    DELAYED = 6
+    FIRST = 7
 
 
 Role = Literal["weight", "activation", "output"]

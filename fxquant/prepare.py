@@ -26,6 +26,7 @@ from fxquant.recipes import Recipe, get_recipe
 from fxquant.regions import unreached
 from fxquant.resolve import edges_of, enclosing, modules_around, positions
 from fxquant.rules import Rule, Rulebook
+from fxquant.spec import Range
 from fxquant.state import (
     ATTRIBUTE,
     BoundForward,
@@ -56,6 +57,7 @@ def prepare(
     recipe: str | Recipe | Measured = "int8",
     target: str = "onnxruntime",
     rules: Iterable[Rule] | None = None,
+    ranges: str | Range | None = None,
 ) -> nn.Module:
     """Decides which tensors of ``model`` are quantized for ``target`` and attaches their state, in place.
 
@@ -71,6 +73,8 @@ def prepare(
         target: the runtime that the model will be deployed to: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, or
             ``"generic"`` for none in particular.
         rules: exceptions to the recipe, the first that matches decides: ``[fxquant.skip("head")]``.
+        ranges: how activation ranges are found, if not as the recipe says: ``"moving_average"``, ``"delayed"`` (each
+            step is quantized with the ranges that the step before left), or a `MovingAverage` and the like.
 
     Raises:
         InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the
@@ -78,6 +82,8 @@ def prepare(
         UnsupportedModel: nothing to quantize, or parameters that are not floating point.
     """
     chosen, profile = _recipe(recipe).with_rules(rules or ()), get_profile(target)
+    if ranges is not None:
+        chosen = chosen.with_range(ranges)
     _check(model, args, kwargs)
     kwargs = dict(kwargs or {})
     plan = _make_plan(model, args, kwargs, chosen, profile)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
 from fxquant.rules import Rule, checked
-from fxquant.spec import CurrentTensor, QuantSpec, Range
+from fxquant.spec import CurrentTensor, QuantSpec, Range, get_range
 
 
 def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
@@ -54,11 +54,15 @@ class Recipe:
         """The same recipe with more rules, which are asked before its own."""
         return dataclasses.replace(self, rules=(*checked(rules), *self.rules))
 
-    def with_range(self, found: Range) -> Recipe:
-        """The same recipe with another way to find activation ranges; weight-only ones have none."""
+    def with_range(self, found: str | Range) -> Recipe:
+        """The same recipe with another way to find activation ranges; weight-only ones have none.
+
+        ``found`` is a name (``"moving_average"``, ``"delayed"``) or the range itself. Formats that rules give keep
+        their own.
+        """
         if self.activation is None:
             return self
-        return dataclasses.replace(self, activation=dataclasses.replace(self.activation, range=found))
+        return dataclasses.replace(self, activation=dataclasses.replace(self.activation, range=get_range(found)))
 
 
 INT8 = Recipe(name="int8")

@@ -21,6 +21,7 @@ class BoundSite:
     """A local site found in a graph: its operands there, its mode, and the nodes that hold its state.
 
     ``owner`` is the owner's path below the compiled frame: the plan's own where the whole model was captured.
+    ``group`` is as in `fxquant.ops.binding.bind`.
     """
 
     site: LocalSite
@@ -29,6 +30,7 @@ class BoundSite:
     mode: int
     state: tuple[fx.Node, ...]
     bind: fx.Node
+    group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
     binds.sort(key=lambda node: len(enclosing(node, root)))
     taken: set[tuple[fx.Node, str]] = set()
     for bind in binds:
-        key, modes, state = bind.args
+        key, modes, state, group = (*bind.args, None)[:4]
         frame = enclosing(bind, root)[-1]
         rest = list(state)  # type: ignore[arg-type]
         for site, mode in zip(registered(str(key)), modes, strict=True):  # type: ignore[arg-type]
@@ -162,7 +164,15 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
             if operands:
                 owner = relative(frame.path, root)
                 found.append(
-                    BoundSite(site=site, owner=owner, edges=tuple(operands), mode=int(mode), state=mine, bind=bind)
+                    BoundSite(
+                        site=site,
+                        owner=owner,
+                        edges=tuple(operands),
+                        mode=int(mode),
+                        state=mine,
+                        bind=bind,
+                        group=group,  # type: ignore[arg-type]
+                    )
                 )
             else:
                 missing.append(Missing(site=site, bind=bind))

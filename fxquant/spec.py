@@ -15,14 +15,17 @@ ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 @dataclass(frozen=True, kw_only=True)
 class MovingAverage:
-    """Min and max follow the data: ``r ← r + constant·(batch − r)``, the first batch sets them.
+    """Min and max follow the data in training: ``r ← r + constant·(batch − r)``, the first batch sets them.
 
-    Updated before the batch is quantized, in training only (torch's MovingAverageMinMaxObserver).
+    Updated before the batch is quantized (torch's MovingAverageMinMaxObserver). ``delayed``: after it, so that a step
+    is quantized with the range that the step before left, the first with its own. No kernel then waits for the
+    minimum and maximum of the tensor that it quantizes; the ranges that are kept are the same.
     """
 
     kind: ClassVar[str] = "moving_average"
     stateful: ClassVar[bool] = True
     constant: float = 0.01
+    delayed: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.constant <= 1.0:
@@ -53,6 +56,21 @@ class Fixed:
 
 Range = MovingAverage | CurrentTensor | Fixed
 _RANGES: dict[str, type] = {cls.kind: cls for cls in (MovingAverage, CurrentTensor, Fixed)}
+
+RANGES: dict[str, Range] = {"moving_average": MovingAverage(), "delayed": MovingAverage(delayed=True)}
+"""The ways to find activation ranges that have a name."""
+
+
+def get_range(found: str | Range) -> Range:
+    """The range of a name, or the range itself; InvalidArgument names the known ones."""
+    if isinstance(found, (MovingAverage, CurrentTensor, Fixed)):
+        return found
+    if not isinstance(found, str) or found not in RANGES:
+        known = ", ".join(repr(name) for name in RANGES)
+        raise InvalidArgument(
+            f"ranges must be one of {known}, or a MovingAverage, CurrentTensor or Fixed: got {found!r}."
+        )
+    return RANGES[found]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from fxquant.capture import in_compiled_region, own_code
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, PlanMismatch
 from fxquant.ops.binding import bind
 from fxquant.plan import LocalSite, Mode, Plan, register
-from fxquant.spec import QuantSpec
+from fxquant.spec import MovingAverage, QuantSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ATTRIBUTE = "quantizers"
 
@@ -59,6 +62,12 @@ class Quantizer(nn.Module):
         """Whether the range is kept between steps."""
         return self.site.spec.range.stateful
 
+    @property
+    def delayed(self) -> bool:
+        """Whether training quantizes with the range before its update."""
+        found = self.site.spec.range
+        return isinstance(found, MovingAverage) and found.delayed
+
     def mode(self, training: bool) -> Mode:
         """What the site does in a graph traced now."""
         if not self.enabled:
@@ -68,7 +77,9 @@ class Quantizer(nn.Module):
         if not self.stateful:
             return Mode.STATIC
         if training and self.observing:
-            return Mode.TRAIN
+            if not self.delayed:
+                return Mode.TRAIN
+            return Mode.DELAYED if self.resolved else Mode.FIRST
         return Mode.STATIC if self.resolved else Mode.RESOLVE
 
     def settle(self) -> bool:
@@ -201,6 +212,7 @@ class BoundForward:
         self.names = tuple(site.name for site in sites)
         self.key = register(sites, target)
         self.eager_runs = 0
+        self.group: str | None = None  # as `sync_ranges` sets it, for `fxquant.ops.binding.bind`
         _LIVE.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +233,12 @@ class BoundForward:
             modes.append(int(quantizer.mode(self.module.training)))
             if quantizer.stateful:
                 state += [quantizer.min_val, quantizer.max_val]
-        bind(self.key, modes, state)
+        bind(self.key, modes, state, self.group)
+
+    def quantizers(self) -> Iterator[Quantizer]:
+        """Those of the module."""
+        found: Any = getattr(self.module, ATTRIBUTE, {})
+        return iter(found.values())
 
     def release(self) -> None:
         """The module is no part of a prepared model any more, whoever still holds this object."""
@@ -272,6 +289,26 @@ def bound_forward(module: nn.Module) -> BoundForward | None:
     """What `fxquant.prepare` put in the place of the module's forward, None for modules that own no quantizer."""
     found = getattr(module.__dict__.get("forward"), "__self__", None)
     return found if isinstance(found, BoundForward) else None
+
+
+def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, and a look on the host behind each call whether delayed ranges that it read are set now.
+
+    For graphs that take a tensor's own range where none is stored. The ranges that are set make Dynamo take another
+    graph at the next call, in which no quantizer waits for its tensor's extremes.
+    """
+
+    def run(*inputs: Any) -> Any:
+        outputs = compiled(*inputs)
+        given = {id(value) for value in inputs if isinstance(value, Tensor)}
+        for part in list(_LIVE):
+            if isinstance(part, BoundForward):
+                for quantizer in part.quantizers():
+                    if quantizer.stateful and not quantizer.resolved and id(quantizer.min_val) in given:
+                        quantizer.settle()
+        return outputs
+
+    return run
 
 
 def of_prepared_model(tensors: Iterable[Any]) -> bool:
@@ -330,6 +367,24 @@ def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
     for _, quantizer in quantizers(unwrap(model)):
         quantizer.observing = not frozen
         quantizer.settle()
+
+
+def sync_ranges(model: nn.Module, group: ProcessGroup | None = None, *, enabled: bool = True) -> None:
+    """Says over which processes a prepared model's activation ranges are reduced in training.
+
+    Without this call: over all of them, where ``torch.distributed`` is initialized with more than one. Each compiled
+    graph that updates ranges then holds one ``all_reduce``, of the extremes of every tensor, so all ranks keep the
+    ranges of the global batch. Every rank must so run the same graphs equally often. Where they do not, as in pipeline
+    parallelism, name the ``group`` of ranks that do, or set ``enabled=False``: each rank then keeps its own.
+
+    Calibration and evaluation reduce nothing. Graphs compiled before are compiled again at their next call.
+    """
+    require_plan(model, "sync_ranges")
+    name = None if group is None else str(group.group_name)
+    for _, module, _ in owners(unwrap(model)):
+        bound = bound_forward(module)
+        if bound is not None:
+            bound.group = name if enabled else ""
 
 
 class _FrozenTrain:

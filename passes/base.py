@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxquant.graph import packet
+from fxquant.passes.fakes import computed, memoized
 from fxquant.passes.invariants import check_invariants
 from fxquant.resolve import nested_graphs
 
@@ -61,19 +62,7 @@ class Pass(abc.ABC):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rewrites ``gm`` in place, invariants checked before and after."""
-        started = time.perf_counter()
-        for module in all_graphs(gm):
-            check_invariants(module, f"before {self.name}")
-        result = PassResult()
-        result.rewrites = self.rewrite(gm, result)
-        result.modified = result.rewrites > 0
-        if result.modified:
-            for module in all_graphs(gm):
-                module.graph.lint()
-                module.recompile()
-                check_invariants(module, f"after {self.name}")
-        result.seconds = time.perf_counter() - started
-        return result
+        return run_all((self,), gm)
 
     @abc.abstractmethod
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -125,11 +114,34 @@ def all_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def run_all(passes: Iterable[Pass], gm: fx.GraphModule) -> PassResult:
-    """Runs passes in order; the sum of what they did."""
+    """Runs passes in order; the sum of what they did.
+
+    Between two passes only the graphs are right: Python code is written behind the last one, once.
+    """
+    started = time.perf_counter()
     total = PassResult()
-    for each in passes:
-        total += each.run(gm)
+    with memoized():
+        for each in passes:
+            total += _edit(each, gm)
+    if total.modified:
+        for module in all_graphs(gm):
+            module.recompile()
+    total.seconds = time.perf_counter() - started
     return total
+
+
+def _edit(each: Pass, gm: fx.GraphModule) -> PassResult:
+    """Runs one pass and checks its work; the code of what it changed is not written yet."""
+    for module in all_graphs(gm):
+        check_invariants(module, f"before {each.name}")
+    result = PassResult()
+    result.rewrites = each.rewrite(gm, result)
+    result.modified = result.rewrites > 0
+    if result.modified:
+        for module in all_graphs(gm):
+            module.graph.lint()
+            check_invariants(module, f"after {each.name}")
+    return result
 
 
 def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
@@ -142,8 +154,7 @@ def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> 
     mode = next((v.fake_mode for v in _tensors((values, like.meta.get("val"))) if hasattr(v, "fake_mode")), None)
     if mode is None:
         raise AssertionError(f"{op} has no fake operand to compute its value from")
-    with mode, torch.no_grad():
-        node.meta["val"] = op(*values[0], **values[1])
+    node.meta["val"] = computed(mode, op, *values)
     return node
 
 
@@ -160,10 +171,11 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 def drop_dead_nodes(graph: fx.Graph) -> None:
     """Dead code elimination that keeps mutations."""
-    graph.eliminate_dead_code(lambda node: node.is_impure() or _mutates(node))
+    graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether a node writes into one of its operands."""
     if packet(node) in (torch.ops.aten.batch_norm, torch.ops.aten.instance_norm):
         return True  # of the running statistics, which their schemas keep silent about
     schema = getattr(node.target, "_schema", None)

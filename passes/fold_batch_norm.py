@@ -95,7 +95,7 @@ def match(norm: fx.Node) -> Folding | str:
     if kind.name not in ("conv", "conv_transpose") and packet(head) is not aten.linear:
         return f"{head.name} before it is neither a convolution nor a linear"
     assert kind.weight_axis is not None
-    if not _is_scaled_by_itself(quantized):
+    if not is_scaled_by_itself(quantized):
         return "the weight before it has no scale taken from itself"
     dims = head.meta["val"].dim()
     if channels != (1 if kind.name != "linear" else dims - 1) or (kind.name != "linear" and _is_batchless(head)):
@@ -149,7 +149,7 @@ def _channels_before(node: fx.Node, source: fx.Node, channels: int) -> int | Non
     return None
 
 
-def _is_scaled_by_itself(quantized: fx.Node) -> bool:
+def is_scaled_by_itself(quantized: fx.Node) -> bool:
     scale = quantized.args[1]
     pair = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
     if not isinstance(pair, fx.Node) or pair.target is not qparams.SYMMETRIC_QPARAMS:

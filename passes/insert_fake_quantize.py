@@ -13,20 +13,25 @@ from fxquant.graph import changed_in_place, is_bind, is_float, operands, packet,
 from fxquant.lift import Lifting, Operand, lift, passes_values
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult, all_graphs, call, item
+from fxquant.passes.batch_range_updates import mark_observation
 from fxquant.place import Exceptions, place, weighted
 from fxquant.plan import Mode, Role
 from fxquant.profiles import Profile
 from fxquant.recipes import Recipe
 from fxquant.resolve import bound_sites, modules_around
 from fxquant.rules import Rulebook
-from fxquant.spec import CurrentTensor, Fixed, QuantSpec
+from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
 class Insertion:
-    """One site in one graph. ``state`` holds the min and max nodes of a stateful range."""
+    """One site in one graph.
+
+    ``state`` holds the min and max nodes of a stateful range, ``group`` the name of the process group whose ranks
+    keep it equal: ``""`` for this process alone.
+    """
 
     label: str
     role: Role
@@ -34,13 +39,15 @@ class Insertion:
     edges: tuple[Operand, ...]
     mode: Mode
     state: tuple[fx.Node, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertFakeQuantize(Pass):
     """``conv(x, w)``  →  ``conv(fake_quantize(x, sx, zx), fake_quantize(w, sw, 0))``.
 
-    Scales come from the state that ``bind`` nodes bring (which are erased), updated first in training. A graph
+    Scales come from the state that ``bind`` nodes bring (which are erased), updated first in training; where it is
+    delayed, or several ranks keep it equal, `BatchRangeUpdates` moves its update to the end of the graph. A graph
     without them is placed on the spot when ``stateless`` is set, ranges taken from the tensors themselves.
     """
 
@@ -62,6 +69,7 @@ class InsertFakeQuantize(Pass):
                 edges=bound.edges,
                 mode=Mode(bound.mode),
                 state=bound.state,
+                group=process_group(bound.group),
             )
             by_graph.setdefault(bound.bind.graph, []).append(insertion)
         done = 0
@@ -94,6 +102,16 @@ class InsertFakeQuantize(Pass):
             label = f"{placed.edges[0][0].name}.{placed.edges[0][1]}.{number}"
             insertions.append(Insertion(label=label, role=placed.role, spec=spec, edges=placed.edges, mode=Mode.STATIC))
         return insertions
+
+
+def process_group(wanted: str | None) -> str:
+    """The name of the group whose ranks reduce ranges together, ``""`` for none: None means all ranks."""
+    distributed = torch.distributed
+    if wanted == "" or not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    if wanted is None:
+        return str(distributed.group.WORLD.group_name) if distributed.get_world_size() > 1 else ""  # type: ignore[union-attr]
+    return wanted
 
 
 def _erase_binds(graph: fx.Graph) -> int:
@@ -150,7 +168,23 @@ def _insert(reader: _Reader, site: Insertion, fuses: frozenset[str]) -> int:
         for node, name in site.edges:
             if operands(node).get(name) is source:
                 replace_operand(node, name, quantized)
+        if site.mode in (Mode.DELAYED, Mode.FIRST):
+            _observe_after(reader, source, site, quantized)
     return done
+
+
+def _observe_after(reader: _Reader, source: fx.Node, site: Insertion, quantized: fx.Node) -> None:
+    """Observes a tensor whose update nothing waits for.
+
+    Behind the first reader of the quantized tensor: Inductor takes a reduction into a loop over the same elements
+    when the loop comes first, and the loop comes where its reader needs it.
+    """
+    order = reader.order
+    readers = [user for user in quantized.users if user in order and user.op != "output"]
+    last = quantized if source in reader.changed else min(readers, key=order.__getitem__, default=quantized)
+    with reader.graph.inserting_after(last):
+        builder = _Builder(reader.graph, source)
+        builder.observe(site, builder.call(aten.detach.default, source))
 
 
 def _quantize(graph: fx.Graph, source: fx.Node, site: Insertion) -> fx.Node | None:
@@ -244,18 +278,32 @@ class _Builder:
             both = self.call(qparams.RESOLVE_MIN_MAX, value, unset, unset)
             return self.item(both, 0), self.item(both, 1)
         low, high = site.state
-        if site.mode is Mode.STATIC:
+        if site.mode in (Mode.STATIC, Mode.DELAYED):
             return low, high
-        if site.mode is Mode.RESOLVE:
+        if site.mode in (Mode.RESOLVE, Mode.FIRST):
             both = self.call(qparams.RESOLVE_MIN_MAX, value, low, high)
             return self.item(both, 0), self.item(both, 1)
+        if site.mode is Mode.TRAIN and site.group:
+            return self.observe(site, value)
         if site.mode is Mode.EXTEND:
             both = self.call(qparams.EXTEND_MIN_MAX, value, low, high)
         else:
             both = self.call(qparams.UPDATE_MIN_MAX, value, low, high, found.constant)
+        return self._store(site, both)
+
+    def observe(self, site: Insertion, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The update by this tensor in a form that `BatchRangeUpdates` moves to the end of the graph."""
+        assert isinstance(site.spec.range, MovingAverage)
+        batch = self.call(qparams.BATCH_MIN_MAX, value)
+        extremes = self.item(batch, 0), self.item(batch, 1)
+        average = self.call(qparams.AVERAGE_MIN_MAX, *extremes, *site.state, site.spec.range.constant)
+        mark_observation(average, site.group)
+        return self._store(site, average)
+
+    def _store(self, site: Insertion, both: fx.Node) -> tuple[fx.Node, fx.Node]:
         new = self.item(both, 0), self.item(both, 1)
-        self.call(aten.copy_.default, low, new[0])
-        self.call(aten.copy_.default, high, new[1])
+        for state, value in zip(site.state, new, strict=True):
+            self.call(aten.copy_.default, state, value)
         return new
 
     def _constant(self, value: fx.Node, number: float) -> fx.Node:

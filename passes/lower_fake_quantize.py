@@ -12,11 +12,14 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxquant.ops import fake_quantize
+from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.ops.library import ARITHMETIC
 from fxquant.passes.base import Pass, PassResult
 
-_OPS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD)
+_OPS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD, *quantize.QUANTIZE, *saved.FORWARD)
+# What backward reads saved codes and masks with. As nodes that do not fuse, in the joint graph, they make the partitioner
+# count what they read as stored; else it takes a byte for two, and sees no use in it beside bfloat16.
+_READERS = (*quantize.DEQUANTIZE, *saved.BACKWARD)
 _KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
 
 
@@ -28,14 +31,17 @@ class LowerFakeQuantize(Pass):
     inlined keeps the node's recompute tags; in the backward op, what does not depend on the gradient (the clip mask)
     must be recomputed, so that it exists only inside fused kernels.
 
-    ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only.
+    ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only. Without
+    ``readers``, what backward reads saved codes and masks with stays a node.
     """
 
     decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] = field(default=dict, repr=False)
+    readers: bool = True
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every fake-quant node by its traced body."""
-        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _OPS]
+        ops = (*_OPS, *_READERS) if self.readers else _OPS
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in ops]
         table = dict(self.decompositions()) if nodes else {}
         bodies: dict[tuple[object, ...], fx.Graph] = {}
         for node in nodes:

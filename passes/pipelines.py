@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fxquant.passes.base import Pass
+from fxquant.passes.batch_range_updates import BatchRangeUpdates
 from fxquant.passes.decompose_recurrent_cells import DecomposeRecurrentCells
 from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
@@ -13,10 +14,13 @@ from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.quantize_bias import QuantizeBias
+from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.tag_recompute import TagRecompute
 from fxquant.passes.unify_scales import UnifyScales
+from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
 from fxquant.profiles import Profile
 from fxquant.recipes import Recipe
 
@@ -36,20 +40,30 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
         UnifyScales(profile=profile),
         EliminateRedundantFakeQuantize(),
         QuantizeBias(profile=profile),
+        BatchRangeUpdates(),
+        PassGradientsThrough(),
     )
 
 
 Table = Callable[[], Mapping[Any, Callable[..., Any]]]
 
 
-def joint_passes(decompositions: Table | None = None) -> tuple[Pass, ...]:
+def joint_passes(
+    decompositions: Table | None = None, *, integers: IntegerMatmul = False, save_quantized: bool = True
+) -> tuple[Pass, ...]:
     """On AOTAutograd's joint graph of forward and backward, before it is partitioned.
 
     With ``decompositions``, the table of a compiler that fuses, fake-quants are lowered here: the partitioner then
     sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every quantizer's input.
+    ``integers``: whether products are taken of codes, see `UseIntegerMatmul`; between the tags, which codes take over,
+    and the lowering. ``save_quantized``: whether backward reads codes, see `SaveQuantizedActivations`; before the tags,
+    which it would take for a user's.
     """
-    tags = (TagRecompute(), SaveRunningStatistics())
-    return tags if decompositions is None else (*tags, LowerFakeQuantize(decompositions=decompositions))
+    tags: tuple[Pass, ...] = (SaveQuantizedActivations(),) if save_quantized else ()
+    tags += (TagRecompute(), SaveRunningStatistics())
+    if integers is not False:
+        tags += (UseIntegerMatmul(mode=integers, decompositions=decompositions),)
+    return tags if decompositions is None else (*tags, LowerFakeQuantize(decompositions=decompositions, readers=False))
 
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:

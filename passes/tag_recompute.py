@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.ops import fake_quantize
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.save_quantized_activations import is_saved_as_codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,9 @@ class TagRecompute(Pass):
                     done += _tag(parameter, CheckpointPolicy.MUST_SAVE, override=True)
                     if parameter.target is operator.getitem:  # the partitioner looks at the op with several results
                         done += _tag(parameter.args[0], CheckpointPolicy.MUST_SAVE, override=True)  # type: ignore[arg-type]
-            done += _tag(node, CheckpointPolicy.MUST_RECOMPUTE, override=False)
+            # Codes share their arithmetic with the fake-quant, and must not be recomputed.
+            if not is_saved_as_codes(node):
+                done += _tag(node, CheckpointPolicy.MUST_RECOMPUTE, override=False)
         return done
 
 

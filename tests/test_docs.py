@@ -38,3 +38,13 @@ def test_the_placement_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     (printed,) = re.findall(r"```\n(recipe .*?)```", guide, re.DOTALL)
     assert printed.splitlines()[:2] == shown.splitlines()[:2]
+
+
+def test_the_cost_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    names = {"__name__": "cost"}
+    for example in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(compile(example, "cost.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert shown.startswith("one training step, recipe 'int8' for onnxruntime, batch 4\n")
+    assert "*batch" in shown and "bytes saved" in shown

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("capture",),
     ("state", "prepare", "override"),
-    ("backend",),
+    ("backend", "scheduled"),
     ("recording",),
     ("calibrate", "onnx"),
     ("report",),

@@ -46,8 +46,15 @@ def test_round_trips() -> None:
 
 def test_another_version_is_refused() -> None:
     fields = {**json.loads(plan(INPUT).to_json()), "version": 0}
-    with pytest.raises(PlanMismatch, match=r"checkpoint's plan must be of version 1 to 2: got 0\. Load it with"):
+    with pytest.raises(PlanMismatch, match=r"checkpoint's plan must be of version 1 to 3: got 0\. Load it with"):
         Plan.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_plan_from_before_delayed_ranges_is_read(version: int) -> None:
+    fields = {**json.loads(plan(INPUT).to_json()), "version": version}
+    del fields["sites"][0]["local"]["spec"]["range"]["delayed"]
+    assert Plan.from_json(json.dumps(fields)) == plan(INPUT)
 
 
 def test_owners_keep_the_order() -> None:
@@ -74,8 +81,12 @@ def test_difference() -> None:
         "layer1.0.weight: s8 axis 0 in the model, s4 axis 0 in the checkpoint"
     )
     assert against(replace(INPUT, spec=replace(INPUT.spec, range=MovingAverage(constant=0.1)))) == (
-        "layer1.0.input: range=MovingAverage(constant=0.01) in the model, "
-        "range=MovingAverage(constant=0.1) in the checkpoint"
+        "layer1.0.input: range=MovingAverage(constant=0.01, delayed=False) in the model, "
+        "range=MovingAverage(constant=0.1, delayed=False) in the checkpoint"
+    )
+    assert against(replace(INPUT, spec=replace(INPUT.spec, range=MovingAverage(delayed=True)))) == (
+        "layer1.0.input: range=MovingAverage(constant=0.01, delayed=False) in the model, "
+        "range=MovingAverage(constant=0.01, delayed=True) in the checkpoint"
     )
     assert against(replace(INPUT, role="output")) == "layer1.0.input: activation in the model, output in the checkpoint"
     assert against(replace(INPUT, edges=INPUT.edges[:1])) == (
@@ -109,4 +120,4 @@ def test_digest_is_the_same_in_every_process() -> None:
 
 
 def test_modes_are_numbers_that_graphs_may_hold() -> None:
-    assert [int(mode) for mode in Mode] == list(range(6))
+    assert [int(mode) for mode in Mode] == list(range(8))

@@ -9,7 +9,7 @@ import pytest
 from fxquant.errors import InvalidArgument
 from fxquant.profiles import ONNXRUNTIME, PROFILES, Profile, get_profile
 from fxquant.recipes import INT4_WEIGHT_ONLY, INT8, Recipe, get_recipe
-from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
+from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec, get_range
 
 SPECS = [
     QuantSpec(),
@@ -17,6 +17,7 @@ SPECS = [
     QuantSpec(bits=4, narrow=True, axis=1, range=CurrentTensor(), rounding="reciprocal"),
     QuantSpec(signed=False, symmetric=False, range=Fixed(min=-0.1, max=6.0)),
     QuantSpec(bits=16, range=MovingAverage(constant=1 / 3)),
+    QuantSpec(range=MovingAverage(delayed=True)),
     QuantSpec(bits=4, axis=1, group_size=32, range=CurrentTensor()),
 ]
 
@@ -46,7 +47,7 @@ def test_round_trip(spec: QuantSpec) -> None:
 
 
 def test_words() -> None:
-    assert [str(spec) for spec in SPECS] == ["s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16", "s4 axis 1 group 32"]
+    assert [str(spec) for spec in SPECS] == ["s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16", "s8", "s4 axis 1 group 32"]
 
 
 def test_fields_of_an_older_version_have_no_groups() -> None:
@@ -85,7 +86,7 @@ def test_fields_of_an_older_version_have_no_groups() -> None:
         ),
         (
             {"axis": 0, "group_size": 8},
-            "QuantSpec per group must have range=CurrentTensor(): got MovingAverage(constant=0.01). "
+            "QuantSpec per group must have range=CurrentTensor(): got MovingAverage(constant=0.01, delayed=False). "
             "Only weights have groups.",
         ),
     ],
@@ -151,6 +152,19 @@ def test_with_range() -> None:
     assert found is not None and found.range == CurrentTensor()
     assert INT4_WEIGHT_ONLY.with_range(CurrentTensor()) is INT4_WEIGHT_ONLY
     assert INT8.with_range(CurrentTensor()).weight == INT8.weight
+
+
+def test_ranges_by_name() -> None:
+    for name, expected in (("moving_average", MovingAverage()), ("delayed", MovingAverage(delayed=True))):
+        found = INT8.with_range(name).activation
+        assert found is not None and found.range == get_range(name) == get_range(expected) == expected
+    for wrong in ("late", None, 0.01):
+        with pytest.raises(InvalidArgument) as caught:
+            get_range(wrong)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            "ranges must be one of 'moving_average', 'delayed', or a MovingAverage, CurrentTensor or Fixed: "
+            f"got {wrong!r}."
+        )
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda p: p.name)

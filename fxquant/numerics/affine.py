@@ -134,6 +134,21 @@ def fake_quantize_per_channel(
     return dequantize(code, scale, zero_point).to(x.dtype)
 
 
+def clip_mask_per_tensor(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """Where the gradient of `fake_quantize_per_tensor` passes."""
+    return clip_mask(code_before_clamp(x, scale, _integer_part(zero_point), rounding), quant_min, quant_max)
+
+
+def clip_mask_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
+    """Where the gradient of `fake_quantize_per_channel` passes."""
+    scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
+    return clip_mask(code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
+
+
 def fake_quantize_per_tensor_backward(
     grad: Tensor,
     x: Tensor,
@@ -144,7 +159,7 @@ def fake_quantize_per_tensor_backward(
     rounding: Rounding,
 ) -> Tensor:
     """``grad · mask``: a product, not a select, so inf · 0 is NaN as in torch."""
-    return _masked(grad, code_before_clamp(x, scale, _integer_part(zero_point), rounding), quant_min, quant_max)
+    return grad * clip_mask_per_tensor(x, scale, zero_point, quant_min, quant_max, rounding).to(grad.dtype)
 
 
 def fake_quantize_per_channel_backward(
@@ -158,9 +173,4 @@ def fake_quantize_per_channel_backward(
     rounding: Rounding,
 ) -> Tensor:
     """`fake_quantize_per_tensor_backward` with one scale per slice of ``axis``."""
-    scale, zero_point = (per_channel_view(v, x.dim(), axis) for v in (scale, zero_point))
-    return _masked(grad, code_before_clamp(x, scale, zero_point, rounding), quant_min, quant_max)
-
-
-def _masked(grad: Tensor, code: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    return grad * clip_mask(code, quant_min, quant_max).to(grad.dtype)
+    return grad * clip_mask_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding).to(grad.dtype)

@@ -1,4 +1,4 @@
-"""Codes in real integer dtypes, and two 4-bit codes in a byte.
+"""Codes in real integer dtypes, two 4-bit codes in a byte, and products of codes.
 
 The codes are those of `affine`, so ``dequantize(quantize(x))`` has the bits of fake-quantize; a float code becomes an
 integer only here.
@@ -85,6 +85,41 @@ def dequantize_backward(
     if zero_point.is_floating_point() and axis is not None:
         found["zero_point"] = (-reduced(wide) * scale).to(zero_point.dtype)
     return found
+
+
+def matmul(
+    lhs: Tensor,
+    rhs: Tensor,
+    lhs_scale: Tensor,
+    rhs_scale: Tensor,
+    *,
+    lhs_zero: Tensor | None = None,
+    rhs_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(Σ_k (lhs[m,k] − lhs_zero) · (rhs[k,n] − rhs_zero)) · (lhs_scale · rhs_scale) + bias``, as integer kernels do.
+
+    The sum is exact in int32, becomes a float32 once, and takes one product with the scales' product and one sum with
+    the bias, both in float32: ONNX Runtime's MatMulInteger, Cast, Mul, Add. ``lhs`` is [M, K], int8 or uint8, ``rhs``
+    [K, N], int8; the scale and zero point of ``lhs`` have 1 or M elements, those of ``rhs`` 1 or N. A zero point left
+    out is 0.
+    """
+    total = torch._int_mm(lhs, rhs)  # without an underscore nothing in torch multiplies integers fast
+    if lhs_zero is not None:
+        total = total - lhs_zero.to(torch.int32).view(-1, 1) * rhs.sum(0, dtype=torch.int32).view(1, -1)
+    if rhs_zero is not None:
+        point = rhs_zero.to(torch.int32).view(1, -1)
+        total = total - lhs.sum(1, keepdim=True, dtype=torch.int32) * point
+        if lhs_zero is not None:
+            total = total + lhs_zero.to(torch.int32).view(-1, 1) * (point * lhs.shape[1])
+    return rescale(total, lhs_scale.view(-1, 1), rhs_scale.view(1, -1), bias, dtype)
+
+
+def rescale(total: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``total · (lhs_scale · rhs_scale) + bias`` in float32, then in ``dtype``."""
+    value = total.to(torch.float32) * (lhs_scale.to(torch.float32) * rhs_scale.to(torch.float32))
+    return (value if bias is None else value + bias.to(torch.float32)).to(dtype)
 
 
 def pack_nibbles(code: Tensor) -> Tensor:

@@ -34,7 +34,15 @@ from fxquant.ops.learnable import (
 )
 from fxquant.ops.observe import Observed, fused_moving_avg_obs_fake_quant, moving_avg_obs_fake_quant
 from fxquant.ops.qdq import dequantize_affine, quantize_dequantize
-from fxquant.ops.qparams import affine_qparams, extend_min_max, resolve_min_max, symmetric_qparams, update_min_max
+from fxquant.ops.qparams import (
+    affine_qparams,
+    average_min_max,
+    batch_min_max,
+    extend_min_max,
+    resolve_min_max,
+    symmetric_qparams,
+    update_min_max,
+)
 from fxquant.ops.quantize import (
     dequantize_per_channel,
     dequantize_per_tensor,
@@ -48,6 +56,8 @@ from fxquant.ops.stochastic import fake_quantize_stochastic, uniform
 __all__ = [
     "Observed",
     "affine_qparams",
+    "average_min_max",
+    "batch_min_max",
     "bind",
     "dequantize_affine",
     "dequantize_float",

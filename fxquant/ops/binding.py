@@ -14,15 +14,18 @@ from torch import Tensor
 from fxquant.ops.library import define
 
 
-def _bind(key: str, modes: Sequence[int], state: Sequence[Tensor]) -> None:
+def _bind(key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | None = None) -> None:
     return None
 
 
-BIND = define("bind(str key, int[] modes, Tensor[] state) -> ()", _bind, decompose=False)
+BIND = define("bind(str key, int[] modes, Tensor[] state, str? group=None) -> ()", _bind, decompose=False)
 # Nothing uses its (absent) result; without this, tracers would drop it as dead code.
 torch.fx.node.has_side_effect(BIND)
 
 
-def bind(key: str, modes: Sequence[int], state: Sequence[Tensor]) -> None:
-    """Marks the frame of one owner: its site list's digest, a mode per site, and their state tensors."""
-    BIND(key, modes, state)
+def bind(key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | None = None) -> None:
+    """Marks the frame of one owner: its site list's digest, a mode per site, and their state tensors.
+
+    ``group`` names the process group whose ranks keep equal ranges: None for all ranks, ``""`` for no other.
+    """
+    BIND(key, modes, state, group)

@@ -82,7 +82,9 @@ def _refuse_zero_point(zero_point: object, quant_min: int, quant_max: int) -> No
     raise RuntimeError(f"{_POINT}: got {zero_point}, not in [{quant_min}, {quant_max}].")
 
 
-def check_channel_zero_points(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def check_channel_zero_points(  # type: ignore[no-untyped-def]
+    x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal", pass_through=False
+):
     """Values, where a look is free; torch leaves floating ones unchecked too."""
     _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     if can_read(zero_point) and not zero_point.is_floating_point():
@@ -152,13 +154,15 @@ def scale_tensor(scale: float, device: torch.device) -> Tensor:
     return torch.full((), rounded, dtype=torch.float32, device=device)
 
 
-def _per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal", pass_through=False):  # type: ignore[no-untyped-def]
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     scale, point = scale.reshape(()), zero_point.reshape(())
     return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
-def _per_channel(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_channel(  # type: ignore[no-untyped-def]
+    x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal", pass_through=False
+):
     per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     return numerics.fake_quantize_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
@@ -174,6 +178,8 @@ def _per_channel_grad(grad, x, scale, zero_point, axis, quant_min, quant_max, *,
 
 # The backward ops are linear in `grad`, so their own gradient is themselves, applied to the new one.
 def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
+    if getattr(a, "pass_through", False):
+        return {"input": grad}
     found = PER_TENSOR_BACKWARD(grad, a.input, a.scale, a.zero_point, a.quant_min, a.quant_max, rounding=a.rounding)
     return {"input": found}
 
@@ -185,6 +191,8 @@ def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _backward_per_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
+    if getattr(a, "pass_through", False):
+        return {"input": grad}
     found = PER_CHANNEL_BACKWARD(
         grad, a.input, a.scale, a.zero_point, a.axis, a.quant_min, a.quant_max, rounding=a.rounding
     )
@@ -194,6 +202,8 @@ def _backward_per_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
 _TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
 _CHANNEL = "Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max"
 _ROUNDING = '*, str rounding="reciprocal"'
+# pass_through: the caller knows that no code lies outside the range, so the gradient is dy, and nothing is kept for it.
+_FORWARD = f"{_ROUNDING}, bool pass_through=False"
 _SAVED = ("input", "scale", "zero_point")
 
 # Nodes to the end of our passes (decompose=False): places, export and the partitioner's tags need one node a site.
@@ -206,14 +216,14 @@ PER_TENSOR_SCALAR = define(
     decompose=False,
 )
 PER_TENSOR = define(
-    f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
+    f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_FORWARD}) -> Tensor",
     _per_tensor,
     backward=_backward_per_tensor,
     lift=same_arguments,
     decompose=False,
 )
 PER_CHANNEL = define(
-    f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
+    f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_FORWARD}) -> Tensor",
     _per_channel,
     check=check_channel_zero_points,
     backward=_backward_per_channel,

@@ -6,6 +6,8 @@ leaves the range as it was.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,24 @@ def _keep_unless_finite(low: Tensor, high: Tensor, new: tuple[Tensor, Tensor], o
     return torch.where(finite, new[0], old[0]), torch.where(finite, new[1], old[1])
 
 
+def _batch(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        infinite = x.new_full((1,), math.inf, dtype=torch.float32)
+        return infinite, -infinite
+    return x.amin().to(torch.float32).reshape(1), x.amax().to(torch.float32).reshape(1)
+
+
+def _batch_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((1,), dtype=torch.float32), x.new_empty((1,), dtype=torch.float32)
+
+
 def _update(x: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return minimum.clone(), maximum.clone()
-    low, high = _batch_min_max(x, minimum)
+    return _average(*_batch_min_max(x, minimum), minimum, maximum, constant)
+
+
+def _average(low: Tensor, high: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
     unset = torch.isnan(minimum)
     new = (
         torch.where(unset, low, minimum + constant * (low - minimum)),
@@ -56,6 +72,10 @@ def _resolve(x: Tensor, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tenso
     low, high = _batch_min_max(x, minimum)
     unset = torch.isnan(minimum)
     return torch.where(unset, low, minimum), torch.where(unset, high, maximum)
+
+
+def _average_like(low: Tensor, high: Tensor, minimum: Tensor, maximum: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(minimum), torch.empty_like(maximum)
 
 
 def _ranges_like(x: Tensor, minimum: Tensor, maximum: Tensor, *_: float) -> tuple[Tensor, Tensor]:
@@ -96,6 +116,12 @@ def _symmetric_like(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor
     return x.new_empty(count, dtype=torch.float32), x.new_empty(count, dtype=torch.int32)
 
 
+BATCH_MIN_MAX = define("batch_min_max(Tensor input) -> (Tensor, Tensor)", _batch, fake=_batch_like)
+AVERAGE_MIN_MAX = define(
+    "average_min_max(Tensor low, Tensor high, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
+    _average,
+    fake=_average_like,
+)
 UPDATE_MIN_MAX = define(
     "update_min_max(Tensor input, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
     _update,
@@ -116,7 +142,25 @@ SYMMETRIC_QPARAMS = define(
     "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, fake=_symmetric_like
 )
 
-QPARAM_OPS = (UPDATE_MIN_MAX, EXTEND_MIN_MAX, RESOLVE_MIN_MAX, AFFINE_QPARAMS, SYMMETRIC_QPARAMS)
+QPARAM_OPS = (
+    BATCH_MIN_MAX,
+    AVERAGE_MIN_MAX,
+    UPDATE_MIN_MAX,
+    EXTEND_MIN_MAX,
+    RESOLVE_MIN_MAX,
+    AFFINE_QPARAMS,
+    SYMMETRIC_QPARAMS,
+)
+
+
+def batch_min_max(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum as float32 of shape [1]; of nothing, (inf, −inf), which no average takes up."""
+    return BATCH_MIN_MAX(input)
+
+
+def average_min_max(low: Tensor, high: Tensor, min: Tensor, max: Tensor, constant: float) -> tuple[Tensor, Tensor]:
+    """`update_min_max` from extremes that are known: many ranges in one call, an element each."""
+    return AVERAGE_MIN_MAX(low, high, min, max, constant)
 
 
 def update_min_max(input: Tensor, min: Tensor, max: Tensor, constant: float) -> tuple[Tensor, Tensor]:

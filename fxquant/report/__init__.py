@@ -1,5 +1,6 @@
 """What a plan and its graphs mean, for people: reads them, changes nothing."""
 
+from fxquant.report.cost import Cost, cost
 from fxquant.report.coverage import Coverage
 from fxquant.report.explanation import Explanation, explain
 from fxquant.report.mixed import MixedRecipe, mixed
@@ -8,12 +9,14 @@ from fxquant.report.sqnr import sqnr
 from fxquant.report.within import Mixed
 
 __all__ = [
+    "Cost",
     "Coverage",
     "Explanation",
     "Mixed",
     "MixedRecipe",
     "SensitivityReport",
     "SensitivityRow",
+    "cost",
     "explain",
     "mixed",
     "sensitivity",

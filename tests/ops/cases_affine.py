@@ -15,7 +15,15 @@ from fxquant.ops.fake_quantize import (
     PER_TENSOR_SCALAR,
 )
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
-from fxquant.ops.qparams import AFFINE_QPARAMS, EXTEND_MIN_MAX, RESOLVE_MIN_MAX, SYMMETRIC_QPARAMS, UPDATE_MIN_MAX
+from fxquant.ops.qparams import (
+    AFFINE_QPARAMS,
+    AVERAGE_MIN_MAX,
+    BATCH_MIN_MAX,
+    EXTEND_MIN_MAX,
+    RESOLVE_MIN_MAX,
+    SYMMETRIC_QPARAMS,
+    UPDATE_MIN_MAX,
+)
 from tests.ops.cases import Case
 
 DIVIDE = {"rounding": "divide"}
@@ -58,6 +66,8 @@ CASES = [
         grads=("grad",),
         elementwise=False,
     ),
+    Case("batch min max", BATCH_MIN_MAX, lambda x: (x,), grads=()),
+    Case("average min max", AVERAGE_MIN_MAX, lambda x: (*ranges(x), *ranges(x)[::-1], 0.1), grads=(), takes_x=False),
     Case("update min max", UPDATE_MIN_MAX, lambda x: (x, *ranges(x), 0.1), grads=()),
     Case("extend min max", EXTEND_MIN_MAX, lambda x: (x, *ranges(x)), grads=()),
     Case("resolve min max", RESOLVE_MIN_MAX, lambda x: (x, *ranges(x)), grads=()),

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.ops import affine_qparams, extend_min_max, resolve_min_max, symmetric_qparams, update_min_max
+from fxquant.ops import (
+    affine_qparams,
+    average_min_max,
+    batch_min_max,
+    extend_min_max,
+    resolve_min_max,
+    symmetric_qparams,
+    update_min_max,
+)
 from fxquant.ops.fake_quantize import PER_TENSOR
 from fxquant.ops.qparams import ACTIVATION_SCALE_FLOOR, WEIGHT_SCALE_FLOOR
 
@@ -68,6 +76,21 @@ class TestRanges:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_ranges_are_float32_for_every_input(self, dtype: torch.dtype) -> None:
         assert numbers(update_min_max(X.to(dtype), *UNSET, 0.01)) == [-2, 4]
+
+    def test_an_update_is_an_average_with_the_batchs_extremes(self) -> None:
+        for x in (X, torch.empty(0, 3), torch.tensor([1.0, NAN]), torch.tensor([INF, 2.0])):
+            low, high = batch_min_max(x)
+            assert low.shape == high.shape == (1,)
+            for state in (pair(-1.0, 8.0), UNSET):
+                found = average_min_max(low, high, *state, 0.25)
+                torch.testing.assert_close(found, update_min_max(x, *state, 0.25), rtol=0, atol=0, equal_nan=True)
+        assert numbers(batch_min_max(torch.empty(0))) == [INF, -INF]
+
+    def test_an_average_takes_many_ranges_at_once(self) -> None:
+        low, high = torch.tensor([-2.0, -2.0, NAN]), torch.tensor([4.0, 4.0, 4.0])
+        old = torch.tensor([-1.0, NAN, -1.0]), torch.tensor([8.0, NAN, 8.0])
+        found = average_min_max(low, high, *old, 0.25)
+        assert [t.tolist() for t in found] == [[-1.25, -2, -1], [7, 4, 8]]
 
     def test_inputs_stay(self) -> None:
         low, high = pair(-1.0, 8.0)

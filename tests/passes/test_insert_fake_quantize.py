@@ -67,6 +67,7 @@ class Bound(nn.Module):
 
 
 X = torch.tensor([[-2.0, 0.1, 5.0]])
+OBSERVED = ["batch_min_max", "average_min_max", "copy_", "copy_"]
 LINEAR = nn.Linear(3, 3)
 
 
@@ -94,6 +95,8 @@ def _value(source: str, model: Bound) -> Tensor:
         (Mode.TRAIN, ["update_min_max", "copy_", "copy_", "affine_qparams"], (-1.01, 3.02), 3.02),
         (Mode.EXTEND, ["extend_min_max", "copy_", "copy_"], (-2, 5), 5.0),
         (Mode.FOLLOW, ["update_min_max", "copy_", "copy_"], (-1.01, 3.02), 5.0),
+        (Mode.DELAYED, ["affine_qparams", *OBSERVED], (-1.01, 3.02), 3.0),
+        (Mode.FIRST, ["resolve_min_max", "affine_qparams", *OBSERVED], (-1.01, 3.02), 3.0),
     ],
 )
 def test_modes(mode: Mode, ops: list[str], state: tuple[float, float], high: float) -> None:
@@ -108,6 +111,20 @@ def test_unset_range_resolves_to_the_batch() -> None:
     nan = float("nan")
     model = Bound(Mode.RESOLVE, low=nan, high=nan)
     assert run(model)[1][0, 2].item() == pytest.approx(5, abs=0.02) and model.low.isnan()
+
+
+def test_an_unset_range_that_is_delayed_is_the_batchs_once() -> None:
+    nan = float("nan")
+    model = Bound(Mode.FIRST, low=nan, high=nan)
+    assert run(model)[1][0, 2].item() == pytest.approx(5, abs=0.02)
+    assert (model.low.item(), model.high.item()) == (-2, 5)
+
+
+def test_what_is_delayed_is_observed_behind_the_first_reader() -> None:
+    """There, Inductor has the reduction join the loop that quantizes."""
+    gm = captured(Bound(Mode.DELAYED), X)
+    apply(BOUND, gm)
+    assert show(gm).index(" = linear(") < show(gm).index(" = batch_min_max(")
 
 
 @pytest.mark.parametrize(("found", "high"), [(Fixed(min=0, max=4), 4.0), (CurrentTensor(), 5.0)])

@@ -1,0 +1,100 @@
+"""What the step and memory benches compare: name → how to make a net trainable that way.
+
+``plain`` is the float net under torch.compile: the yardstick. A builder gets a float net of its own and the batch,
+and returns the module that trains and the function that runs it; it raises Unavailable, with the reason, where this
+machine or this version cannot. Builders of fxquant's variants take the backend, so that one can be held to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peers import PEERS
+from torch import Tensor, nn
+
+import fxquant
+
+Step = Callable[[Tensor], Tensor]
+Built = tuple[nn.Module, Step]
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train a net.
+
+    Attributes:
+        build: the float net and its batch → the module with the parameters, and the step.
+        ours: whether ``build`` takes ``backend``, "fxquant" or "fxquant_eager". A failure of another's is printed and
+            its row left out; one of ours ends the bench.
+    """
+
+    build: Callable[..., Built]
+    ours: bool = False
+
+
+def autocast(step: Step, dtype: str) -> Step:
+    """The step under CPU autocast to ``dtype``; its result in float32."""
+    low = DTYPES[dtype]
+    if low is None:
+        return step
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, low):
+            out = step(x)
+        return out.float()
+
+    return run
+
+
+def _plain(model: nn.Module, x: Tensor) -> Built:
+    return model, torch.compile(model)
+
+
+def _eager(model: nn.Module, x: Tensor) -> Built:
+    return model, model
+
+
+def _fxquant(options: Mapping[str, Any] | None = None, **prepare: Any) -> Variant:
+    """`fxquant.prepare` with ``prepare``, and backend="fxquant" with ``options``."""
+
+    def build(model: nn.Module, x: Tensor, backend: str = "fxquant") -> Built:
+        prepared = fxquant.prepare(model, (x,), **prepare)
+        return prepared, torch.compile(prepared, backend=backend, options=dict(options) if options else None)
+
+    return Variant(build=build, ours=True)
+
+
+def _peer(make: Callable[[nn.Module, Tensor], nn.Module], compiled: bool) -> Variant:
+    def build(model: nn.Module, x: Tensor) -> Built:
+        quantized = make(model, x)
+        return quantized, torch.compile(quantized) if compiled else quantized
+
+    return Variant(build=build)
+
+
+VARIANTS: dict[str, Variant] = {
+    "plain": Variant(build=_plain),
+    "plain eager": Variant(build=_eager),
+    "fxquant int8": _fxquant(),
+    "fxquant floats saved": _fxquant({"save_quantized": False}),
+    "fxquant delayed ranges": _fxquant(ranges="delayed"),
+    "fxquant integer matmul": _fxquant({"integer_matmul": True}),
+}
+for _name, _make in PEERS.items():
+    VARIANTS[f"{_name} eager"] = _peer(_make, compiled=False)
+    VARIANTS[_name] = _peer(_make, compiled=True)
+
+
+def chosen(words: str) -> dict[str, Variant]:
+    """The variants whose name holds one of the comma-separated words, all for none; plain is always with them."""
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    unknown = [word for word in wanted if not any(word in name for name in VARIANTS)]
+    if unknown:
+        raise ValueError(f"--variants must name some of {', '.join(VARIANTS)}: got {', '.join(unknown)}.")
+    found = {name: v for name, v in VARIANTS.items() if not wanted or any(word in name for word in wanted)}
+    return {"plain": VARIANTS["plain"], **found}

@@ -1,0 +1,128 @@
+"""How long a product takes in float and in integers on this machine: measured once per shape, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # private; tried on 2.13
+
+from fxquant.ops.integer_matmul import integer_convolution
+
+aten = torch.ops.aten
+
+# What is timed is cut along the batch to this many products of numbers, and no further than to so many rows.
+_WORK = 2**26
+_ROWS = 64
+_ROUNDS = 7
+_SECONDS = 0.02  # after which two rounds are enough
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A product as far as its time depends on it.
+
+    Attributes:
+        lhs: shape of the left operand, [M, K], or of a convolution's input.
+        rhs: shape of the right operand, [K, N], or of a convolution's weight.
+        dtype: of the float product.
+        device: as text.
+        signed: whether the left codes are int8.
+        convolution: stride, padding, dilation and groups; None for a product of matrices.
+    """
+
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    signed: bool
+    convolution: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one product, each the least of several in turn: of one thread's work on CPU."""
+
+    floating: float
+    integer: float
+
+
+@functools.lru_cache(maxsize=4096)
+def times(problem: Problem) -> Times:
+    """Both times, measured at the first call for a problem.
+
+    On CPU what one thread computes is counted, not what passes meanwhile: with others on the machine, and threads that
+    wait for one another, times that pass differ tenfold from call to call, and these by a tenth.
+    """
+    on_cpu = torch.device(problem.device).type == "cpu"
+    with unset_fake_temporarily(), torch.no_grad(), _one_thread():
+        calls = _calls(problem)
+        for call in calls:  # the first call of a kernel builds it
+            call()
+        least = [float("inf")] * len(calls)
+        started = time.thread_time()
+        for done in range(_ROUNDS):
+            for i, call in enumerate(calls):
+                least[i] = min(least[i], _cpu_seconds(call) if on_cpu else _seconds(call))
+            if done and time.thread_time() - started > _SECONDS:
+                break
+    return Times(*least)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cpu_seconds(call: Callable[[], Tensor]) -> float:
+    started = time.thread_time()
+    call()
+    return time.thread_time() - started
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    torch.accelerator.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def _calls(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The float product and the integer one, on operands as the graph has them."""
+    least = _ROWS if problem.convolution is None else 1
+    lhs = (min(problem.lhs[0], max(least, _WORK // _work(problem))), *problem.lhs[1:])
+    code = torch.full(lhs, 3, dtype=torch.int8 if problem.signed else torch.uint8, device=problem.device)
+    x = torch.full(lhs, 0.3, dtype=problem.dtype, device=problem.device)
+    if problem.convolution is None:
+        w = torch.full(problem.rhs[::-1], 3, dtype=torch.int8, device=problem.device)
+        v = torch.full(problem.rhs[::-1], 0.3, dtype=problem.dtype, device=problem.device)
+        return lambda: torch.mm(x, v.t()), lambda: torch._int_mm(code, w.t())
+    stride, padding, dilation, groups = problem.convolution
+    w = torch.full(problem.rhs, 3, dtype=torch.int8)
+    v = torch.full(problem.rhs, 0.3, dtype=problem.dtype)
+    zero, none = torch.zeros(1, dtype=torch.int32), [0] * len(stride)
+    return (
+        lambda: aten.convolution(x, v, None, stride, padding, dilation, False, none, groups),
+        lambda: integer_convolution(code, w, zero, stride, padding, dilation, groups),
+    )
+
+
+def _work(problem: Problem) -> int:
+    """Products of numbers in one row, or one image."""
+    if problem.convolution is None:
+        return max(1, math.prod(problem.rhs))
+    stride = problem.convolution[0]
+    places = math.prod(-(-size // step) for size, step in zip(problem.lhs[2:], stride, strict=True))
+    return max(1, places * math.prod(problem.rhs))

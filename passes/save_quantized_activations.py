@@ -1,0 +1,215 @@
+"""What backward needs of a quantized activation is kept as codes and a packed clip mask, not as floats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.ops import fake_quantize, quantize, saved
+from fxquant.passes.base import Pass, PassResult, call
+from fxquant.passes.joint import Joint, is_moving, is_pointwise
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_SITES = (fake_quantize.PER_TENSOR, fake_quantize.PER_CHANNEL)
+_MASKS = {
+    fake_quantize.PER_TENSOR: saved.CLIP_MASK_PER_TENSOR,
+    fake_quantize.PER_CHANNEL: saved.CLIP_MASK_PER_CHANNEL,
+}
+_MARK = "fxquant.saved_as_codes"
+_FEW = 1024  # elements for whose mask no thought is spent
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveQuantizedActivations(Pass):
+    """Joint graph of forward and backward, before it is partitioned::
+
+        y  = fake_quantize(x)                      y  = fake_quantize(x)
+        …  = op(y)                                 …  = op(y)
+        dw = op'(dy, y)                      →     dw = op'(dy, dequantize(q)),   q = quantize(x), saved
+        dx = fake_quantize'(dy, x)                 dx = dy · unpack(m),           m = pack(clip_mask(x)), saved
+
+    A byte and an eighth are kept instead of a float. Codes of up to four bits are packed too. The bits of every
+    gradient stay what they were.
+
+    Left alone is an input that backward has anyway, or computes from such values in a few cheap steps: a LayerNorm's
+    or BatchNorm's result, a ReLU behind one, attention's output. So are nodes in the user's own checkpoint regions, and
+    weights, which the parameter gives again. Masks of other operators, as a ReLU's, are packed where no float is kept
+    that gives them.
+    """
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Rewrites the graph itself; bodies of nested operators have joint graphs of their own."""
+        joint = Joint(gm.graph)
+        if not joint.tangents:
+            return 0
+        masks = [node for node in joint.only_backward() if _is_mask(node, joint)]
+        wanted = joint.wanted(skip=set(masks).__contains__)
+        kept = joint.kept(wanted)
+        sites = [node for node in joint.forward if node.target in _SITES]
+        done = sum(self._save(joint, site, site in wanted, result) for site in sites if site.args[0] not in kept)
+        return done + sum(_pack_mask(mask) for mask in masks if mask not in kept)
+
+    def _save(self, joint: Joint, site: fx.Node, read: bool, result: PassResult) -> int:
+        """Rewrites one site, whose result backward reads or not."""
+        source = site.args[0]
+        assert isinstance(source, fx.Node)
+        gradients = [user for user in source.users if _is_gradient_of(user, site)]
+        if "recompute" in site.meta or not (gradients or read):
+            return 0
+        value, bits = source.meta["val"], _bits(site)
+        if _width(bits) + 1 >= 8 * value.element_size():
+            self.decline(result, site, f"its codes of {bits} bits and a mask are no smaller than {value.dtype}")
+            return 0
+        dim = plane_dim(value)
+        if dim is None:
+            self.decline(
+                result, site, f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
+            )
+            return 0
+        site.meta[_MARK] = True
+        behind = _Behind(joint.graph, site)
+        if read:
+            _read_codes(joint, site, behind.codes(bits, dim))
+        if gradients:
+            mask = behind.mask(dim)
+            for gradient in gradients:
+                _read_mask(gradient, mask, dim)
+        return 1
+
+
+def is_saved_as_codes(site: fx.Node) -> bool:
+    """Whether backward reads nothing of a fake-quant node itself."""
+    return _MARK in site.meta
+
+
+def _is_gradient_of(node: fx.Node, site: fx.Node) -> bool:
+    same = node.target in fake_quantize.BACKWARD and node.args[1:] == site.args
+    return same and node.kwargs.get("rounding") == site.kwargs.get("rounding")
+
+
+def _bits(site: fx.Node) -> int:
+    low, high = site.args[-2:]
+    assert isinstance(low, int) and isinstance(high, int)
+    return (high - low).bit_length()
+
+
+def _width(bits: int) -> int:
+    """Bits that a code takes: 2 or 4 packed, else whole bytes."""
+    return next(width for width in (2, 4, 8, 16, 32) if bits <= width)
+
+
+def plane_dim(value: Tensor) -> int | None:
+    """The dimension to pack along: the outermost in memory that is known to be a multiple of 8."""
+    found = [d for d, size in enumerate(value.shape) if isinstance(size, int) and size and size % 8 == 0]
+    return max(found, key=lambda d: (_known(value.stride(d)), -d), default=None)
+
+
+def _known(stride: int | torch.SymInt) -> float:
+    return stride if isinstance(stride, int) else float("inf")
+
+
+class _Behind:
+    """Makes nodes one behind the other, starting behind a site."""
+
+    def __init__(self, graph: fx.Graph, site: fx.Node) -> None:
+        self.graph, self.site, self.last = graph, site, site
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            self.last = call(self.graph, op, *args, like=self.site, **kwargs)
+        return self.last
+
+    def codes(self, bits: int, dim: int) -> fx.Node:
+        """Codes that are saved, and dequantized again."""
+        source, scale, point, *rest = self.site.args
+        low, high = rest[-2:]
+        assert isinstance(low, int) and isinstance(high, int)
+        op, back = quantize.QUANTIZE_TENSOR, quantize.DEQUANTIZE_TENSOR
+        if self.site.target is fake_quantize.PER_CHANNEL:
+            op, back = quantize.QUANTIZE_CHANNEL, quantize.DEQUANTIZE_CHANNEL
+        packed, rounding = _width(bits) < 8, self.site.kwargs.get("rounding", "reciprocal")
+        codes = self.call(op, *self.site.args, _dtype(low, high), rounding=rounding)
+        if packed:
+            # From 0, as a plane holds them.
+            shifted = self.call(aten.sub.Scalar, codes, low)
+            planes = self.call(saved.PACK_PLANES, shifted, _width(bits), dim)
+            codes = self.call(aten.add.Scalar, self.call(saved.UNPACK_PLANES, planes, _width(bits), dim), low)
+        assert isinstance(source, fx.Node)
+        return self.call(back, codes, scale, point, *rest[:-2], dtype=source.meta["val"].dtype)
+
+    def mask(self, dim: int) -> fx.Node:
+        """The packed clip mask, which is saved."""
+        rounding = self.site.kwargs.get("rounding", "reciprocal")
+        mask = self.call(_MASKS[self.site.target], *self.site.args, rounding=rounding)
+        return self.call(saved.PACK_PLANES, mask, 1, dim)
+
+
+def _dtype(low: int, high: int) -> torch.dtype:
+    fitting = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
+    return next(d for d in fitting if torch.iinfo(d).min <= low and high <= torch.iinfo(d).max)
+
+
+def _read_codes(joint: Joint, node: fx.Node, replacement: fx.Node) -> None:
+    """Backward reads ``replacement`` instead of ``node``, and of what forward moved from it, the like of it."""
+    for user in list(node.users):
+        if user not in joint.forward and user is not replacement:
+            user.replace_input_with(node, replacement)
+        elif user in joint.forward and is_moving(user):
+            with joint.graph.inserting_after(user):
+                moved = joint.graph.node_copy(user, lambda n: replacement if n is node else n)  # noqa: B023
+            _read_codes(joint, user, moved)
+            if not moved.users:
+                joint.graph.erase_node(moved)
+
+
+def _read_mask(gradient: fx.Node, packed: fx.Node, dim: int) -> None:
+    """``fake_quantize'(dy, x)``  →  ``dy · unpack(packed)``, a product as in `numerics.affine`."""
+    graph, grad = gradient.graph, gradient.args[0]
+    assert isinstance(grad, fx.Node)
+    with graph.inserting_before(gradient):
+        mask = _unpacked(graph, packed, dim, like=gradient)
+        factor = call(graph, prims.convert_element_type.default, mask, grad.meta["val"].dtype, like=gradient)
+        result = call(graph, aten.mul.Tensor, grad, factor, like=gradient)
+    gradient.replace_all_uses_with(result)
+    graph.erase_node(gradient)
+
+
+def _unpacked(graph: fx.Graph, packed: fx.Node, dim: int, like: fx.Node) -> fx.Node:
+    bits = call(graph, saved.UNPACK_PLANES, packed, 1, dim, like=like)
+    return call(graph, aten.ne.Scalar, bits, 0, like=like)
+
+
+def _is_mask(node: fx.Node, joint: Joint) -> bool:
+    """Whether a node of backward is a large mask that is a function of forward's values alone."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or not is_pointwise(node) or "recompute" in node.meta:
+        return False
+    if node in joint.behind_tangents or not any(user in joint.behind_tangents for user in node.users):
+        return False
+    return _elements(value.shape) >= _FEW
+
+
+def _elements(shape: Sequence[int | torch.SymInt]) -> int:
+    return torch.Size([size if isinstance(size, int) else _FEW for size in shape]).numel()
+
+
+def _pack_mask(mask: fx.Node) -> int:
+    dim = plane_dim(mask.meta["val"])
+    if dim is None:
+        return 0
+    users, graph = list(mask.users), mask.graph
+    with graph.inserting_after(mask):
+        packed = call(graph, saved.PACK_PLANES, mask, 1, dim, like=mask)
+    with graph.inserting_after(packed):
+        bits = call(graph, saved.UNPACK_PLANES, packed, 1, dim, like=mask)
+    with graph.inserting_after(bits):
+        unpacked = call(graph, aten.ne.Scalar, bits, 0, like=mask)
+    for user in users:
+        user.replace_input_with(mask, unpacked)
+    return 1

@@ -1,0 +1,269 @@
+"""The bench's helpers: its nets build, its counts are right, a row has all its keys, a wrong name is refused."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+BENCH = Path(__file__).parent.parent / "bench"
+MODULES = ("bench_step", "bench_memory", "kernels", "machine", "nets", "peers", "table", "variants")
+STEP_KEYS = [
+    *("net", "dtype", "variant", "step_seconds", "step_ratio", "saved_bytes", "saved_ratio"),
+    *("kernels", "weight_kernels", "extern_kernels", "extern_fake_quantize", "bytes_accessed"),
+    *("graph_breaks", "recompiles", "gradient_error", "steps", "torch", "date", "cpu", "threads"),
+]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules of bench/, imported as its scripts import each other, and forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        del sys.modules[name]
+
+
+def tiny() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(4, 8)
+
+
+# ---------------------------------------------------------------- nets
+
+
+@pytest.mark.parametrize("net", ["cnn", "transformer", "resnet", "mixer", "zoo"])
+def test_nets_build_in_training_mode_and_run(bench: SimpleNamespace, net: str) -> None:
+    torch.manual_seed(0)
+    try:
+        model, x = bench.nets.NETS[net]()
+    except bench.nets.Unavailable as error:
+        assert net == "zoo" and "pip install transformers" in str(error)
+        return
+    assert model.training
+    with torch.no_grad():
+        out = model(x[:2])
+    assert out.shape[0] == 2 and out.isfinite().all()
+
+
+def test_resnet_has_the_layers_of_resnet_18(bench: SimpleNamespace) -> None:
+    model = bench.nets.resnet(width=8)
+    kinds = [type(m) for m in model.modules()]
+    assert kinds.count(nn.Conv2d) == 17 + 3 and kinds.count(nn.Linear) == 1  # 18 with weights, 3 shortcuts
+    assert kinds.count(nn.BatchNorm2d) == kinds.count(nn.Conv2d)
+    assert [m.stride[0] for m in model.modules() if isinstance(m, nn.Conv2d)].count(2) == 6
+
+
+def test_mixer_multiplies_in_linear_layers_only(bench: SimpleNamespace) -> None:
+    model, _ = bench.nets.NETS["mixer"]()
+    with_weights = {type(m) for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
+    assert with_weights == {nn.Linear}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameters(bench: SimpleNamespace) -> None:
+    model = nn.Linear(8, 16, bias=False)
+    x = torch.randn(4, 8)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        h = model(x)  # keeps x and the weight: excluded
+        return h.sin() + h.cos()  # both keep h
+
+    # square() keeps the sum.
+    assert bench.bench_step.saved_bytes(model, step, x) == 2 * 4 * 16 * 4
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize(("changes", "peak"), [([], 0), ([3, 2, -4, 1], 5), ([-8, 4], 0), ([-8, 12], 4)])
+def test_highest(bench: SimpleNamespace, changes: list[int], peak: int) -> None:
+    assert bench.bench_memory.highest(changes) == peak
+
+
+def test_peak_bytes_is_exact_and_the_same_twice(bench: SimpleNamespace) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    x = torch.randn(1000, 4)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            torch.empty(10**6, dtype=torch.uint8)  # freed at once: it is the peak, and nothing else is held yet
+        return model(x[:1])
+
+    first, second = (bench.bench_memory.peak_bytes(model, step, x) for _ in range(2))
+    assert first == second == 10**6
+
+
+def test_timed_takes_turns_and_clears_gradients(bench: SimpleNamespace) -> None:
+    calls = []
+    model, x = tiny()
+
+    def called(name: str):  # type: ignore[no-untyped-def]
+        def step(x: torch.Tensor) -> torch.Tensor:
+            calls.append(name)
+            return model(x)
+
+        return step
+
+    found = bench.bench_step.timed({name: (model, called(name)) for name in "ab"}, x, steps=3)
+    assert calls == ["a", "b"] * 3
+    assert found.keys() == {"a", "b"} and all(seconds > 0 for seconds in found.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradient_check_says_how_far_off(bench: SimpleNamespace) -> None:
+    good = [torch.ones(4)]
+    assert bench.bench_step.check_gradients(good, good, "fp32") == 0.0
+    assert bench.bench_step.check_gradients([torch.full((4,), 1.1)], good, "bf16") == pytest.approx(0.1)
+    with pytest.raises(AssertionError, match=r"compiled gradients are off by 5\.00e-01"):
+        bench.bench_step.check_gradients([torch.full((4,), 1.5)], good, "fp32")
+
+
+def test_loss_check_refuses_another_net_and_nan(bench: SimpleNamespace) -> None:
+    model, x = tiny()
+    loss = model(x).square().mean().item()
+    bench.bench_step.check_loss(model, model, x, loss)
+    with pytest.raises(AssertionError, match="the float net's"):
+        bench.bench_step.check_loss(model, model, x, 2 * loss)
+    with pytest.raises(AssertionError, match="loss is nan"):
+        bench.bench_step.check_loss(model, lambda x: model(x) * float("nan"), x, loss)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_row_has_all_keys_and_says_what_was_generated(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.nets.NETS, "tiny", tiny)
+    variants = bench.variants.chosen("int8,torch FakeQuantize eager")
+
+    def broken(model: nn.Module, x: torch.Tensor) -> None:
+        raise bench.nets.Unavailable("needs nothing (pip install nothing)")
+
+    variants["absent"] = bench.variants.Variant(build=broken)
+    failed: list[str] = []
+    rows = bench.bench_step.run("tiny", "fp32", 2, variants, failed)
+    assert failed == []
+    assert "left out: tiny fp32 absent: needs nothing (pip install nothing)" in capsys.readouterr().err
+    plain, ours, torchs = rows
+    assert [list(row) for row in rows] == [STEP_KEYS] * 3
+    assert (plain["variant"], plain["step_ratio"], plain["saved_ratio"]) == ("plain", 1.0, 1.0)
+    assert ours["graph_breaks"] == ours["recompiles"] == ours["extern_fake_quantize"] == 0
+    assert plain["weight_kernels"] == 0 < ours["weight_kernels"] < ours["kernels"]
+    assert plain["bytes_accessed"] < ours["bytes_accessed"]
+    assert torchs["kernels"] is torchs["gradient_error"] is None  # nothing was compiled
+    assert 0 <= ours["gradient_error"] < bench.bench_step.GRADIENT_ERROR["fp32"]
+
+
+def test_what_a_recompile_makes_replaces_what_was_before(bench: SimpleNamespace) -> None:
+    torch._dynamo.reset()
+    model, x = tiny()
+    step = torch.compile(model)
+    with bench.kernels.watch(model, x) as made:
+        step(x).sum().backward()
+        once = made.fields()
+        model.eval()  # a guard: the same frame again
+        step(x).sum().backward()
+    assert once["kernels"] and once["extern_kernels"] and made.fields() == once
+    assert sorted(backward for _, backward in made.graphs) == [False, True]
+
+
+def test_nothing_compiled_is_no_count(bench: SimpleNamespace) -> None:
+    model, x = tiny()
+    with bench.kernels.watch(model, x) as made:
+        model(x).sum().backward()
+    assert set(made.fields().values()) == {None}
+
+
+def test_of_ours_a_failure_is_reported_of_plain_it_is_raised(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.nets.NETS, "tiny", tiny)
+
+    def broken(model: nn.Module, x: torch.Tensor, backend: str = "") -> None:
+        raise RuntimeError("not today")
+
+    plain = bench.variants.VARIANTS["plain eager"]
+    failed: list[str] = []
+    ours = bench.variants.Variant(build=broken, ours=True)
+    ready, _, _ = bench.bench_step.ready_variants("tiny", "fp32", {"plain": plain, "ours": ours}, failed)
+    assert list(ready) == ["plain"] and failed == ["tiny fp32 ours"]
+    assert "left out: tiny fp32 ours: RuntimeError: not today" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="not today"):
+        bench.bench_step.ready_variants("tiny", "fp32", {"plain": ours}, failed)
+
+
+def test_variants_are_chosen_by_parts_of_names_and_plain_is_with_them(bench: SimpleNamespace) -> None:
+    assert list(bench.variants.chosen("brevitas")) == ["plain", "brevitas eager", "brevitas"]
+    assert list(bench.variants.chosen("")) == list(bench.variants.VARIANTS)
+    with pytest.raises(ValueError, match=r"--variants must name some of plain, .*: got nonsense\."):
+        bench.variants.chosen("int8,nonsense")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--nets", "cnn,lenet"], r"--nets must be among cnn, .*: got lenet\."),
+        (["--dtypes", "fp16"], r"--dtypes must be among fp32, bf16: got fp16\."),
+        (["--steps", "0"], r"--steps must be at least 1: got 0\."),
+        (["--variants", "nonsense"], r"--variants must name some of .*: got nonsense\."),
+    ],
+)
+def test_wrong_arguments_end_with_their_message(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], given: list[str], message: str
+) -> None:
+    import re
+
+    parser: argparse.ArgumentParser = bench.bench_step.arguments("", 15)
+    with pytest.raises(SystemExit):
+        bench.bench_step.asked(parser.parse_args(given), parser)
+    assert re.search(message, capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------- peers and table
+
+
+def test_a_missing_peer_says_how_to_install_it(bench: SimpleNamespace) -> None:
+    with pytest.raises(bench.nets.Unavailable, match=r"needs no_such_peer \(pip install a-peer\)"):
+        bench.peers.required("no_such_peer", "a-peer")
+
+
+def test_torchs_modules_are_where_our_plan_quantizes(bench: SimpleNamespace) -> None:
+    import fxquant
+
+    torch.manual_seed(0)
+    model, x = tiny()
+    before = model(x)
+    graph: ModuleType = bench.peers.torch_fake_quantize(model, x)
+    modules = [m for m in graph.modules() if type(m).__name__ == "FusedMovingAvgObsFakeQuantize"]
+    plan = fxquant.explain(fxquant.prepare(tiny()[0], (x,))).plan.sites
+    assert len(modules) == len(plan)
+    assert sorted(m.is_per_channel for m in modules) == sorted(s.local.spec.axis is not None for s in plan)
+    assert {p.data_ptr() for p in graph.parameters()} == {p.data_ptr() for p in model.parameters()}
+    out = graph(x)
+    assert 0 < (out - before).norm() < 0.05 * before.norm()
+
+
+def test_table_groups_by_columns_and_leaves_the_machine_out(bench: SimpleNamespace) -> None:
+    machine = bench.machine.environment()
+    rows = [{"net": "a", "bytes": 1234567, **machine}, {"seconds": 0.5}, {"net": "bcd", "bytes": None, **machine}]
+    (columns, first), (others, second) = bench.table.grouped(rows)
+    assert (columns, others, len(first), len(second)) == (["net", "bytes"], ["seconds"], 2, 1)
+    assert bench.table.plain(columns, first) == "net      bytes\na    1 234 567\nbcd"
+
+
+def test_table_prints_without_rich(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench.table.importlib.util, "find_spec", lambda name: None)
+    bench.table.show([{"net": "a", "ratio": 1.0}])
+    assert capsys.readouterr().out == "net  ratio\na      1.0\n\n"
