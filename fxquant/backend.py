@@ -21,6 +21,7 @@ from fxquant.capture import capture
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
+from fxquant.ops.materialize import MATERIALIZE
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
@@ -114,6 +115,7 @@ def compile_quantized(
     from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
 
+    _store_materialized()
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}
     patches = _with_passes(
         patches,
@@ -124,6 +126,18 @@ def compile_quantized(
     table = _DecompositionTable({**theirs, **DECOMPOSITIONS})
     compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table, **inner)
     return compiled
+
+
+def _store_materialized() -> None:
+    """Tells Inductor that what `MATERIALIZE` reads is a buffer of its own; the op itself is nothing."""
+    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.13
+
+    def stored(x: Any) -> Any:
+        x.realize()
+        return x
+
+    if MATERIALIZE not in lowerings:
+        register_lowering(MATERIALIZE, type_promotion_kind=None)(stored)
 
 
 def fuse_in_inductor() -> None:

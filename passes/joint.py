@@ -69,6 +69,11 @@ def is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
+def is_heavy(node: fx.Node) -> bool:
+    """Whether a pointwise node costs more than to read its operand."""
+    return is_pointwise(node) and packet(node).__name__ in _HEAVY
+
+
 class Joint:
     """``forward``: nodes that the model's outputs or mutations need. All others run in backward, or nowhere."""
 
@@ -95,8 +100,8 @@ class Joint:
     def wanted(self, skip: Callable[[fx.Node], bool]) -> set[fx.Node]:
         """Forward's values that backward reads or computes again from what it reads.
 
-        A fake-quant node is one as itself, not by what it is computed from; an input of a fake-quant's gradient is none,
-        nor is what nodes read that ``skip`` names.
+        A fake-quant node is one as itself, not by what it is computed from. What only a fake-quant's gradient reads as
+        its input is none, nor is what nodes read that ``skip`` names.
         """
         found: set[fx.Node] = set()
         stack = [source for node in self.only_backward() if not skip(node) for source in _read(node)]
@@ -127,7 +132,7 @@ def _read(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_cheap(node: fx.Node, found: set[fx.Node]) -> bool:
-    if not is_moving(node) and (not is_pointwise(node) or packet(node).__name__ in _HEAVY):
+    if not is_moving(node) and (not is_pointwise(node) or is_heavy(node)):
         return False
     return all(source in found or _is_small(source, node) for source in node.all_input_nodes)
 

@@ -17,8 +17,8 @@ from fxquant.ops.library import ARITHMETIC
 from fxquant.passes.base import Pass, PassResult
 
 _OPS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD, *quantize.QUANTIZE, *saved.FORWARD)
-# What backward reads saved codes and masks with. As nodes that do not fuse, in the joint graph, they make the partitioner
-# count what they read as stored; else it takes a byte for two, and sees no use in it beside bfloat16.
+# What backward reads saved codes and masks with. As nodes that do not fuse, in the joint graph, they make the
+# partitioner count what they read as stored; else it takes a byte for two, no better than bfloat16.
 _READERS = (*quantize.DEQUANTIZE, *saved.BACKWARD)
 _KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
 

@@ -14,10 +14,12 @@ from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.materialize_observed import MaterializeObserved
 from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.save_running_statistics import SaveRunningStatistics
+from fxquant.passes.sink_parameters import SinkParameters
 from fxquant.passes.tag_recompute import TagRecompute
 from fxquant.passes.unify_scales import UnifyScales
 from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
@@ -42,6 +44,7 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
         QuantizeBias(profile=profile),
         BatchRangeUpdates(),
         PassGradientsThrough(),
+        SinkParameters(),
     )
 
 
@@ -67,5 +70,5 @@ def joint_passes(
 
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
-    """On Inductor's forward and backward graphs, before its own passes: what was not lowered before."""
-    return (LowerFakeQuantize(decompositions=decompositions),)
+    """On Inductor's forward and backward graphs, before its own passes: what was not lowered before; what is stored."""
+    return (LowerFakeQuantize(decompositions=decompositions), MaterializeObserved())

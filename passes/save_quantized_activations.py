@@ -162,7 +162,7 @@ def _read_codes(joint: Joint, node: fx.Node, replacement: fx.Node) -> None:
             user.replace_input_with(node, replacement)
         elif user in joint.forward and is_moving(user):
             with joint.graph.inserting_after(user):
-                moved = joint.graph.node_copy(user, lambda n: replacement if n is node else n)  # noqa: B023
+                moved = joint.graph.node_copy(user, lambda n: replacement if n is node else n)
             _read_codes(joint, user, moved)
             if not moved.users:
                 joint.graph.erase_node(moved)

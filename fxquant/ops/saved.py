@@ -15,9 +15,7 @@ from fxquant.ops.library import define
 
 def _mask_per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
-    return affine.clip_mask_per_tensor(
-        x, scale.reshape(()), zero_point.reshape(()), quant_min, quant_max, rounding
-    )
+    return affine.clip_mask_per_tensor(x, scale.reshape(()), zero_point.reshape(()), quant_min, quant_max, rounding)
 
 
 def _mask_per_channel(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
