@@ -327,31 +327,19 @@ def shares_memory(node: fx.Node) -> bool:
 def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Tensors that are read again after they, or a view of them, were changed in place."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    memory, changes = _memory(graph)
-    found = set()
-    for node in graph.nodes:
-        after = next((order[by] for by in changes.get(memory[node], ()) if order[by] > order[node]), None)
-        if after is not None and any(order[user] > after for user in node.users):
-            found.add(node)
-    return found
-
-
-def ever_changed(graph: fx.Graph) -> set[fx.Node]:
-    """Tensors that a node of the graph changes in place, and views of them: when they are read matters."""
-    memory, changes = _memory(graph)
-    return {node for node in graph.nodes if memory[node] in changes}
-
-
-def _memory(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, list[fx.Node]]]:
-    """(node → the first node of its memory, first node → the nodes that change the memory, in order)."""
     memory: dict[fx.Node, fx.Node] = {}
-    changes: dict[fx.Node, list[fx.Node]] = {}
+    changes: dict[fx.Node, list[int]] = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         memory[node] = memory[inputs[0]] if shares_memory(node) and inputs else node
         for changed in _changes(node):
-            changes.setdefault(memory[changed], []).append(node)
-    return memory, changes
+            changes.setdefault(memory[changed], []).append(order[node])
+    found = set()
+    for node in graph.nodes:
+        after = next((i for i in changes.get(memory[node], ()) if i > order[node]), None)
+        if after is not None and any(order[user] > after for user in node.users):
+            found.add(node)
+    return found
 
 
 def _changes(node: fx.Node) -> list[fx.Node]:

@@ -139,8 +139,13 @@ def _is_cheap(node: fx.Node, found: set[fx.Node]) -> bool:
 
 def _is_small(source: fx.Node, node: fx.Node) -> bool:
     """Whether a value, as a mean per channel, is worth no thought beside the one that it is for."""
-    sizes = [value.meta.get("val") for value in (source, node)]
-    if not all(isinstance(value, torch.Tensor) for value in sizes):
-        return False
-    of_source, of_node = (math.prod(s if isinstance(s, int) else _SYMBOL for s in value.shape) for value in sizes)
-    return of_source * _SMALLER <= of_node
+    of_source, of_node = _elements(source), _elements(node)
+    return of_source is not None and of_node is not None and of_source * _SMALLER <= of_node
+
+
+def _elements(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None  # several tensors
+    sizes: list[int] = [size if isinstance(size, int) else _SYMBOL for size in value.shape]
+    return math.prod(sizes)

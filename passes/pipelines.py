@@ -19,7 +19,6 @@ from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.save_running_statistics import SaveRunningStatistics
-from fxquant.passes.sink_parameters import SinkParameters
 from fxquant.passes.tag_recompute import TagRecompute
 from fxquant.passes.unify_scales import UnifyScales
 from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
@@ -44,7 +43,6 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
         QuantizeBias(profile=profile),
         BatchRangeUpdates(),
         PassGradientsThrough(),
-        SinkParameters(),
     )
 
 

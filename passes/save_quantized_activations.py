@@ -16,11 +16,6 @@ from fxquant.passes.joint import Joint, is_moving, is_pointwise
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_SITES = (fake_quantize.PER_TENSOR, fake_quantize.PER_CHANNEL)
-_MASKS = {
-    fake_quantize.PER_TENSOR: saved.CLIP_MASK_PER_TENSOR,
-    fake_quantize.PER_CHANNEL: saved.CLIP_MASK_PER_CHANNEL,
-}
 _MARK = "fxquant.saved_as_codes"
 _FEW = 1024  # elements for whose mask no thought is spent
 
@@ -38,9 +33,9 @@ class SaveQuantizedActivations(Pass):
     gradient stay what they were.
 
     Left alone is an input that backward has anyway, or computes from such values in a few cheap steps: a LayerNorm's
-    or BatchNorm's result, a ReLU behind one, attention's output. So are nodes in the user's own checkpoint regions, and
-    weights, which the parameter gives again. Masks of other operators, as a ReLU's, are packed where no float is kept
-    that gives them.
+    or BatchNorm's result, a ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
+    regions hold or read, and what has a scale per channel. Masks of other operators, as a ReLU's, are packed where no
+    float is kept that gives them.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -51,7 +46,7 @@ class SaveQuantizedActivations(Pass):
         masks = [node for node in joint.only_backward() if _is_mask(node, joint)]
         wanted = joint.wanted(skip=set(masks).__contains__)
         kept = joint.kept(wanted)
-        sites = [node for node in joint.forward if node.target in _SITES]
+        sites = [node for node in joint.forward if node.target is fake_quantize.PER_TENSOR]
         done = sum(self._save(joint, site, site in wanted, result) for site in sites if site.args[0] not in kept)
         return done + sum(_pack_mask(mask) for mask in masks if mask not in kept)
 
@@ -60,9 +55,12 @@ class SaveQuantizedActivations(Pass):
         source = site.args[0]
         assert isinstance(source, fx.Node)
         gradients = [user for user in source.users if _is_gradient_of(user, site)]
-        if "recompute" in site.meta or not (gradients or read):
+        if _is_in_region(site) or not (gradients or read):
             return 0
         value, bits = source.meta["val"], _bits(site)
+        if bits > 16:
+            self.decline(result, site, f"its codes have {bits} bits, which float32 does not hold")
+            return 0
         if _width(bits) + 1 >= 8 * value.element_size():
             self.decline(result, site, f"its codes of {bits} bits and a mask are no smaller than {value.dtype}")
             return 0
@@ -93,8 +91,15 @@ def _is_gradient_of(node: fx.Node, site: fx.Node) -> bool:
     return same and node.kwargs.get("rounding") == site.kwargs.get("rounding")
 
 
+def _is_in_region(node: fx.Node) -> bool:
+    """Whether a node is the user's to recompute, or is read, perhaps moved first, by one that is."""
+    if "recompute" in node.meta:
+        return True
+    return any("recompute" in user.meta or (is_moving(user) and _is_in_region(user)) for user in node.users)
+
+
 def _bits(site: fx.Node) -> int:
-    low, high = site.args[-2:]
+    _, _, _, low, high = site.args
     assert isinstance(low, int) and isinstance(high, int)
     return (high - low).bit_length()
 
@@ -107,10 +112,11 @@ def _width(bits: int) -> int:
 def plane_dim(value: Tensor) -> int | None:
     """The dimension to pack along: the outermost in memory that is known to be a multiple of 8."""
     found = [d for d, size in enumerate(value.shape) if isinstance(size, int) and size and size % 8 == 0]
-    return max(found, key=lambda d: (_known(value.stride(d)), -d), default=None)
+    return max(found, key=lambda d: (_known(value, d), -d), default=None)
 
 
-def _known(stride: int | torch.SymInt) -> float:
+def _known(value: Tensor, dim: int) -> float:
+    stride: int | torch.SymInt = value.stride(dim)
     return stride if isinstance(stride, int) else float("inf")
 
 
@@ -127,26 +133,21 @@ class _Behind:
 
     def codes(self, bits: int, dim: int) -> fx.Node:
         """Codes that are saved, and dequantized again."""
-        source, scale, point, *rest = self.site.args
-        low, high = rest[-2:]
-        assert isinstance(low, int) and isinstance(high, int)
-        op, back = quantize.QUANTIZE_TENSOR, quantize.DEQUANTIZE_TENSOR
-        if self.site.target is fake_quantize.PER_CHANNEL:
-            op, back = quantize.QUANTIZE_CHANNEL, quantize.DEQUANTIZE_CHANNEL
+        source, scale, point, low, high = self.site.args
+        assert isinstance(source, fx.Node) and isinstance(low, int) and isinstance(high, int)
         packed, rounding = _width(bits) < 8, self.site.kwargs.get("rounding", "reciprocal")
-        codes = self.call(op, *self.site.args, _dtype(low, high), rounding=rounding)
+        codes = self.call(quantize.QUANTIZE_TENSOR, *self.site.args, _dtype(low, high), rounding=rounding)
         if packed:
             # From 0, as a plane holds them.
             shifted = self.call(aten.sub.Scalar, codes, low)
             planes = self.call(saved.PACK_PLANES, shifted, _width(bits), dim)
             codes = self.call(aten.add.Scalar, self.call(saved.UNPACK_PLANES, planes, _width(bits), dim), low)
-        assert isinstance(source, fx.Node)
-        return self.call(back, codes, scale, point, *rest[:-2], dtype=source.meta["val"].dtype)
+        return self.call(quantize.DEQUANTIZE_TENSOR, codes, scale, point, dtype=source.meta["val"].dtype)
 
     def mask(self, dim: int) -> fx.Node:
         """The packed clip mask, which is saved."""
         rounding = self.site.kwargs.get("rounding", "reciprocal")
-        mask = self.call(_MASKS[self.site.target], *self.site.args, rounding=rounding)
+        mask = self.call(saved.CLIP_MASK, *self.site.args, rounding=rounding)
         return self.call(saved.PACK_PLANES, mask, 1, dim)
 
 
@@ -192,6 +193,8 @@ def _is_mask(node: fx.Node, joint: Joint) -> bool:
         return False
     if node in joint.behind_tangents or not any(user in joint.behind_tangents for user in node.users):
         return False
+    if any(source.target in saved.BACKWARD for source in node.all_input_nodes):
+        return False  # one that this pass has unpacked
     return _elements(value.shape) >= _FEW
 
 

@@ -1,8 +1,8 @@
 """Small integers and masks, several to a byte.
 
 A dimension of n is cut into m = 8 / bits planes of n / m, and the planes are laid one over the other: bits
-``bits·k … bits·(k + 1) − 1`` of byte j hold element ``k·n/m + j``. Neighbours in memory stay neighbours, so that compiled
-code packs and unpacks whole vectors; pairs of neighbours in a byte would have to be shuffled.
+``bits·k … bits·(k + 1) − 1`` of byte j hold element ``k·n/m + j``. Neighbours in memory stay neighbours, so that
+compiled code packs and unpacks whole vectors; pairs of neighbours in a byte would have to be shuffled.
 """
 
 from __future__ import annotations

@@ -225,9 +225,6 @@ DEQUANTIZE_CHANNEL = define(
     backward=_backward_channel,
     lift=_lift_channels,
 )
-QUANTIZE = (QUANTIZE_TENSOR, QUANTIZE_CHANNEL)
-DEQUANTIZE = (DEQUANTIZE_TENSOR, DEQUANTIZE_CHANNEL)
-
 PACK_INT4 = define("pack_int4(Tensor code) -> Tensor", _pack, check=_check_nibbles, lift=_lift_packed)
 UNPACK_INT4 = define(
     "unpack_int4(Tensor packed, SymInt length, bool signed=True) -> Tensor", _unpack, lift=_lift_packed

@@ -9,18 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxquant.numerics import affine, planes
-from fxquant.ops.fake_quantize import per_channel_arguments, per_tensor_arguments
-from fxquant.ops.library import define
+from fxquant.ops.fake_quantize import per_tensor_arguments
+from fxquant.ops.library import define, same_arguments
 
 
-def _mask_per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _mask(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     return affine.clip_mask_per_tensor(x, scale.reshape(()), zero_point.reshape(()), quant_min, quant_max, rounding)
-
-
-def _mask_per_channel(x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
-    return affine.clip_mask_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
 def _check_planes(bits: int, length: int | None = None) -> None:
@@ -40,19 +35,16 @@ def _unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return planes.unpack_planes(packed, bits, dim)
 
 
-_QPARAMS = "Tensor scale, Tensor zero_point"
-_REST = 'int quant_min, int quant_max, *, str rounding="reciprocal"'
-
-CLIP_MASK_PER_TENSOR = define(
-    f"clip_mask_per_tensor_affine(Tensor input, {_QPARAMS}, {_REST}) -> Tensor", _mask_per_tensor
-)
-CLIP_MASK_PER_CHANNEL = define(
-    f"clip_mask_per_channel_affine(Tensor input, {_QPARAMS}, int axis, {_REST}) -> Tensor", _mask_per_channel
+CLIP_MASK = define(
+    "clip_mask_per_tensor_affine(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+    '*, str rounding="reciprocal") -> Tensor',
+    _mask,
+    lift=same_arguments,
 )
 PACK_PLANES = define("pack_planes(Tensor values, int bits, int dim) -> Tensor", _pack)
 UNPACK_PLANES = define("unpack_planes(Tensor packed, int bits, int dim) -> Tensor", _unpack)
 
-FORWARD = (CLIP_MASK_PER_TENSOR, CLIP_MASK_PER_CHANNEL, PACK_PLANES)
+FORWARD = (CLIP_MASK, PACK_PLANES)
 BACKWARD = (UNPACK_PLANES,)
 
 
