@@ -1,6 +1,7 @@
 """The torch.compile backends ``"fxquant"`` and ``"fxquant_eager"``.
 
-The only file that touches Inductor's and AOTAutograd's private API; each use says on which versions it was tried.
+With `scheduled`, which reads what Inductor would run, the only file that touches Inductor's and AOTAutograd's private
+API; each use says on which versions it was tried.
 """
 
 from __future__ import annotations
