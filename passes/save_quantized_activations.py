@@ -17,7 +17,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 _MARK = "fxquant.saved_as_codes"
-_FEW = 1024  # elements for whose mask no thought is spent
+_FEW = 1024  # elements: what has fewer is not worth a node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class SaveQuantizedActivations(Pass):
 
     Left alone is an input that backward has anyway, or computes from such values in a few cheap steps: a LayerNorm's
     or BatchNorm's result, a ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
-    regions hold or read, and what has a scale per channel. Masks of other operators, as a ReLU's, are packed where no
-    float is kept that gives them.
+    regions hold or read, what has a scale per channel, and what is small. Masks of other operators, as a ReLU's, are
+    packed where no float is kept that gives them.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -55,9 +55,9 @@ class SaveQuantizedActivations(Pass):
         source = site.args[0]
         assert isinstance(source, fx.Node)
         gradients = [user for user in source.users if _is_gradient_of(user, site)]
-        if _is_in_region(site) or not (gradients or read):
-            return 0
         value, bits = source.meta["val"], _bits(site)
+        if _elements(value.shape) < _FEW or _is_in_region(site) or not (gradients or read):
+            return 0
         if bits > 16:
             self.decline(result, site, f"its codes have {bits} bits, which float32 does not hold")
             return 0

@@ -221,7 +221,9 @@ def test_a_kind_that_matches_nothing() -> None:
 @pytest.mark.parametrize("backend", ["fxquant", "fxquant_eager"])
 def test_an_unknown_option(backend: str) -> None:
     model = Mlp()
-    with backend_refuses(model, "options must be among 'recipe', 'target', 'inductor': got 'recpie'"):
+    with backend_refuses(
+        model, "options must be among 'recipe', 'target', 'inductor', 'integer_matmul', 'save_quantized': got 'recpie'"
+    ):
         torch.compile(model, backend=backend, options={"recpie": "int8"})(X)
 
 
@@ -309,8 +311,8 @@ def test_a_checkpoint_of_another_version() -> None:
     model = prepared(Mlp(), X)
     state = model.state_dict()
     plan = state["quantizers.plan"]
-    state["quantizers.plan"] = plan.replace('"version": 2', '"version": 99')
-    with refused(model, PlanMismatch, "checkpoint's plan must be of version 1 to 2: got 99"):
+    state["quantizers.plan"] = plan.replace('"version": 3', '"version": 99')
+    with refused(model, PlanMismatch, "checkpoint's plan must be of version 1 to 3: got 99"):
         model.load_state_dict(state)
 
 

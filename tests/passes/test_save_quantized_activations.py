@@ -36,7 +36,7 @@ def linear(x: Tensor, v: Tensor, w: Tensor, scale: Tensor, zero: Tensor, tangent
     return y @ w, x.t() @ back, y.t() @ tangents
 
 
-def inputs(rows: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def inputs(rows: int = 160, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x, v, w, tangents = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 5), (5, 7), (7, 3), (rows, 3))
@@ -130,7 +130,7 @@ def test_small_codes_are_packed(low: int, high: int, bits: int) -> None:
     packs = [node.args[1] for node in gm.graph.nodes if node.target is saved.PACK_PLANES]
     assert packs == [bits, 1]
     stored = next(n.meta["val"] for n in gm.graph.nodes if n.target is saved.PACK_PLANES and n.args[1] == bits)
-    assert stored.dtype == torch.uint8 and stored.numel() * 8 == 16 * 7 * bits
+    assert stored.dtype == torch.uint8 and stored.numel() * 8 == 160 * 7 * bits
 
 
 def test_sixteen_bits_take_two_bytes() -> None:
@@ -149,13 +149,13 @@ def test_codes_no_smaller_than_the_float_are_declined() -> None:
         return y, y.t() @ tangents
 
     x, v, _, scale, zero, _ = inputs(dtype=torch.bfloat16)
-    result = untouched(SaveQuantizedActivations(), traced(step, (x, v, scale, zero, torch.ones(16, 3).bfloat16())))
+    result = untouched(SaveQuantizedActivations(), traced(step, (x, v, scale, zero, torch.ones(160, 3).bfloat16())))
     assert "codes of 16 bits and a mask are no smaller than torch.bfloat16" in str(result.declines[0])
 
 
 def test_shapes_without_a_multiple_of_eight_are_declined() -> None:
-    result = untouched(SaveQuantizedActivations(), traced(linear, inputs(rows=9)))
-    assert "no dimension of its [9, 7] is a multiple of 8: it is saved in float" in str(result.declines[0])
+    result = untouched(SaveQuantizedActivations(), traced(linear, inputs(rows=151)))
+    assert "no dimension of its [151, 7] is a multiple of 8: it is saved in float" in str(result.declines[0])
 
 
 def test_what_backward_has_anyway_is_left() -> None:
@@ -183,13 +183,13 @@ def test_a_result_that_backward_does_not_read_leaves_only_its_mask() -> None:
         return quantized(hidden, scale, zero) + 1, x.t() @ masked(tangents, hidden, scale, zero)
 
     x, v, _, scale, zero, _ = inputs()
-    gm = assert_same_results(step, (x, v, scale, zero, torch.ones(16, 7)))
+    gm = assert_same_results(step, (x, v, scale, zero, torch.ones(160, 7)))
     assert QUANTIZE_TENSOR not in targets(gm) and targets(gm).count(saved.PACK_PLANES) == 1
 
 
 def test_values_moved_by_forward_are_moved_again() -> None:
     def step(x: Tensor, v: Tensor, w: Tensor, scale: Tensor, zero: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
-        moved = quantized(x @ v, scale, zero).view(4, 28).view(16, 7)
+        moved = quantized(x @ v, scale, zero).view(40, 28).view(160, 7)
         return moved @ w, moved.t() @ tangents
 
     gm = assert_same_results(step, inputs())
@@ -221,6 +221,10 @@ def test_what_a_checkpoint_region_reads_is_left() -> None:
     product = next(node for node in gm.graph.nodes if node.name == "mm_2")
     product.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     untouched(SaveQuantizedActivations(), gm)
+
+
+def test_small_tensors_are_left() -> None:
+    assert untouched(SaveQuantizedActivations(), traced(linear, inputs(rows=16))).declines == []
 
 
 def test_forward_alone_is_left() -> None:
