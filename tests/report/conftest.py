@@ -1,0 +1,17 @@
+"""What the tests of reports share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fxquant import backend
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_compiles() -> Iterator[None]:
+    """Reports of other tests' compiles are put aside: models with equal site lists share them."""
+    with backend.unreported():
+        backend._REPORTS.clear()
+        yield
