@@ -32,8 +32,8 @@ class SaveQuantizedActivations(Pass):
     A byte and an eighth are kept instead of a float. Codes of up to four bits are packed too. The bits of every
     gradient stay what they were.
 
-    Left alone is an input that backward has anyway, or computes from such values in a few cheap steps: a LayerNorm's
-    or BatchNorm's result, a ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
+    Left alone is an input that backward has anyway, or computes from such values element by element: a LayerNorm's or
+    BatchNorm's result, a GELU or ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
     regions hold or read, what has a scale per channel, and what is small. Masks of other operators, as a ReLU's, are
     packed where no float is kept that gives them.
     """

@@ -168,13 +168,13 @@ def test_what_backward_has_anyway_is_left() -> None:
     untouched(SaveQuantizedActivations(), traced(step, inputs()))
 
 
-def test_what_is_dear_to_compute_again_is_saved() -> None:
+def test_what_backward_can_compute_again_is_left() -> None:
     def step(x: Tensor, v: Tensor, w: Tensor, scale: Tensor, zero: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
         hidden = x @ v
         y = quantized(hidden.erf(), scale, zero)
         return y @ w, tangents @ w.t() * hidden, y.t() @ tangents
 
-    assert_same_results(step, inputs())
+    untouched(SaveQuantizedActivations(), traced(step, inputs()))
 
 
 def test_a_result_that_backward_does_not_read_leaves_only_its_mask() -> None:
