@@ -30,7 +30,7 @@ from fxquant.regions import dissolve_exported, has_transforms, outline_transform
 from fxquant.resolve import tell_calls_apart
 
 
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """Another graph over the same attributes."""
     graph = fx.Graph()
     names: dict[fx.Node, fx.Node] = {}
@@ -44,7 +44,7 @@ class _Retrace(fx.Interpreter):
     """Runs a Dynamo graph under make_fx, keeping whole what must not be traced through."""
 
     def __init__(self, gm: fx.GraphModule, inline_checkpoints: bool = False) -> None:
-        super().__init__(outline_transforms(_copied(gm)) if has_transforms(gm) else gm)
+        super().__init__(outline_transforms(copied(gm)) if has_transforms(gm) else gm)
         self.inline_checkpoints = inline_checkpoints
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.backend import compile_quantized, quantize_graph, unreported
-from fxquant.capture import compiled_aside, untouched
+from fxquant.capture import compiled_aside, copied, untouched
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
 from fxquant.ops import fake_quantize
@@ -318,7 +318,7 @@ def _recorder(found: list[_Lowered]) -> Callable[..., Any]:
         raise _Scheduled(_reading(graph))
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
-        partitioned = _copied(gm)  # Inductor's post-grad passes rewrite the graph, and rename nodes
+        partitioned = copied(gm)  # Inductor's post-grad passes rewrite the graph, and rename nodes
         backward = bool(settings.get("is_backward"))
         outputs = partitioned.graph.find_nodes(op="output")[0].args[0]
         read: dict[str, Any] = {"storages": [None] * len(outputs)}
@@ -347,15 +347,6 @@ def _report_strides(graph: Any) -> None:
         env = graph.sizevars.shape_env
         strides = tuple(map(env.evaluate_symexpr, map(str, output.get_stride()))) if shown else None
         context.output_strides.append(strides)
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    names: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, names))
-    for old, new in names.items():
-        new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
 
 
 def _reading(graph: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 _MARK = "fxquant.saved_as_codes"
-_FEW = 1024  # elements: what has fewer is not worth a node
+_FEW = 1024  # elements: of fewer, kept in float, nothing is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SaveQuantizedActivations(Pass):
 
     Left alone is an input that backward has anyway, or computes from such values element by element: a LayerNorm's or
     BatchNorm's result, a GELU or ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
-    regions hold or read, what has a scale per channel, and what is small. Masks of other operators, as a ReLU's, are
+    regions hold or read, and what has a scale per channel. Masks of other operators, as a ReLU's, are
     packed where no float is kept that gives them.
     """
 
@@ -56,7 +56,7 @@ class SaveQuantizedActivations(Pass):
         assert isinstance(source, fx.Node)
         gradients = [user for user in source.users if _is_gradient_of(user, site)]
         value, bits = source.meta["val"], _bits(site)
-        if _elements(value.shape) < _FEW or _is_in_region(site) or not (gradients or read):
+        if _is_in_region(site) or not (gradients or read):
             return 0
         if bits > 16:
             self.decline(result, site, f"its codes have {bits} bits, which float32 does not hold")
@@ -66,9 +66,9 @@ class SaveQuantizedActivations(Pass):
             return 0
         dim = plane_dim(value)
         if dim is None:
-            self.decline(
-                result, site, f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
-            )
+            if _elements(value.shape) >= _FEW:
+                reason = f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
+                self.decline(result, site, reason)
             return 0
         site.meta[_MARK] = True
         behind = _Behind(joint.graph, site)
@@ -187,15 +187,14 @@ def _unpacked(graph: fx.Graph, packed: fx.Node, dim: int, like: fx.Node) -> fx.N
 
 
 def _is_mask(node: fx.Node, joint: Joint) -> bool:
-    """Whether a node of backward is a large mask that is a function of forward's values alone."""
+    """Whether a node of backward is a mask that is a function of forward's values alone."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dtype != torch.bool or not is_pointwise(node) or "recompute" in node.meta:
         return False
     if node in joint.behind_tangents or not any(user in joint.behind_tangents for user in node.users):
         return False
-    if any(source.target in saved.BACKWARD for source in node.all_input_nodes):
-        return False  # one that this pass has unpacked
-    return _elements(value.shape) >= _FEW
+    # Not one that this pass has unpacked.
+    return not any(source.target in saved.BACKWARD for source in node.all_input_nodes)
 
 
 def _elements(shape: Sequence[int | torch.SymInt]) -> int:

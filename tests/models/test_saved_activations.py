@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -162,18 +163,18 @@ def test_an_open_batch_keeps_codes_too() -> None:
 
 
 def test_generated_code_calls_no_op_of_ours_and_computes_a_gelu_once() -> None:
-    model, x = made("block")
+    model, x = Block(), made("block")[1]
     prepared = fxquant.prepare(model, (x,))
     run = torch.compile(prepared, backend="fxquant")
     _, code = run_and_get_code(lambda: run(x).sum().backward())
     assert len(code) == 2
     assert not any("torch.ops.fxquant" in each for each in code)
-    calls = code[0].count("cpp_fused_affine_qparams_copy__fake_quantize_per_tensor_affine_gelu")
-    assert code[0].count(".erf()") == 1 or calls > 2  # equal layers share their source
+    assert code[0].count(".erf()") == 1, "in one loop of one block"
 
 
 def test_the_option_is_checked() -> None:
     model, x = made("block")
-    with pytest.raises(Exception, match=r"options\['save_quantized'\] must be True or False: got 'yes'") as caught:
+    with pytest.raises(BackendCompilerFailed) as caught:
         torch.compile(model, backend="fxquant", options={"save_quantized": "yes"})(x)
-    assert isinstance(caught.value.__cause__ or caught.value, InvalidArgument | Exception)
+    assert isinstance(caught.value.inner_exception, InvalidArgument)
+    assert "options['save_quantized'] must be True or False: got 'yes'" in str(caught.value)

@@ -223,8 +223,8 @@ def test_what_a_checkpoint_region_reads_is_left() -> None:
     untouched(SaveQuantizedActivations(), gm)
 
 
-def test_small_tensors_are_left() -> None:
-    assert untouched(SaveQuantizedActivations(), traced(linear, inputs(rows=16))).declines == []
+def test_of_small_tensors_kept_in_float_nothing_is_said() -> None:
+    assert untouched(SaveQuantizedActivations(), traced(linear, inputs(rows=9))).declines == []
 
 
 def test_forward_alone_is_left() -> None:

@@ -173,10 +173,9 @@ def test_an_open_batch_gives_the_numbers_of_every_batch(name: str) -> None:
     for batch in (3, 7):
         shown, fixed = found.at(batch), cost(model, (NETS[name][1](batch),))
         assert (shown.plain, shown.plain_saved) == (fixed.plain, fixed.plain_saved)
-        # Of a tensor that is small at this batch, a graph for every batch keeps codes, one for this batch floats.
-        assert shown.total.saved <= fixed.total.saved
+        assert (shown.total.saved, shown.saved) == (fixed.total.saved, fixed.saved)
         # Inductor fuses a few loops otherwise where a size is open: 1.6 % was seen.
-        assert shown.total.moved == pytest.approx(fixed.total.moved, rel=0.1)
+        assert shown.total.moved == pytest.approx(fixed.total.moved, rel=0.05)
 
 
 # ---------------------------------------------------------------- by hand
