@@ -44,7 +44,7 @@ _HOMES = {
     **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.rules"),
     "Profile": "fxquant.profiles",
 }
-_MODULES = ("backend", "errors", "formats", "onnx", "ops", "report", "tensor_quant")
+_MODULES = ("backend", "errors", "formats", "kernels", "onnx", "ops", "report", "tensor_quant")
 
 __all__ = [
     "CurrentTensor",

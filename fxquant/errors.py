@@ -34,6 +34,10 @@ class CompilerMissing(FxquantError, RuntimeError):
     """Inductor needs a compiler that is not on this machine."""
 
 
+class KernelUnavailable(FxquantError, RuntimeError):
+    """fxquant's own CUDA kernels were asked for and cannot be had; the message holds the reason and the fix."""
+
+
 class MissingDependency(FxquantError, ImportError):
     """An optional package is not installed; the message holds the install command."""
 

@@ -36,7 +36,7 @@ def define(
     fake: Arithmetic | None = None,
     backward: Backward | None = None,
     saves: Sequence[str] | None = None,
-    decompose: bool = True,
+    decompose: bool | Arithmetic = True,
     lift: Callable[..., Sequence[Any] | None] | None = None,
 ) -> Any:
     """Registers ``schema`` for every device; returns its OpOverload.
@@ -49,7 +49,7 @@ def define(
         backward: ``backward(arguments, *grads)`` → gradients by argument name; ``arguments`` has the op's arguments
             as attributes. Differentiable itself, as it is made of torch calls. Absent: no gradient.
         saves: the tensor arguments that ``backward`` reads; all by default.
-        decompose: whether compilers trace the arithmetic, or the op as one node.
+        decompose: whether compilers trace the arithmetic, or the op as one node; or what they trace instead of it.
         lift: for torch.vmap over the first argument alone: its batch stands in front, ``lift(*args)`` gives the
             positional arguments that do the whole batch in one call, or None. Absent, None, or other arguments mapped:
             one call a sample.
@@ -62,7 +62,10 @@ def define(
 
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel if check is not None else arithmetic, "CompositeExplicitAutograd")
+    eager = kernel if check is not None else arithmetic
+    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    if name in HAS_KERNEL:
+        LIBRARY.impl(name, _by_dispatch(name, eager), "CUDA")
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
     torch.library.register_fake(f"fxquant::{name}", _traced(op, fake or arithmetic), lib=LIBRARY)
@@ -74,8 +77,45 @@ def define(
     torch.library.register_vmap(f"fxquant::{name}", _vmap_rule(op, lift), lib=LIBRARY)
     ARITHMETIC[op] = arithmetic
     if decompose:
-        DECOMPOSITIONS[op] = arithmetic
+        DECOMPOSITIONS[op] = arithmetic if decompose is True else decompose
     return op
+
+
+HAS_KERNEL = frozenset(
+    {
+        "fake_quantize_per_tensor_affine",
+        "fake_quantize_per_tensor_affine.tensor_qparams",
+        "fake_quantize_per_channel_affine",
+        "fake_quantize_per_tensor_affine_backward",
+        "fake_quantize_per_channel_affine_backward",
+        "quantize_per_tensor",
+        "quantize_per_tensor.tensor_qparams",
+        "quantize_per_channel",
+        "fake_quantize_float",
+        "quantize_float",
+        "fake_quantize_mx",
+        "fake_quantize_blocks",
+        "fake_quantize_blocks.amax",
+        "fake_tensor_quant",
+        "fake_tensor_quant.pass_through",
+        "fake_tensor_quant_learnable",
+        "scaled_float",
+        "scaled_float.pass_through",
+        "scaled_float_learnable",
+    }
+)
+"""Ops whose eager calls on CUDA tensors go by way of `fxquant.kernels.dispatch`: the names in its ENTRIES."""
+
+
+def _by_dispatch(name: str, aten: Arithmetic) -> Arithmetic:
+    """The implementation for CUDA tensors. ``aten``, which checks first, has all calls that no kernel serves."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from fxquant.kernels import dispatch  # not before a tensor on CUDA comes in
+
+        return dispatch.take(name, aten, args, kwargs)
+
+    return run
 
 
 _fused: set[Any] = set()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxquant.backend import compile_reports
@@ -56,7 +57,8 @@ class Row:
 class Explanation:
     """What `explain` found; prints as tables, and draws where `explain` was given example inputs.
 
-    ``coverage`` says how much of the compute reads quantized operands; None without example inputs.
+    ``coverage`` says how much of the compute reads quantized operands; None without example inputs. ``eager_cuda`` says
+    what eager ops on CUDA tensors run on; None where there is no CUDA and `fxquant.kernels.using` was not asked.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Explanation:
     compile_declines: tuple[str, ...]
     coverage: Coverage | None = None
     graphs: tuple[tuple[Operator, ...], ...] | None = field(default=None, repr=False)
+    eager_cuda: str | None = None
 
     @property
     def unbound(self) -> tuple[str, ...]:
@@ -81,6 +84,7 @@ class Explanation:
             "compile_declines": list(self.compile_declines),
             "unbound": list(self.unbound),
             "coverage": self.coverage.to_dict() if self.coverage else None,
+            "eager_cuda": self.eager_cuda,
         }
 
     def draw(self, path: str | os.PathLike[str]) -> None:
@@ -123,6 +127,8 @@ class Explanation:
         if self.compile_declines:
             parts.append("\nin compiled graphs:")
             parts += self.compile_declines
+        if self.eager_cuda:
+            parts += ["", self.eager_cuda]
         return "\n".join(parts)
 
 
@@ -157,7 +163,16 @@ def explain(
         coverage=coverage(captured, plan) if captured else None,
         compile_declines=tuple(declines),
         graphs=_graphs(captured, found, plan.target),
+        eager_cuda=_eager_cuda(),
     )
+
+
+def _eager_cuda() -> str | None:
+    from fxquant.kernels import dispatch  # loaded by nothing else where there is no CUDA tensor
+
+    if not (torch.cuda.is_available() or dispatch.asked_for()):
+        return None
+    return str(dispatch.status(build=False))
 
 
 def _rows(
