@@ -142,6 +142,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
     with context.fake_mode, torch.fx.traceback.preserve_node_meta():
         traced = proxy_tensor.make_fx(_Retrace(gm, inline_checkpoints).run, pre_dispatch=True)(*fakes)
     _describe_placeholders(gm, traced, example_inputs)
+    _keep_static_inputs(gm, traced)
     silence(traced)
     tell_calls_apart(traced)
     return _without_dead_nodes(traced)
@@ -166,6 +167,25 @@ def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_i
         trainable = isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
         new.meta["source"] = source
         new.meta["state"] = trainable or "._parameters[" in source or "._buffers[" in source
+
+
+def _keep_static_inputs(gm: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Keeps what AOTAutograd reads off a graph of Dynamo's: which inputs stay at their address, and all sources.
+
+    Without it no input is known to be a parameter or buffer: CUDA graphs would copy each of them in every step, and
+    refuse a graph that updates a buffer.
+    """
+    if "dynamo_compile_id" not in gm.meta:  # a graph of somebody else's; private, as all here; tried on 2.13
+        return
+    from torch._dynamo.source import ConstantSource
+
+    olds, news = (g.graph.find_nodes(op="placeholder") for g in (gm, traced))
+    for old, new in zip(olds, news, strict=True):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+        new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})
+    constants = {name: ConstantSource(name) for name, _ in traced.named_buffers(remove_duplicate=False)}
+    traced._param_name_to_source = {**getattr(gm, "_param_name_to_source", {}), **constants}  # type: ignore[assignment]
+    traced.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
 
 
 def in_compiled_region() -> bool:
