@@ -15,11 +15,11 @@ PY := $(LINK)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench clean
+.PHONY: help venv demo test lint types bench gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
-	@echo 'Options: PYTHON=$(PYTHON) (3.10 to 3.13)  TORCH=$(TORCH)  ARGS="..." for demo, test and bench'
+	@echo 'Options: PYTHON=$(PYTHON) (3.10 to 3.13)  TORCH=$(TORCH)  ARGS="..." for demo, test, bench, gpu'
 
 venv: ## Make .venv, or bring it up to date
 	@sh -c "$$MAKE_VENV"
@@ -47,6 +47,16 @@ bench: venv ## Time, memory and compile of a QAT step, a table at the end; OUT=f
 	@echo "==> bench/bench_compile.py"; "$(PY)" bench/bench_compile.py --out build/bench.jsonl
 	@echo "==> All of it"; "$(PY)" bench/table.py build/bench.jsonl
 	@[ -z "$(OUT)" ] || cat build/bench.jsonl >> "$(OUT)"
+
+# DEVICE=cpu runs the same on the processor, on tiny sizes: a look whether it runs.
+DEVICE ?= cuda
+
+gpu: venv ## Tests and benches on a CUDA device, DEVICE=cpu to try them out; OUT=file keeps the rows
+	@"$(PY)" -c 'import sys, torch; sys.exit(0 if "$(DEVICE)" == "cpu" or torch.cuda.is_available() else "error: \
+	make gpu must find a CUDA device: torch " + torch.__version__ + " finds none. Install a torch with CUDA, or try \
+	it out with make gpu DEVICE=cpu.")'
+	"$(PY)" -m pytest tests/gpu --device $(DEVICE) $(ARGS)
+	"$(PY)" bench/gpu/bench_gpu.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) $(if $(OUT),--out "$(OUT)")
 
 clean: ## Remove build outputs and caches (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

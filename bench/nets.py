@@ -55,15 +55,17 @@ class Strided(nn.Module):
 class Layer(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        each = (batch, length, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(self.norm1(x)).view(each).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
         x = x + self.proj(attended)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
