@@ -1,7 +1,7 @@
 """The torch.compile backends ``"fxquant"`` and ``"fxquant_eager"``.
 
-With `scheduled`, which reads what Inductor would run, the only file that touches Inductor's and AOTAutograd's private
-API; each use says on which versions it was tried.
+With `lowerings` and with `scheduled`, which reads what Inductor would run, the only file that touches Inductor's and
+AOTAutograd's private API; each use says on which versions it was tried.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant import gpu
 from fxquant.capture import capture
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
+from fxquant.lowerings import register_lowerings
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
-from fxquant.ops.materialize import MATERIALIZE
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
-from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
+from fxquant.passes.pipelines import COMPILED, joint_passes, post_grad_passes, training_passes
 from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
 from fxquant.plan import Mode, target_of
 from fxquant.profiles import get_profile
@@ -55,6 +57,11 @@ class CompileReport:
     seconds: float
     integer: int = 0
 
+
+# A code is computed from 4 to 8 tensors, most of them of one element, and read by what clamps it and by its clip mask.
+# At Inductor's 4 it stores such codes as floats. Bytes that a step moves at 4 and at 8: CNN 849 and 721 MB, ResNet 1028
+# and 907, mixer 1204 and 1170, transformer the same.
+_ON_CPU = {"realize_reads_threshold": 8}
 
 _REPORTS: collections.deque[CompileReport] = collections.deque(maxlen=256)
 
@@ -116,8 +123,15 @@ def compile_quantized(
     from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
 
-    _store_materialized()
+    register_lowerings()
+    _run_behind(COMPILED, quantized)
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}
+    if gpu.is_on_gpu(quantized, example_inputs):
+        _note(gpu.overruled(patches))
+        patches = {**patches, **gpu.exact_settings(patches)}
+        patches = _with_passes(patches, post_grad_custom_post_pass=gpu.exact_passes())
+    else:
+        patches = {**_ON_CPU, **patches}
     patches = _with_passes(
         patches,
         joint_custom_post_pass=joint_passes(select_decomp_table, **_Options.read(options).joint),
@@ -129,18 +143,6 @@ def compile_quantized(
     return compiled
 
 
-def _store_materialized() -> None:
-    """Tells Inductor that what `MATERIALIZE` reads is a buffer of its own; the op itself is nothing."""
-    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.13
-
-    def stored(x: Any) -> Any:
-        x.realize()
-        return x
-
-    if MATERIALIZE not in lowerings:
-        register_lowering(MATERIALIZE, type_promotion_kind=None)(stored)
-
-
 def fuse_in_inductor() -> None:
     """Lets ``torch.compile`` without our backend fuse calls of ``fxquant.ops``, which would otherwise stay calls.
 
@@ -150,12 +152,17 @@ def fuse_in_inductor() -> None:
     from torch._inductor import decomposition  # private; tried on 2.13
 
     # Without a result there is nothing to compute, only a mark that must not vanish.
-    fusible = {op: arithmetic for op, arithmetic in ARITHMETIC.items() if op._schema.returns}
+    fusible = {op: gpu.Told(arithmetic, _warn_once) for op, arithmetic in ARITHMETIC.items() if op._schema.returns}
     decomposition.decompositions.update(fusible)
     decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made when it was first asked for
     tag = f"fxquant {source_digest()}"
     if tag not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += tag
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def fxquant_eager(
@@ -299,10 +306,19 @@ def _run_behind(passes: tuple[Pass, ...], gm: fx.GraphModule) -> None:
         count = result.rewrites if isinstance(each, UseIntegerMatmul) else 0
         if _REPORTS:
             last = _REPORTS.pop()
-            declines, seconds = (*last.declines, *result.declines), last.seconds + result.seconds
-            _REPORTS.append(dataclasses.replace(last, declines=declines, seconds=seconds, integer=last.integer + count))
-        for decline in result.declines:
-            log.info("%s", decline)
+            seconds = last.seconds + result.seconds
+            _REPORTS.append(dataclasses.replace(last, seconds=seconds, integer=last.integer + count))
+        _note(result.declines)
+
+
+def _note(declines: Iterable[Decline]) -> None:
+    """Adds to the latest report what is said behind it."""
+    found = tuple(declines)
+    if _REPORTS and found:
+        last = _REPORTS.pop()
+        _REPORTS.append(dataclasses.replace(last, declines=(*last.declines, *found)))
+    for decline in found:
+        log.info("%s", decline)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,16 +138,17 @@ def _read(node: fx.Node) -> list[fx.Node]:
 def _is_cheap(node: fx.Node, found: set[fx.Node]) -> bool:
     if not is_moving(node) and not is_pointwise(node):
         return False
-    return all(source in found or _is_small(source, node) for source in node.all_input_nodes)
+    return all(source in found or is_small(source, node) for source in node.all_input_nodes)
 
 
-def _is_small(source: fx.Node, node: fx.Node) -> bool:
+def is_small(source: fx.Node, node: fx.Node) -> bool:
     """Whether a value, as a mean per channel, is worth no thought beside the one that it is for."""
-    of_source, of_node = _elements(source), _elements(node)
+    of_source, of_node = elements(source), elements(node)
     return of_source is not None and of_node is not None and of_source * _SMALLER <= of_node
 
 
-def _elements(node: fx.Node) -> int | None:
+def elements(node: fx.Node) -> int | None:
+    """How many a node's tensor has, for comparisons: without a look at what a symbolic size is."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None  # several tensors

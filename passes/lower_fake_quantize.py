@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.ops.library import ARITHMETIC
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.materialize_shared import mark_masked_gradient
 
 _OPS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD, *quantize.QUANTIZE, *saved.FORWARD)
 # What backward reads saved codes and masks with. As nodes that do not fuse, in the joint graph, they make the
@@ -84,6 +85,8 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph) -> None:
                 mapped[inner] = next(placeholders)
             elif inner.op == "output":
                 node.replace_all_uses_with(mapped[inner.args[0]])
+                if backward:
+                    mark_masked_gradient(mapped[inner.args[0]])
             else:
                 mapped[inner] = graph.node_copy(inner, mapped.__getitem__)
                 for key in _KEPT:

@@ -12,9 +12,10 @@ from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantF
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
 from fxquant.passes.functionalize_activations import FunctionalizeActivations
+from fxquant.passes.hoist_views import HoistViews
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
-from fxquant.passes.materialize_observed import MaterializeObserved
+from fxquant.passes.materialize_shared import MaterializeShared
 from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
@@ -46,6 +47,10 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
     )
 
 
+COMPILED: tuple[Pass, ...] = (HoistViews(),)
+"""On the captured graph, behind those, where it is compiled: what only compiled code is better for. Values are recorded
+without, as export has them."""
+
 Table = Callable[[], Mapping[Any, Callable[..., Any]]]
 
 
@@ -69,4 +74,4 @@ def joint_passes(
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
     """On Inductor's forward and backward graphs, before its own passes: what was not lowered before; what is stored."""
-    return (LowerFakeQuantize(decompositions=decompositions), MaterializeObserved())
+    return (LowerFakeQuantize(decompositions=decompositions), MaterializeShared())

@@ -5,6 +5,7 @@ Nothing here reads a value on the host or checks one: `fxquant.ops` does, in fro
 
 | file | arithmetic |
 | --- | --- |
+| `division` | quotients that compilers would round twice |
 | `affine` | scale and zero point: torch's fake_quantize family, ONNX QuantizeLinear |
 | `integer` | codes in integer dtypes, four bits packed |
 | `learnable` | gradients to scale, zero point, offset and thresholds |

@@ -14,9 +14,12 @@ Arithmetic is float32 (float64 for float64 input), with one rounding to the inpu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fxquant.numerics.division import reciprocal
 from fxquant.spec import Rounding
 
 # torch's per-channel kernels cast the code to int64 before they clamp; what does not fit becomes INT64_MIN.
@@ -34,13 +37,13 @@ def code_before_clamp(x: Tensor, scale: Tensor, zero_point: Tensor | None, round
     """The rounded code, in float and not yet clamped; NaN where x is NaN. No zero point: 0, known beforehand."""
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     scale = scale.to(torch.float32)
-    steps = wide / scale if rounding == "divide" else wide * scale.reciprocal()
+    steps = wide / scale if rounding == "divide" else wide * reciprocal(scale)
     # Adding the zero point, even 0, also turns −0 into +0: torch's integer codes have no sign of zero.
     if zero_point is None:  # compilers drop the addition of a 0 that they see
         code = steps.round()
         return torch.where(code == 0, 0.0, code)
     if rounding == "reciprocal" and zero_point.is_floating_point():
-        return _float_code(wide, scale.reciprocal(), zero_point).round() + 0.0
+        return _float_code(wide, reciprocal(scale), zero_point).round() + 0.0
     return steps.round() + zero_point.to(torch.float32)
 
 
@@ -88,6 +91,13 @@ def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor
     return (wide if zero_point is None else wide - zero_point.to(wide.dtype)) * scale
 
 
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` in ``dtype``; a double becomes a half by way of float32, as CPUs cast it, where GPUs round once."""
+    if value.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):
+        value = value.to(torch.float32).clamp(max=math.inf)  # casts in a row would be one for Inductor of torch 2.11
+    return value.to(dtype)
+
+
 def _integer_part(zero_point: Tensor | None) -> Tensor | None:
     """What torch's per-tensor kernels take of a floating zero point."""
     return None if zero_point is None else zero_point.to(torch.int32)
@@ -131,7 +141,7 @@ def fake_quantize_per_channel(
     code = codes_per_channel(x, scale, zero_point, quant_min, quant_max, rounding)
     if rounding == "reciprocal" and (x.dtype != torch.float32 or zero_point.is_floating_point()):
         code, scale, zero_point = code.double(), scale.double(), zero_point.double()
-    return dequantize(code, scale, zero_point).to(x.dtype)
+    return rounded(dequantize(code, scale, zero_point), x.dtype)
 
 
 def clip_mask_per_tensor(

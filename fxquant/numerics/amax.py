@@ -8,8 +8,8 @@
     dx   = dy · [|x| ≤ amax]                damax = Σ dy · (code − [|x| ≤ amax] · x · s) / B
 
 An ``amax`` of at most 2⁻²⁴ holds nothing worth a code: its elements give 0, whatever x is. Elsewhere NaN stays NaN.
-Arithmetic is float32 (float64 for float64 input), with one rounding to the input's dtype at the end. Every divisor
-is a tensor: torch would multiply by the reciprocal of a number, with a second rounding.
+Arithmetic is float32 (float64 for float64 input), with one rounding to the input's dtype at the end. No divisor
+is a number: torch would multiply by its reciprocal, with a second rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.formats import FloatFormat
+from fxquant.numerics.division import divide_by_number
 from fxquant.numerics.floating import round_to_float
 
 EPSILON = 2.0**-24
@@ -108,7 +109,7 @@ def _amax_gradient(grad: Tensor, x: Tensor, code: Tensor, scaled: Tensor, amax: 
     """
     wide, reach = widen(x), aligned(amax, code)
     inside = torch.where(wide.abs() <= reach, scaled, 0.0)
-    slope = torch.where(reach <= EPSILON, wide.sign(), (code - inside) / torch.full_like(code, bound))
+    slope = torch.where(reach <= EPSILON, wide.sign(), divide_by_number(code - inside, bound))
     total = (grad.to(code.dtype) * slope).sum_to_size(reach.shape)
     return total.reshape(amax.shape).to(amax.dtype)
 
@@ -131,7 +132,7 @@ def fake_affine_tensor_quant(x: Tensor, low: Tensor, high: Tensor, num_bits: int
     low, high = aligned(low, wide), aligned(high, wide)
     half = 2 ** (num_bits - 1)
     width = high - low
-    step = width / torch.full_like(width, 2**num_bits - 1)
+    step = divide_by_number(width, 2**num_bits - 1)
     zero = (low / step).round() + half
     code = ((wide / step).round() - zero).clamp(-half, half - 1)
     return torch.where(high > low, (code + zero) * step, 0.0).to(x.dtype)
@@ -155,8 +156,8 @@ def scaled_float(x: Tensor, amax: Tensor | None, target: FloatFormat) -> Tensor:
     if amax is None:
         return round_to_float(wide, target).to(x.dtype)
     reach = effective_amax(aligned(amax, wide))
-    limit = torch.full_like(reach, target.max)
-    return (round_to_float(wide * (limit / reach), target) * (reach / limit)).to(x.dtype)
+    scale = torch.full_like(reach, target.max) / reach
+    return (round_to_float(wide * scale, target) * divide_by_number(reach, target.max)).to(x.dtype)
 
 
 def scaled_float_clipped(grad: Tensor, x: Tensor, amax: Tensor | None, target: FloatFormat) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxquant.formats import FloatFormat
+from fxquant.numerics.division import divide_by_number, reciprocal
 from fxquant.numerics.floating import power_of_two_below, round_to_float, widen
 from fxquant.numerics.stochastic import round_by_chance, uniform
 
@@ -158,7 +159,7 @@ def fake_quantize_mx(x: Tensor, at: Blocks, element: Element, scale_rounding: st
     blocks = at.split(wide)
     scale = mx_scale(at.amax(blocks), element, scale_rounding)
     # A power of two has an exact reciprocal: one division per block, not one per element.
-    y = round_to_element(blocks * scale.reciprocal(), element, _noise(wide, at, seed)) * scale
+    y = round_to_element(blocks * reciprocal(scale), element, _noise(wide, at, seed)) * scale
     return at.join(y, x).to(x.dtype)
 
 
@@ -190,7 +191,7 @@ def fake_quantize_blocks(
     if scales is not None and scales.at is None:
         scale = _scale_by_tensor(reach.to(torch.float32), element, scales.element, tensor_amax).to(wide.dtype)
     else:
-        scale = _over(reach if amax is None else reach.clamp(min=0.0), element.max)
+        scale = divide_by_number(reach if amax is None else reach.clamp(min=0.0), element.max)
         scale = torch.where(scale < _INFINITY, scale, 1.0)
         if scales is not None and scales.at is not None:
             scale = _scale_by_block(scale, at, scales.element, scales.at)
@@ -198,18 +199,13 @@ def fake_quantize_blocks(
     return at.join(y, x).to(x.dtype)
 
 
-def _over(x: Tensor, number: float) -> Tensor:
-    """``x / number``, rounded once: by a plain number, CUDA kernels multiply with the reciprocal."""
-    return x / torch.full((), number, dtype=x.dtype, device=x.device)
-
-
 def _scale_by_tensor(amax: Tensor, element: Element, format: Element, tensor_amax: Tensor | None) -> Tensor:
     """``format(amax / element.max / g) · g`` with one g per tensor, that puts the largest scale at format.max."""
     if tensor_amax is None:
         tensor_amax = amax.amax() if amax.numel() else amax.new_zeros(())
-    unit = _over(tensor_amax.to(torch.float32).reshape(()), element.max * format.max)
+    unit = divide_by_number(tensor_amax.to(torch.float32).reshape(()), element.max * format.max)
     unit = torch.where((unit > 0) & (unit < _INFINITY), unit, 1.0)
-    ratio = _over(amax.clamp(min=0.0), element.max) / unit
+    ratio = divide_by_number(amax.clamp(min=0.0), element.max) / unit
     ratio = torch.where(ratio < format.max, ratio, format.max)  # of a NaN too: it then stays alone in its block
     return round_to_element(ratio, format, None) * unit
 

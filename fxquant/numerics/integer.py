@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant.numerics.affine import codes_per_channel, codes_per_tensor, dequantize, per_channel_view
+from fxquant.numerics.affine import codes_per_channel, codes_per_tensor, dequantize, per_channel_view, rounded
 from fxquant.spec import Rounding
 
 
@@ -62,7 +62,7 @@ def dequantize_per_channel(code: Tensor, scale: Tensor, zero_point: Tensor, axis
     """The same per slice of ``axis``, in double for float64 and for a floating zero point, which keeps its fraction."""
     wide = torch.float64 if dtype == torch.float64 or zero_point.is_floating_point() else torch.float32
     scale, zero_point = (per_channel_view(v, code.dim(), axis) for v in (scale.to(wide), zero_point))
-    return dequantize(code.to(wide), scale, zero_point).to(dtype)
+    return rounded(dequantize(code.to(wide), scale, zero_point), dtype)
 
 
 def dequantize_backward(

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxquant.numerics.affine import clamp_code, per_channel_view
-from fxquant.numerics.observe import divide_by_number
+from fxquant.numerics.affine import clamp_code, per_channel_view, rounded
+from fxquant.numerics.division import divide_by_number, reciprocal
 from fxquant.spec import Rounding
 
 # torch's per-channel kernels cast the code to int64; what does not fit becomes its lowest value.
@@ -76,7 +76,7 @@ def _affine_codes(
     """The codes, and the rounded zero point: NaN is ``quant_min``."""
     point = clamp_code(zero_point.round(), quant_min, quant_max)
     point = _without_sign_of_zero(point)
-    code = (wide / scale if rounding == "divide" else wide * scale.reciprocal()).round() + point
+    code = (wide / scale if rounding == "divide" else wide * reciprocal(scale)).round() + point
     if axis is not None and rounding == "reciprocal":
         code = torch.where(code < _INT64_END, code, -math.inf)
     return _clamped(code, quant_min, quant_max), point
@@ -97,7 +97,7 @@ def learnable_affine(
     steps = codes.code - point
     if axis is not None and rounding == "reciprocal" and x.dtype != torch.float32:
         steps, scale = steps.double(), scale.double()  # as fake_quantize_per_channel_affine, whose numbers these are
-    return (steps * scale).to(x.dtype)
+    return rounded(steps * scale, x.dtype)
 
 
 def learnable_affine_backward(
@@ -116,7 +116,7 @@ def learnable_affine_backward(
     codes, point = _affine_codes(wide, wide_scale, wide_point, axis, quant_min, quant_max, rounding)
     inside, wide_grad = codes.inside(), grad.to(wide.dtype)
     error = (codes.code - point) * wide_scale - wide
-    steps = error / wide_scale if rounding == "divide" else error * wide_scale.reciprocal()
+    steps = error / wide_scale if rounding == "divide" else error * reciprocal(wide_scale)
     to_scale = wide_grad * codes.slope(quant_min - point, quant_max - point, steps)
     to_point = wide_grad * torch.where(inside, 0.0, -wide_scale)
     return (

@@ -19,21 +19,13 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics import affine
+from fxquant.numerics.division import divide_by_number, reciprocal
 from fxquant.spec import Rounding
 
 # 6.1e-5 in float32, about the smallest normal float16: torch raises smaller scales to it.
 SMALLEST_SCALE = 6.0999998822808266e-05
 # What torch takes for a range of no width, whose scale has no finite reciprocal.
 DEGENERATE_SCALE = 0.1
-
-
-def divide_by_number(tensor: Tensor, number: float) -> Tensor:
-    """``tensor / number``, rounded once on every device.
-
-    CUDA, eager and compiled, multiplies by the reciprocal of what it knows to be a constant; this divisor depends on
-    the tensor, though only where the quotient is NaN anyway.
-    """
-    return tensor / torch.where(torch.isnan(tensor), tensor, number)
 
 
 class State(NamedTuple):
@@ -69,7 +61,7 @@ def choose_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, sy
         low, high = _mirror(low, high, steps)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = divide_by_number(high.double() - low.double(), steps).to(torch.float32)
-    scale = torch.where((scale == 0.0) | torch.isinf(scale.reciprocal()), DEGENERATE_SCALE, scale)
+    scale = torch.where((scale == 0.0) | torch.isinf(reciprocal(scale)), DEGENERATE_SCALE, scale)
     low, high = _stretch(low, high, scale, steps)
     scale = scale.clamp(min=SMALLEST_SCALE)
     point = _zero_point(low.double() / scale.double(), high.double() / scale.double(), quant_min, quant_max)

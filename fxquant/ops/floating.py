@@ -74,7 +74,15 @@ def _backward(a: Any, grad: Tensor) -> dict[str, Tensor]:
 def _quantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype, *, saturate: bool = True) -> Tensor:
     check_floating("input", x)
     found = float_format(_check_float8(dtype, "dtype"))
-    return floating.quantize_float(x, _ready(x, scale), found, saturate).to(torch.float32).to(dtype)
+    value = floating.quantize_float(x, _ready(x, scale), found, saturate).to(torch.float32)
+    return value.to(dtype) if saturate or not found.has_infinity else _with_infinities(value, dtype)
+
+
+def _with_infinities(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """e5m2 with ±inf as they are: the instruction that casts on a GPU makes ±max of them."""
+    bits = value.to(dtype).view(torch.uint8).to(torch.int32)
+    infinite = torch.where(value > 0, 0x7C, 0xFC)
+    return torch.where(value.isinf(), infinite, bits).to(torch.uint8).view(dtype)
 
 
 def _dequantize(code: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fxquant.numerics.division import divide_by_number
 from fxquant.ops.library import define
 
 # torch.ao's floor for activation scales; a constant-zero tensor then has codes 0 and exact zeros.
@@ -46,6 +47,13 @@ def _update(x: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tup
     if x.numel() == 0:
         return minimum.clone(), maximum.clone()
     return _average(*_batch_min_max(x, minimum), minimum, maximum, constant)
+
+
+def _update_in_parts(x: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
+    """The extremes, which fuse with what makes x, and the average of them as one node."""
+    if x.numel() == 0:
+        return minimum.clone(), maximum.clone()
+    return AVERAGE_MIN_MAX(*_batch_min_max(x, minimum), minimum, maximum, constant)
 
 
 def _average(low: Tensor, high: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
@@ -86,12 +94,14 @@ def _affine(minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, sy
     low, high = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
     if symmetric:
         reach = (quant_max - quant_min) // 2
-        scale = (torch.maximum(-low, high) / reach).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
+        scale = divide_by_number(torch.maximum(-low, high), reach).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
         middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
+    scale = divide_by_number(high - low, quant_max - quant_min).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
     point = quant_min - torch.round(low / scale)
-    return scale, point.clamp(quant_min, quant_max).to(torch.int32)
+    # The comparison is false for NaN, which has no integer: the casts of different devices would not agree on one.
+    point = torch.where(point >= quant_min, point, quant_min).clamp(max=quant_max)
+    return scale, point.to(torch.int32)
 
 
 def _affine_like(minimum: Tensor, *_: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -105,7 +115,7 @@ def _symmetric(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Ten
         amax = x.new_zeros(() if axis is None else x.shape[axis])
     else:
         amax = x.abs().amax(dim=others) if others else x.abs()
-    scale = (amax.to(torch.float32) / quant_max).clamp(min=WEIGHT_SCALE_FLOOR)
+    scale = divide_by_number(amax.to(torch.float32), quant_max).clamp(min=WEIGHT_SCALE_FLOOR)
     if axis is None:
         scale = scale.reshape(1)
     return scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -121,11 +131,13 @@ AVERAGE_MIN_MAX = define(
     "average_min_max(Tensor low, Tensor high, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
     _average,
     fake=_average_like,
+    decompose=False,
 )
 UPDATE_MIN_MAX = define(
     "update_min_max(Tensor input, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
     _update,
     fake=_ranges_like,
+    decompose=_update_in_parts,
 )
 EXTEND_MIN_MAX = define(
     "extend_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _extend, fake=_ranges_like
@@ -137,6 +149,7 @@ AFFINE_QPARAMS = define(
     "affine_qparams(Tensor min, Tensor max, int quant_min, int quant_max, bool symmetric) -> (Tensor, Tensor)",
     _affine,
     fake=_affine_like,
+    decompose=False,
 )
 SYMMETRIC_QPARAMS = define(
     "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, fake=_symmetric_like

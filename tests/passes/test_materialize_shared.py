@@ -2,27 +2,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.ops.materialize import MATERIALIZE
-from fxquant.passes.materialize_observed import MaterializeObserved
+from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.materialize_shared import MaterializeShared, mark_masked_gradient
 from tests.passes.graphs import apply, untouched
 
 
-def traced(function: Callable[[Tensor], tuple[Tensor, ...]]) -> fx.GraphModule:
-    return make_fx(function, tracing_mode="fake")(torch.randn(4, 8))
+def traced(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor | None = None) -> fx.GraphModule:
+    return make_fx(function, tracing_mode="fake")(torch.randn(4, 8) if x is None else x)
 
 
 def test_a_dear_value_with_a_range_is_stored() -> None:
     gm = traced(lambda x: ((x.erf() * 2).amin(), (x.erf() * 2).round()))
     fx_graph = traced(lambda x: _range_and_codes(x.erf() * 2))
-    assert apply(MaterializeObserved(), fx_graph).rewrites == 1
+    assert apply(MaterializeShared(), fx_graph).rewrites == 1
     stored = next(node for node in fx_graph.graph.nodes if node.target is MATERIALIZE)
     assert {user.name for user in stored.users} == {"amin", "amax", "round_1"}
     assert [user.target for user in stored.args[0].users] == [MATERIALIZE]
-    untouched(MaterializeObserved(), gm)  # two tensors, each read once
+    untouched(MaterializeShared(), gm)  # two tensors, each read once
 
 
 def _range_and_codes(y: Tensor) -> tuple[Tensor, ...]:
@@ -31,16 +33,61 @@ def _range_and_codes(y: Tensor) -> tuple[Tensor, ...]:
 
 def test_moved_values_count_as_what_they_are() -> None:
     gm = traced(lambda x: _range_and_codes(x.erf().view(8, 4).t()))
-    assert apply(MaterializeObserved(), gm).rewrites == 1
+    assert apply(MaterializeShared(), gm).rewrites == 1
 
 
 def test_cheap_values_are_left() -> None:
-    untouched(MaterializeObserved(), traced(lambda x: _range_and_codes(x.relu() * 2 + 1)))
+    untouched(MaterializeShared(), traced(lambda x: _range_and_codes(x.relu() * 2 + 1)))
 
 
 def test_what_a_library_call_has_stored_is_left() -> None:
-    untouched(MaterializeObserved(), traced(lambda x: _range_and_codes(x.exp() @ x.t())))
+    untouched(MaterializeShared(), traced(lambda x: _range_and_codes(x.exp() @ x.t())))
 
 
 def test_values_without_a_range_are_left() -> None:
-    untouched(MaterializeObserved(), traced(lambda x: (x.erf().round(), x.erf() + 1)))
+    untouched(MaterializeShared(), traced(lambda x: (x.erf().round(), x.erf() + 1)))
+
+
+def _stored(gm: fx.GraphModule) -> list[str]:
+    apply(MaterializeShared(), gm)
+    return [str(node.args[0]) for node in gm.graph.nodes if node.target is MATERIALIZE]
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_residual_sum_that_is_normalized_is_stored(norm: str) -> None:
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        total = x + x.flip(0)
+        if norm == "layer_norm":
+            variance, mean = torch.var_mean(total, [1], keepdim=True, correction=0)
+            return ((total - mean) * (variance + 1e-5).rsqrt(),)
+        return (total * (total.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(),)
+
+    assert _stored(traced(model, torch.randn(64, 64))) == ["add"]
+
+
+def test_other_sums_are_left() -> None:
+    x = torch.randn(64, 64)
+    untouched(MaterializeShared(), traced(lambda x: ((x + x.flip(0)) * 2, (x + x.flip(0)).sum()), x))  # no mean
+    untouched(MaterializeShared(), traced(lambda x: torch.var_mean(x + 1.0, [1]), x))  # no two tensors
+    untouched(MaterializeShared(), traced(lambda x: torch.var_mean(x + x[0], [1]), x))  # one of them small
+    untouched(MaterializeShared(), traced(lambda x: torch.var_mean(x + x.flip(0), [1])))  # both small
+
+
+def test_a_masked_gradient_that_several_read_is_stored() -> None:
+    gm = traced(lambda x: (lambda g: (g.sum(), g * 2))(x * x.sign()))
+    (product,) = (node for node in gm.graph.nodes if node.name == "mul")
+    untouched(MaterializeShared(), gm)
+    mark_masked_gradient(product)
+    assert _stored(gm) == ["mul"]
+
+
+def test_the_lowering_of_a_gradient_marks_it() -> None:
+    def model(g: Tensor, x: Tensor, scale: Tensor, point: Tensor) -> tuple[Tensor, ...]:
+        masked = torch.ops.fxquant.fake_quantize_per_tensor_affine_backward(g, x, scale, point, 0, 255)
+        return masked.sum(0), masked * 2
+
+    qparams = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)
+    gm = make_fx(model, tracing_mode="fake")(torch.randn(4, 8), torch.randn(4, 8), *qparams)
+    apply(LowerFakeQuantize(), gm)
+    (stored,) = _stored(gm)
+    assert stored.startswith("mul")
