@@ -23,23 +23,26 @@ def quantize(x: Tensor, scale: Tensor = SCALE, point: Tensor = POINT) -> Tensor:
 
 
 def test_snapshot() -> None:
-    gm = captured(lambda x, s, z: quantize(x, s, z).transpose(1, 2).reshape(8, 3) @ x.view(3, 8), X, SCALE, POINT)
+    def model(x: Tensor) -> Tensor:
+        return fake_quantize_per_tensor_affine(x, 0.1, 3, 0, 15).transpose(1, 2).reshape(8, 3) @ x.view(3, 8)
+
+    gm = captured(model, X)
     before = show(gm)
     assert apply(PASS, gm).rewrites == 2
     assert_expected_inline(
         before + "\n" + show(gm),
         """\
-fake_quantize_per_tensor_affine = fake_quantize_per_tensor(arg2_1, arg0_1, arg1_1, 0, 15)
+fake_quantize_per_tensor_affine = fake_quantize_per_tensor(arg0_1, 0.1, 3, 0, 15)
 transpose = transpose(fake_quantize_per_tensor_affine, 1, 2)
 reshape = reshape(transpose, [8, 3])
-view = view(arg2_1, [3, 8])
+view = view(arg0_1, [3, 8])
 matmul = matmul(reshape, view)
 return [matmul]
 
-transpose_int = transpose(arg2_1, 1, 2)
+transpose_int = transpose(arg0_1, 1, 2)
 reshape_default = reshape(transpose_int, [8, 3])
-fake_quantize_per_tensor_affine = fake_quantize_per_tensor(reshape_default, arg0_1, arg1_1, 0, 15)
-view = view(arg2_1, [3, 8])
+fake_quantize_per_tensor_affine = fake_quantize_per_tensor(reshape_default, 0.1, 3, 0, 15)
+view = view(arg0_1, [3, 8])
 matmul = matmul(fake_quantize_per_tensor_affine, view)
 return [matmul]
 """,
