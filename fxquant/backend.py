@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -379,11 +380,17 @@ def _inductor_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _require_compiler(example_inputs: Sequence[Any]) -> None:
-    """Says early, and in words, that Inductor will find no C++ compiler."""
+    """Says early, and in words, that Inductor will find no compiler for a device."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # private; tried on 2.13
     from torch._inductor.exc import InvalidCxxCompiler  # private; tried on 2.13
 
-    if not any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in example_inputs):
+    devices = {t.device.type for t in example_inputs if isinstance(t, torch.Tensor)}
+    if "cuda" in devices and importlib.util.find_spec("triton") is None:
+        raise CompilerMissing(
+            "backend 'fxquant' must find Triton to run on CUDA: found none. Install triton, or use "
+            "backend='fxquant_eager', whose operators run on kernels of fxquant's own."
+        )
+    if "cpu" not in devices:
         return
     try:
         get_cpp_compiler()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxquant
+from fxquant.backend import fxquant as fxquant_backend
 from fxquant.errors import CompilerMissing, FxquantError, InvalidArgument, PlanMismatch, UnsupportedModel
 from fxquant.recipes import INT8, Recipe
 from tests.models.nets import ConvNet, Mlp, prepared, ranges, step
@@ -282,6 +285,17 @@ def test_no_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.compile(model, backend="fxquant")(X)
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), CompilerMissing)
     step(torch.compile(model, backend=EAGER), X)  # which needs none
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, 8, device="cuda")
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    with pytest.raises(
+        CompilerMissing, match=r"must find Triton to run on CUDA: found none\. Install triton, or"
+    ):
+        fxquant_backend(gm, [on_gpu])
 
 
 def test_a_checkpoint_of_another_plan() -> None:
