@@ -292,9 +292,7 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         on_gpu = torch.empty(2, 8, device="cuda")
     gm = torch.fx.symbolic_trace(torch.nn.Identity())
-    with pytest.raises(
-        CompilerMissing, match=r"must find Triton to run on CUDA: found none\. Install triton, or"
-    ):
+    with pytest.raises(CompilerMissing, match=r"must find Triton to run on CUDA: found none\. Install triton, or"):
         fxquant_backend(gm, [on_gpu])
 
 
