@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
 
 from fxquant import ops
 from fxquant.state import quantizers
 from tests.gpu.harness import assert_same_bits, kernels, no_sync
 from tests.gpu.test_training import NETS, WIDTH, compiled, each_net, made
-from tests.models.nets import grads, prepared
+from tests.models.nets import Convs, grads, kept_bytes, prepared
 
 Run = Callable[[Tensor], Tensor]
 
@@ -192,37 +191,6 @@ def test_an_eager_op_with_tensor_qparams_never_waits(path: str, device: str) -> 
 
 
 # ---------------------------------------------------------------- what is kept for backward
-
-
-def kept_bytes(model: nn.Module, run: Run, x: Tensor) -> int:
-    """What autograd keeps, each storage once, without parameters, buffers and the input."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    run(x).sum().backward()  # compiles the backward
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run(x)
-    out.sum().backward()
-    return sum(kept.values())
-
-
-class Convs(nn.Module):
-    """Two convolutions with BatchNorm and a residual, after one without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.a, self.b = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False) for _ in range(2))
-        self.norm_a, self.norm_b = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        return F.relu(self.norm_b(self.b(self.norm_a(self.a(x)).relu())) + x)
 
 
 def two_linears() -> nn.Module:

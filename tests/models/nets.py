@@ -56,6 +56,36 @@ class Blocks(nn.Module):
         return x
 
 
+class Convs(nn.Module):
+    """Two convolutions with BatchNorm and a residual, after one without."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.a, self.b = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_a, self.norm_b = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return F.relu(self.norm_b(self.b(self.norm_a(self.a(x)).relu())) + x)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
 class TiedLanguageModel(nn.Module):
     def __init__(self, vocabulary: int = 11, width: int = 8) -> None:
         super().__init__()
@@ -103,6 +133,24 @@ def step(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     out = compiled(*args, **kwargs)
     out.float().square().mean().backward()
     return out.detach()
+
+
+def kept_bytes(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """What autograd keeps, each storage once, without parameters, buffers and the input."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    run(x).sum().backward()  # compiles the backward
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run(x)
+    out.sum().backward()
+    model.zero_grad()
+    return sum(kept.values())
 
 
 def grads(model: nn.Module) -> dict[str, Tensor]:

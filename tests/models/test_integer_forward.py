@@ -16,7 +16,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.ops.integer_matmul import multiplies_exactly
 from fxquant.passes import use_integer_matmul
 from fxquant.passes.product_times import Problem, Times
-from tests.models.nets import Attention, ConvNet, Mlp, grads, step
+from tests.models.nets import Attention, ConvNet, Mlp, grads, kept_bytes, step
 
 pytestmark = [
     pytest.mark.usefixtures("cold"),
@@ -154,20 +154,7 @@ def test_four_bit_weights() -> None:
 def saved_bytes(make: Callable[[], nn.Module], shape: tuple[int, ...], integers: bool) -> int:
     torch._dynamo.reset()
     model, x = made(make, shape)
-    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), x)}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    compiled = torch.compile(model, backend="fxquant", options={"integer_matmul": integers})
-    step(compiled, x)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = compiled(x)
-    out.sum().backward()
-    return sum(kept.values())
+    return kept_bytes(model, torch.compile(model, backend="fxquant", options={"integer_matmul": integers}), x)
 
 
 @pytest.mark.parametrize("net", [*NETS, "checkpointed"])

@@ -66,4 +66,4 @@ def test_nothing_but_results_is_stored() -> None:
     run = torch.compile(observe, backend="fxquant", options={"recipe": None})
     state = torch.tensor([-1.0]), torch.tensor([1.0])
     _, (code,) = run_and_get_code(lambda: run(torch.randn(64), *state, False))
-    assert code.count("= empty_strided_cpu(") <= 6
+    assert 0 < code.count("= empty_strided_cpu(") <= 6

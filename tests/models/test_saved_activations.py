@@ -11,43 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
 from fxquant.errors import InvalidArgument
+from tests.models.nets import Block, Convs, kept_bytes
 
 WIDTH, ROWS = 16, 8
-
-
-class Convs(nn.Module):
-    """Two convolutions with BatchNorm and a residual, after one without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.a, self.b = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False) for _ in range(2))
-        self.norm_a, self.norm_b = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        return F.relu(self.norm_b(self.b(self.norm_a(self.a(x)).relu())) + x)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -61,24 +31,6 @@ def made(net: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = NETS[net]
     return model(), x()
-
-
-def kept_bytes(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """What autograd keeps, each storage once, without parameters, buffers and the input."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    run(x).sum().backward()  # compiles the backward
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run(x)
-    out.sum().backward()
-    model.zero_grad()
-    return sum(kept.values())
 
 
 def two_steps(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
