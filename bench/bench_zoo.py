@@ -8,8 +8,9 @@ A zoo is a Python file with ``names()`` and ``get(name)``; an entry has ``build(
 
 A JSON line per entry and target, each from its own process: graph breaks and compiles against plain torch.compile, the
 loss over the steps against float's, the share of convolution and linear FLOPs on quantized operands, the export, and
-what `fxquant.verify_onnx` says of it. What fails is a field with the error's text, never a missing row. The summary
-counts each promise over the zoo. Times are not measured.
+what `fxquant.verify_onnx` says of it; with ``--backend fxquant``, how far a step is from ``fxquant_eager``'s. What
+fails is a field with the error's text, never a missing row. The summary counts each promise over the zoo. Times are
+not measured.
 """
 
 from __future__ import annotations
@@ -87,6 +88,38 @@ def train(entry: Any, model: nn.Module, backend: str, steps: int) -> Row:
     }
 
 
+def first_step(entry: Any, target: str, backend: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step, without dropout: compiled code draws other numbers than eager."""
+    model, (args, kwargs) = entry.build(), entry.inputs()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    fxquant.prepare(model, args, kwargs, target=target)
+    torch._dynamo.reset()
+    loss = entry.loss(torch.compile(model, backend=backend)(*args, **kwargs))
+    loss.backward()
+    return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def against_eager(entry: Any, target: str, backend: str) -> Row:
+    """The first step beside backend "fxquant_eager"; gradients differ by codes that rounding noise moved, and by that.
+
+    ``gradients``: the norm of all differences by the norm of all; ``worst``: the largest such ratio of one parameter,
+    of those with at least a millionth of the largest norm.
+    """
+    (loss, found), (expected_loss, expected) = (first_step(entry, target, b) for b in (backend, "fxquant_eager"))
+    if found.keys() != expected.keys():
+        raise AssertionError(f"gradients must be of the same parameters: {sorted(found.keys() ^ expected.keys())}")
+    norms = {name: expected[name].norm() for name in expected}
+    apart = {name: (found[name] - expected[name]).norm() for name in expected}
+    least = 1e-6 * max(norms.values())
+    return {
+        "loss": abs(loss - expected_loss),
+        "gradients": float(torch.stack([*apart.values()]).norm() / torch.stack([*norms.values()]).norm()),
+        "worst": max(float(apart[name] / norm) for name, norm in norms.items() if norm > least),
+    }
+
+
 def named(model: nn.Module, args: tuple[Any, ...], kwargs: Row) -> Any:
     """One batch as `fxquant.calibrate` takes it: positional, or by name."""
     if not (args and kwargs):
@@ -158,6 +191,9 @@ def examine(zoo: Any, name: str, target: str, backend: str, steps: int) -> Row:
             row["float_products"] = [f"{p.kind} in {p.module}: {p.reason}" for p in found.products if not p.quantized]
         with noted(row, "train"):
             row["fxquant"] = train(entry, model, backend, steps)
+        if backend != "fxquant_eager":
+            with noted(row, "against_eager"):
+                row["against_eager"] = against_eager(entry, target, backend)
         row["unbound"] = list(fxquant.explain(model).unbound)
         model.eval()
         with noted(row, "eval"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.graph import packet
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.passes.base import Pass, PassResult, call
 from fxquant.passes.joint import Joint, is_moving, is_pointwise
@@ -17,6 +19,13 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 _MARK = "fxquant.saved_as_codes"
+# By name: Inductor's own, which its decompositions make, is there only once Inductor is loaded.
+_POOLS = frozenset(
+    {
+        *("aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.adaptive_max_pool2d"),
+        *("aten.adaptive_max_pool3d", "prims._low_memory_max_pool_with_offsets"),
+    }
+)
 _FEW = 1024  # elements: of fewer, kept in float, nothing is said
 
 
@@ -36,6 +45,12 @@ class SaveQuantizedActivations(Pass):
     BatchNorm's result, a GELU or ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
     regions hold or read, and what has a scale per channel. Masks of other operators, as a ReLU's, are
     packed where no float is kept that gives them.
+
+    What a max pool picks of quantized values has their codes, and is kept as those too, by the scale it came with::
+
+        p  = max_pool(fake_quantize(x))        →   p is read in backward as dequantize(q), q = quantize(p), saved
+
+    not in half types, where a code may round to the value of the next.
     """
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -48,6 +63,7 @@ class SaveQuantizedActivations(Pass):
         kept = joint.kept(wanted)
         sites = [node for node in joint.forward if node.target is fake_quantize.PER_TENSOR]
         done = sum(self._save(joint, site, site in wanted, result) for site in sites if site.args[0] not in kept)
+        done += sum(_save_picked(joint, node) for node in joint.forward if node in wanted and _is_pick(node))
         return done + sum(_pack_mask(mask) for mask in masks if mask not in kept)
 
     def _save(self, joint: Joint, site: fx.Node, read: bool, result: PassResult) -> int:
@@ -79,6 +95,59 @@ class SaveQuantizedActivations(Pass):
             for gradient in gradients:
                 _read_mask(gradient, mask, dim)
         return 1
+
+
+def _save_picked(joint: Joint, node: fx.Node) -> int:
+    """Rewrites what a max pool made, if that has codes."""
+    site = _grid_of(node)
+    if site is None or _is_in_region(node) or not _is_read_behind(joint, node):
+        return 0
+    value, bits = node.meta["val"], _bits(site)
+    dim = plane_dim(value)
+    if value.element_size() < 4 or bits > 16 or (dim is None and _width(bits) < 8):
+        return 0
+    behind = _Behind(joint.graph, site, node)
+    _read_codes(joint, node, behind.codes(bits, 0 if dim is None else dim))
+    return 1
+
+
+def _is_pick(node: fx.Node) -> bool:
+    """Whether a node is the result of a max pool, not its indices."""
+    pool = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
+    return isinstance(pool, fx.Node) and _is_pool(pool)
+
+
+def _is_pool(node: fx.Node) -> bool:
+    return str(packet(node)) in _POOLS
+
+
+def _grid_of(node: fx.Node) -> fx.Node | None:
+    """The fake-quant whose codes a node's values have: picked, moved, or joined from results of one scale."""
+    if node.target is fake_quantize.PER_TENSOR:
+        return node
+    if packet(node) is aten.cat:
+        parts: Any = node.args[0]
+        found = [_grid_of(part) for part in parts]
+        alike = all(each is not None and _same_grid(each, found[0]) for each in found)
+        site = found[0] if alike else None
+    elif is_moving(node) or _is_pool(node):
+        assert isinstance(node.args[0], fx.Node)
+        site = _grid_of(node.args[0])
+    else:
+        return None
+    value = node.meta["val"]
+    cast = site is not None and isinstance(value, Tensor) and value.dtype != site.meta["val"].dtype
+    return None if cast else site
+
+
+def _same_grid(site: fx.Node, other: fx.Node | None) -> bool:
+    return other is not None and site.args[1:] == other.args[1:] and site.kwargs == other.kwargs
+
+
+def _is_read_behind(joint: Joint, node: fx.Node) -> bool:
+    """Whether backward reads a value of forward, perhaps moved, other than to make codes of it."""
+    readers = [user for user in node.users if user.target is not quantize.QUANTIZE_TENSOR]
+    return any(user not in joint.forward or (is_moving(user) and _is_read_behind(joint, user)) for user in readers)
 
 
 def is_saved_as_codes(site: fx.Node) -> bool:
@@ -121,10 +190,11 @@ def _known(value: Tensor, dim: int) -> float:
 
 
 class _Behind:
-    """Makes nodes one behind the other, starting behind a site."""
+    """Makes nodes one behind the other: of a site's input, or of other values that lie on the site's grid."""
 
-    def __init__(self, graph: fx.Graph, site: fx.Node) -> None:
-        self.graph, self.site, self.last = graph, site, site
+    def __init__(self, graph: fx.Graph, site: fx.Node, values: fx.Node | None = None) -> None:
+        self.graph, self.site, self.last = graph, site, values or site
+        self.args = (values or site.args[0], *site.args[1:])
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_after(self.last):
@@ -133,10 +203,10 @@ class _Behind:
 
     def codes(self, bits: int, dim: int) -> fx.Node:
         """Codes that are saved, and dequantized again."""
-        source, scale, point, low, high = self.site.args
+        source, scale, point, low, high = self.args
         assert isinstance(source, fx.Node) and isinstance(low, int) and isinstance(high, int)
         packed, rounding = _width(bits) < 8, self.site.kwargs.get("rounding", "reciprocal")
-        codes = self.call(quantize.QUANTIZE_TENSOR, *self.site.args, _dtype(low, high), rounding=rounding)
+        codes = self.call(quantize.QUANTIZE_TENSOR, *self.args, _dtype(low, high), rounding=rounding)
         if packed:
             # From 0, as a plane holds them.
             shifted = self.call(aten.sub.Scalar, codes, low)
@@ -147,7 +217,7 @@ class _Behind:
     def mask(self, dim: int) -> fx.Node:
         """The packed clip mask, which is saved."""
         rounding = self.site.kwargs.get("rounding", "reciprocal")
-        mask = self.call(saved.CLIP_MASK, *self.site.args, rounding=rounding)
+        mask = self.call(saved.CLIP_MASK, *self.args, rounding=rounding)
         return self.call(saved.PACK_PLANES, mask, 1, dim)
 
 
@@ -159,7 +229,7 @@ def _dtype(low: int, high: int) -> torch.dtype:
 def _read_codes(joint: Joint, node: fx.Node, replacement: fx.Node) -> None:
     """Backward reads ``replacement`` instead of ``node``, and of what forward moved from it, the like of it."""
     for user in list(node.users):
-        if user not in joint.forward and user is not replacement:
+        if user not in joint.forward and user.target is not quantize.QUANTIZE_TENSOR:
             user.replace_input_with(node, replacement)
         elif user in joint.forward and is_moving(user):
             with joint.graph.inserting_after(user):

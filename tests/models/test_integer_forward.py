@@ -16,7 +16,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.ops.integer_matmul import multiplies_exactly
 from fxquant.passes import use_integer_matmul
 from fxquant.passes.product_times import Problem, Times
-from tests.models.nets import Attention, ConvNet, Mlp, grads, kept_bytes, step
+from tests.models.nets import Attention, ConvNet, Convs, Mlp, grads, kept_bytes, step
 
 pytestmark = [
     pytest.mark.usefixtures("cold"),
@@ -141,6 +141,28 @@ def test_bfloat16_autocast() -> None:
         assert compile_reports()[-1].integer == (2 if integers else 0)
     torch.testing.assert_close(found[True][0], found[False][0], rtol=0.05, atol=0.02)
     assert_near(found[True][1], found[False][1], rtol=0.05)
+
+
+def test_bfloat16_gradients_are_as_near_to_float64_as_those_of_float_products() -> None:
+    """BatchNorm over four images lifts the rounding of bfloat16: the ways are as far apart as each is from exact."""
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def gradients(dtype: torch.dtype, integers: bool) -> Tensor:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        value = x.double() if dtype == torch.float64 else x
+        model = fxquant.prepare(Convs().to(value.dtype), (value,))
+        run = torch.compile(model, backend="fxquant_eager", options={"integer_matmul": integers})
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = run(value)
+        (out.double() - torch.linspace(-1, 1, out.numel()).view_as(out)).square().mean().backward()
+        return torch.cat([gradient.double().flatten() for gradient in grads(model).values()])
+
+    exact = gradients(torch.float64, False)
+    codes, floats = ((gradients(torch.bfloat16, integers) - exact).norm() for integers in (True, False))
+    assert 0.01 * exact.norm() < codes < 1.25 * floats
+    for integers in (True, False):
+        assert (gradients(torch.float32, integers) - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_four_bit_weights() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
@@ -20,8 +21,23 @@ from tests.models.nets import Block, Convs, kept_bytes
 WIDTH, ROWS = 16, 8
 
 
+class Pooled(nn.Module):
+    """A max pool of a concat of quantized tensors, in front of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = torch.cat([self.first(x).relu(), self.second(x).relu()], 1)
+        return self.last(F.max_pool2d(x, 2)).relu()
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "convs": (Convs, lambda: torch.randn(ROWS, 3, 8, 8)),
+    "pooled": (Pooled, lambda: torch.randn(ROWS, 3, 10, 10)),
     "block": (lambda: nn.Sequential(Block(), Block()), lambda: torch.randn(ROWS, 16, WIDTH)),
 }
 each_net = pytest.mark.parametrize("net", NETS)
@@ -70,6 +86,27 @@ def test_less_is_kept_than_by_plain_training(net: str, most: float) -> None:
     of_codes = kept_bytes(prepared, torch.compile(prepared, backend="fxquant"), x)
     assert of_codes < of_floats
     assert of_codes <= most * of_plain
+
+
+def test_what_a_max_pool_picked_is_kept_in_a_byte() -> None:
+    model, x = made("pooled")
+    prepared = fxquant.prepare(model, (x,))
+    found: dict[bool, list[torch.dtype]] = {}
+    for save in (True, False):
+        torch._dynamo.reset()
+        run = torch.compile(prepared, backend="fxquant_eager", options={"save_quantized": save})
+        run(x).sum().backward()
+        dtypes: list[torch.dtype] = []
+
+        def keep(t: Tensor, dtypes: list[torch.dtype] = dtypes) -> Tensor:
+            if t.shape == (ROWS, 16, 4, 4) and t.dtype != torch.int64:  # not the indices
+                dtypes.append(t.dtype)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            run(x)
+        found[save] = dtypes
+    assert found == {True: [torch.uint8], False: [torch.float32]}
 
 
 def test_bytes_kept_of_one_product_are_counted_exactly() -> None:

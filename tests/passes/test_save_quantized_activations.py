@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,88 @@ def test_values_moved_by_forward_are_moved_again() -> None:
     node = product
     while node.target is not torch.ops.fxquant.dequantize_per_tensor.tensor_qparams:
         node = node.all_input_nodes[0]  # fails at a placeholder, were the codes not read
+
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+def pooled(between: Callable[..., Tensor]) -> Step:
+    """The step of ``max_pool(between(x · v, x - v, scale, zero)) @ w`` and the gradient of w."""
+
+    def step(x: Tensor, v: Tensor, w: Tensor, scale: Tensor, zero: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
+        rows = aten.max_pool2d_with_indices(between(x * v, x - v, scale, zero), [2, 2])[0].float().flatten(1)
+        return rows @ w, rows.t() @ tangents
+
+    return step
+
+
+def one(a: Tensor, b: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return quantized(a, scale, zero)
+
+
+def joined(a: Tensor, b: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return torch.cat([quantized(a, scale, zero), quantized(b, scale, zero)], 1)
+
+
+def pooled_inputs(channels: int = 3) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((16, 3, 4, 4), (16, 3, 4, 4), (4 * channels, 5), (16, 5))
+    x, v, w, tangents = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, v, w, torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32), tangents
+
+
+@pytest.mark.parametrize(("between", "channels"), [(one, 3), (joined, 6)])
+def test_what_a_max_pool_picks_is_saved_as_codes(between: Callable[..., Tensor], channels: int) -> None:
+    gm = assert_same_results(pooled(between), pooled_inputs(channels))
+    (codes,) = (n for n in gm.graph.nodes if n.target is QUANTIZE_TENSOR)
+    assert codes.args[0].target is operator.getitem and codes.meta["val"].dtype == torch.uint8
+    forward, backward = (n for n in gm.graph.nodes if n.target is aten.mm.default)
+    (decoded,) = codes.users
+    assert reaches(backward, decoded) and not reaches(forward, decoded)
+    assert not apply(SaveQuantizedActivations(), gm).modified
+
+
+def reaches(node: fx.Node, source: fx.Node) -> bool:
+    return node is source or any(reaches(each, source) for each in node.all_input_nodes)
+
+
+def test_every_code_comes_back_from_its_value() -> None:
+    """16 bits, of a scale that no power of two divides, and at both ends of the range."""
+    scale, zero = torch.tensor([0.0123]), torch.tensor([-7], dtype=torch.int32)
+    values = (torch.arange(-(2**15), 2**15) + 7).float() * scale
+    x = values.view(16, 8, 32, 16)
+
+    def step(x: Tensor, w: Tensor, scale: Tensor, zero: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
+        y = quantized(x, scale, zero, -(2**15), 2**15 - 1)
+        rows = aten.max_pool2d_with_indices(y, [1, 1])[0].flatten(1)
+        return rows @ w, rows.t() @ tangents
+
+    assert_same_results(step, (x, torch.randn(4096, 2), scale, zero, torch.randn(16, 2)))
+
+
+def test_other_grids_than_one_of_float32_are_left() -> None:
+    def two_scales(a: Tensor, b: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return torch.cat([quantized(a, scale, zero), quantized(b, 2 * scale, zero)], 1)
+
+    def rounded(a: Tensor, b: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return quantized(a, scale, zero).to(torch.bfloat16)
+
+    def scaled(a: Tensor, b: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return 3 * quantized(a, scale, zero)
+
+    for between, channels in ((two_scales, 6), (rounded, 3), (scaled, 3)):
+        untouched(SaveQuantizedActivations(), traced(pooled(between), pooled_inputs(channels)))
+    x, v, w, scale, zero, tangents = pooled_inputs()
+    half = (x.bfloat16(), v.bfloat16(), w, scale, zero, tangents)
+    untouched(SaveQuantizedActivations(), traced(pooled(one), half))
+
+
+def test_what_was_picked_and_is_not_read_again_is_left() -> None:
+    def step(x: Tensor, v: Tensor, w: Tensor, scale: Tensor, zero: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
+        rows = aten.max_pool2d_with_indices(quantized(x * v, scale, zero), [2, 2])[0].flatten(1)
+        return rows @ w, tangents @ w.t()
+
+    untouched(SaveQuantizedActivations(), traced(step, pooled_inputs()))
 
 
 def test_a_relus_mask_is_packed() -> None:
