@@ -26,6 +26,7 @@ from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
 from fxquant.lowerings import register_lowerings
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
+from fxquant.ops.stand_in import STAND_IN
 from fxquant.passes.base import Decline, Pass, PassResult, run_all, source_digest
 from fxquant.passes.pipelines import COMPILED, joint_passes, post_grad_passes, training_passes
 from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
@@ -33,11 +34,12 @@ from fxquant.plan import Mode, target_of
 from fxquant.profiles import get_profile
 from fxquant.recipes import Recipe, get_recipe
 from fxquant.resolve import bound_sites, execution_order
+from fxquant.reuse import Compile, reuse_weights
 from fxquant.state import of_prepared_model, settle_after
 
 log = logging.getLogger("fxquant")
 
-_OPTIONS = ("recipe", "target", "inductor", "integer_matmul", "save_quantized")
+_OPTIONS = ("recipe", "target", "inductor", "integer_matmul", "save_quantized", "reuse_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class CompileReport:
         quantized: fake-quant nodes inserted.
         declines: what passes left alone and why.
         integer: products that are taken of integer codes; not counted where the compiled graph came from a cache.
+        reused: quantized weights that are kept from call to call (``options={"reuse_weights": True}``).
         seconds: time in capture and in passes at every hook, without Inductor; a cached graph meets no later hook.
     """
 
@@ -57,6 +60,7 @@ class CompileReport:
     declines: tuple[Decline, ...]
     seconds: float
     integer: int = 0
+    reused: int = 0
 
 
 # A code is computed from 4 to 8 tensors, most of them of one element, and read by what clamps it and by its clip mask.
@@ -64,23 +68,45 @@ class CompileReport:
 # and 907, mixer 1204 and 1170, transformer the same.
 _ON_CPU = {"realize_reads_threshold": 8}
 
-_REPORTS: collections.deque[CompileReport] = collections.deque(maxlen=256)
+
+@dataclass
+class _Log:
+    """The report of one compile. Its hooks hold it: those of a backward may run after other compiles."""
+
+    report: CompileReport = CompileReport(digests=(), quantized=0, declines=(), seconds=0.0)
+
+    def add(self, declines: Iterable[Decline], *, seconds: float = 0.0, integer: int = 0, reused: int = 0) -> None:
+        """What is said behind the report."""
+        was, found = self.report, tuple(declines)
+        self.report = dataclasses.replace(
+            was,
+            declines=(*was.declines, *found),
+            seconds=was.seconds + seconds,
+            integer=was.integer + integer,
+            reused=was.reused + reused,
+        )
+        for decline in found:
+            log.info("%s", decline)
+
+
+_LOGS: collections.deque[_Log] = collections.deque(maxlen=256)
+_LOG = "fxquant_log"  # in the meta of a QAT graph: the log of its compile
 
 
 def compile_reports() -> tuple[CompileReport, ...]:
     """Reports of this process's latest compiles, oldest first."""
-    return tuple(_REPORTS)
+    return tuple(each.report for each in _LOGS)
 
 
 @contextlib.contextmanager
 def unreported() -> Iterator[None]:
     """Compiles inside are no part of training: reports are put back as they were."""
-    before = compile_reports()
+    before = tuple(_LOGS)
     try:
         yield
     finally:
-        _REPORTS.clear()
-        _REPORTS.extend(before)
+        _LOGS.clear()
+        _LOGS.extend(before)
 
 
 def fxquant(
@@ -96,7 +122,9 @@ def fxquant(
     places nothing: for a model that calls ``fxquant.ops`` itself), ``inductor``, a mapping of Inductor settings, and
     ``integer_matmul``: whether forward products are taken of integer codes, True, False (the default) or "auto",
     which measures where that is faster (`fxquant.passes.use_integer_matmul`). ``save_quantized`` False keeps floats for
-    backward where codes and packed masks would do (`fxquant.passes.save_quantized_activations`).
+    backward where codes and packed masks would do (`fxquant.passes.save_quantized_activations`). ``reuse_weights`` True
+    keeps quantized weights from call to call, one more copy of them, and quantizes those again that have changed:
+    by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts not (`fxquant.reuse`).
     """
     _require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)
@@ -125,23 +153,30 @@ def compile_quantized(
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
 
     register_lowerings()
-    _run_behind(COMPILED, quantized)
+    told = _log_of(quantized)
+    _run_behind(COMPILED, quantized, told)
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}
     if gpu.is_on_gpu(quantized, example_inputs):
-        _note(gpu.overruled(patches))
+        told.add(gpu.overruled(patches))
         patches = {**patches, **gpu.exact_settings(patches)}
-        patches = _with_passes(patches, post_grad_custom_post_pass=gpu.exact_passes())
+        patches = _with_passes(patches, told, post_grad_custom_post_pass=gpu.exact_passes())
     else:
         patches = {**_ON_CPU, **patches}
     patches = _with_passes(
         patches,
+        told,
         joint_custom_post_pass=joint_passes(select_decomp_table, **_Options.read(options).joint),
         post_grad_custom_pre_pass=post_grad_passes(select_decomp_table),
     )
     theirs = {op: decompose for op, decompose in select_decomp_table().items() if op not in ARITHMETIC}
     table = _DecompositionTable({**theirs, **DECOMPOSITIONS})
-    compiled: Any = compile_fx(quantized, example_inputs, config_patches=patches, decompositions=table, **inner)
-    return compiled
+    compiler: Any = functools.partial(compile_fx, decompositions=table, **inner)
+    whole = functools.partial(compiler, config_patches=patches)
+    if not _Options.read(options).reuse_weights:
+        return whole(quantized, example_inputs)
+    # What is kept must not lie in memory that CUDA graphs write to again, nor weights be constants of a frozen graph.
+    part = functools.partial(compiler, config_patches={**patches, "triton.cudagraphs": False, "freezing": False})
+    return _reused(quantized, example_inputs, whole, part, "fxquant")
 
 
 def fuse_in_inductor() -> None:
@@ -182,8 +217,20 @@ def fxquant_eager(
     quantized = quantize_graph(gm, example_inputs, options)
     looks = _takes_first_ranges(quantized)
     passes = joint_passes(**_Options.read(options).joint)
-    compiled = aot_eager(quantized, example_inputs, lambda graph: graph, passes)
+    compiler = functools.partial(aot_eager, runner=lambda graph: graph, passes=passes)
+    if _Options.read(options).reuse_weights:
+        compiled = _reused(quantized, example_inputs, compiler, compiler, "fxquant_eager")
+    else:
+        compiled = compiler(quantized, example_inputs)
     return settle_after(compiled) if looks else compiled
+
+
+def _reused(
+    quantized: fx.GraphModule, example_inputs: Sequence[Any], whole: Compile, part: Compile, backend: str
+) -> Callable[..., Any]:
+    compiled, result = reuse_weights(quantized, example_inputs, whole=whole, part=part, backend=backend)
+    _log_of(quantized).add(result.declines, reused=result.rewrites)
+    return compiled
 
 
 def aot_eager(
@@ -193,7 +240,7 @@ def aot_eager(
     passes: tuple[Pass, ...] | None = None,
 ) -> Callable[..., Any]:
     """AOTAutograd with our joint passes, or others; ``runner`` makes each of the two graphs callable."""
-    behind = joint_passes() if passes is None else passes
+    behind, told = joint_passes() if passes is None else passes, _log_of(gm)
     from functorch.compile import (  # type: ignore[import-untyped]
         make_boxed_func,
         min_cut_rematerialization_partition,
@@ -201,14 +248,14 @@ def aot_eager(
     from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        _run_behind(behind, joint)
+        _run_behind(behind, joint, told)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(runner(graph))
 
     def inference(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        _run_behind(behind, graph)
+        _run_behind(behind, graph, told)
         return compiler(graph, inputs)
 
     backend = aot_autograd(
@@ -216,6 +263,7 @@ def aot_eager(
         inference_compiler=inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
+        decompositions={STAND_IN: DECOMPOSITIONS[STAND_IN]},
     )
     return backend(gm, example_inputs)
 
@@ -294,32 +342,22 @@ def _report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) ->
     count = sum(1 for node in execution_order(gm) if "site" in node.meta)
     # A graph that only observes (calibration) has nothing for the later passes: what they say of it means nothing.
     declines = tuple(result.declines) if count or not digests else ()
-    report = CompileReport(digests=digests, quantized=count, declines=declines, seconds=result.seconds)
-    _REPORTS.append(report)
-    for decline in report.declines:
-        log.info("%s", decline)
+    told = gm.meta[_LOG] = _Log(CompileReport(digests=digests, quantized=count, declines=(), seconds=result.seconds))
+    told.add(declines)
+    _LOGS.append(told)
 
 
-def _run_behind(passes: tuple[Pass, ...], gm: fx.GraphModule) -> None:
+def _log_of(gm: fx.GraphModule) -> _Log:
+    """What `quantize_graph` left; of a graph that it did not make, nothing is reported."""
+    return gm.meta.get(_LOG) or _Log()
+
+
+def _run_behind(passes: tuple[Pass, ...], gm: fx.GraphModule, told: _Log) -> None:
     """Runs passes that come behind the report of their compile, and adds to it what they say."""
     for each in passes:
         result = each.run(gm)
-        count = result.rewrites if isinstance(each, UseIntegerMatmul) else 0
-        if _REPORTS:
-            last = _REPORTS.pop()
-            seconds = last.seconds + result.seconds
-            _REPORTS.append(dataclasses.replace(last, seconds=seconds, integer=last.integer + count))
-        _note(result.declines)
-
-
-def _note(declines: Iterable[Decline]) -> None:
-    """Adds to the latest report what is said behind it."""
-    found = tuple(declines)
-    if _REPORTS and found:
-        last = _REPORTS.pop()
-        _REPORTS.append(dataclasses.replace(last, declines=(*last.declines, *found)))
-    for decline in found:
-        log.info("%s", decline)
+        integer = result.rewrites if isinstance(each, UseIntegerMatmul) else 0
+        told.add(result.declines, seconds=result.seconds, integer=integer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +367,7 @@ class _Options:
     given: tuple[str, ...]
     integers: IntegerMatmul
     save_quantized: bool
+    reuse_weights: bool
 
     @property
     def joint(self) -> dict[str, Any]:
@@ -354,8 +393,23 @@ class _Options:
         save = found.get("save_quantized", True)
         if not isinstance(save, bool):
             raise InvalidArgument(f"options['save_quantized'] must be True or False: got {save!r}.")
+        reuse = found.get("reuse_weights", False)
+        if not isinstance(reuse, bool):
+            raise InvalidArgument(f"options['reuse_weights'] must be True or False: got {reuse!r}.")
+        if reuse and integers is not False:
+            raise InvalidArgument(
+                f"options['reuse_weights'] must be False where options['integer_matmul'] is {integers!r}: got True. "
+                "Weights are kept as floats, and those products are taken of codes: leave one of the two out."
+            )
         chosen = None if recipe is None else get_recipe(recipe)
-        return cls(recipe=chosen, target=target, given=given, integers=integers, save_quantized=save)
+        return cls(
+            recipe=chosen,
+            target=target,
+            given=given,
+            integers=integers,
+            save_quantized=save,
+            reuse_weights=reuse,
+        )
 
 
 class _DecompositionTable(dict):
@@ -401,18 +455,18 @@ def _require_compiler(example_inputs: Sequence[Any]) -> None:
         ) from error
 
 
-def _with_passes(patches: dict[str, Any], **ours: tuple[Pass, ...]) -> dict[str, Any]:
+def _with_passes(patches: dict[str, Any], told: _Log, **ours: tuple[Pass, ...]) -> dict[str, Any]:
     """Our passes in Inductor's hooks, behind what the user put there."""
     from torch._inductor import config  # the hooks are public settings
 
     for hook, passes in ours.items():
         existing = patches.get(hook, getattr(config, hook))
         before = existing if isinstance(existing, (list, tuple)) else [existing] if existing is not None else []
-        patches[hook] = _graph_pass(passes, tuple(before))
+        patches[hook] = _graph_pass(passes, tuple(before), told)
     return patches
 
 
-def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...]) -> Any:
+def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...], told: _Log) -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     @dataclasses.dataclass
@@ -426,7 +480,7 @@ def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...]) -> Any:
             for each in self.before:
                 each(graph)
             assert graph.owning_module is not None, "Inductor's graphs have a module"
-            _run_behind(self.passes, graph.owning_module)
+            _run_behind(self.passes, graph.owning_module, told)
 
         def uuid(self) -> Any | None:
             theirs = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("capture",),
     ("state", "prepare", "override"),
-    ("lowerings", "gpu", "backend", "scheduled"),
+    ("lowerings", "gpu", "reuse", "backend", "scheduled"),
     ("recording",),
     ("calibrate", "onnx"),
     ("report",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fxquant.errors import NotQuantizedWarning
+from fxquant.reuse import stores
 
 
 @pytest.fixture
@@ -20,3 +22,13 @@ def cold() -> Iterator[None]:
         warnings.simplefilter("error", NotQuantizedWarning)
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def none_kept(cold: None) -> Iterator[None]:
+    """No quantized weight is kept from before, and none stays behind the graphs that keep it."""
+    gc.collect()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    assert not stores()

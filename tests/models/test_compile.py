@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import fxquant
 from fxquant.backend import compile_reports
 from fxquant.passes import base
+from fxquant.passes.base import Decline, PassResult
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.profiles import get_profile
@@ -278,3 +279,30 @@ def test_buckets_that_part_sites_from_their_state_are_refused(monkeypatch: pytes
     with torch._dynamo.config.patch(optimize_ddp=False):
         step(torch.compile(wrapped, backend="fxquant_eager"), x)
     assert not unset(model)
+
+
+def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch's caches, a backward graph is compiled when it first runs: here behind another model's forward."""
+    run, hour = LowerFakeQuantize.run, 3600.0
+    said = Decline(pass_name="test", node="none", reason="a graph was lowered")
+
+    def slow(self: LowerFakeQuantize, gm: fx.GraphModule) -> PassResult:
+        result = run(self, gm)
+        result.seconds += hour
+        result.declines.append(said)
+        return result
+
+    def hooks() -> list[tuple[int, int]]:
+        """Of the last two compiles: runs of that pass by the hours charged, and by what it said."""
+        reports = compile_reports()[-2:]
+        return [(int(report.seconds // hour), report.declines.count(said)) for report in reports]
+
+    monkeypatch.setattr(LowerFakeQuantize, "run", slow)
+    x = torch.randn(4, 8)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        first, second = (torch.compile(nn.Linear(8, width), backend="fxquant")(x).sum() for width in (4, 6))
+        assert hooks() == [(2, 2), (2, 2)], "joint and forward graphs"
+        first.backward()
+        assert hooks() == [(3, 3), (2, 2)]
+        second.backward()
+        assert hooks() == [(3, 3), (3, 3)]

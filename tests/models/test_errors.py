@@ -225,7 +225,9 @@ def test_a_kind_that_matches_nothing() -> None:
 def test_an_unknown_option(backend: str) -> None:
     model = Mlp()
     with backend_refuses(
-        model, "options must be among 'recipe', 'target', 'inductor', 'integer_matmul', 'save_quantized': got 'recpie'"
+        model,
+        "options must be among 'recipe', 'target', 'inductor', 'integer_matmul', 'save_quantized', "
+        "'reuse_weights': got 'recpie'",
     ):
         torch.compile(model, backend=backend, options={"recpie": "int8"})(X)
 

@@ -15,7 +15,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 
 import fxquant
-from fxquant.backend import _with_passes
+from fxquant.backend import _Log, _with_passes
 from fxquant.ops import (
     affine_qparams,
     fake_quantize_per_channel_affine,
@@ -37,7 +37,7 @@ SCALE = torch.tensor([0.3])
 def lowering(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor with our lowering, and nothing else of ours."""
     table = {**select_decomp_table(), **DECOMPOSITIONS}
-    patches = _with_passes({}, post_grad_custom_pre_pass=post_grad_passes(select_decomp_table))
+    patches = _with_passes({}, _Log(), post_grad_custom_pre_pass=post_grad_passes(select_decomp_table))
     return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
 
 

@@ -13,5 +13,5 @@ from fxquant import backend
 def no_earlier_compiles() -> Iterator[None]:
     """Reports of other tests' compiles are put aside: models with equal site lists share them."""
     with backend.unreported():
-        backend._REPORTS.clear()
+        backend._LOGS.clear()
         yield

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxquant.backend import _with_passes, compile_quantized
+from fxquant.backend import _Log, _with_passes, compile_quantized
 from fxquant.gpu import exact_passes, exact_settings
 
 HAS_GPU = torch.cuda.is_available()
@@ -144,7 +144,7 @@ _nothing._boxed_call = True  # type: ignore[attr-defined]  # it takes one list o
 
 def exact() -> dict[str, Any]:
     """What backend "fxquant" tells Inductor of a graph on a GPU."""
-    return _with_passes(exact_settings({}), post_grad_custom_post_pass=exact_passes())
+    return _with_passes(exact_settings({}), _Log(), post_grad_custom_post_pass=exact_passes())
 
 
 def generated(function: Callable[..., Any], inputs: Sequence[Tensor], settings: Mapping[str, Any]) -> list[str]:

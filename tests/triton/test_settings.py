@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from torch._inductor import compile_fx as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fxquant
 from fxquant import backend, gpu
 from fxquant.errors import InvalidArgument
 from fxquant.gpu import EXACT, Told, exact_settings, is_on_gpu, overruled
@@ -37,10 +36,14 @@ def graph_on(*devices: str) -> tuple[fx.GraphModule, list[Tensor]]:
     return fx.GraphModule(torch.nn.Module(), graph), inputs
 
 
-def told(*devices: str, options: dict[str, Any] | None = None, mode: str | None = None) -> dict[str, Any]:
+def told(
+    *devices: str, options: dict[str, Any] | None = None, mode: str | None = None, log: backend._Log | None = None
+) -> dict[str, Any]:
     """The settings that reach Inductor."""
+    graph, inputs = graph_on(*devices)
+    graph.meta[backend._LOG] = log or backend._Log()
     with mock.patch.object(inductor, "compile_fx") as compile:
-        backend.compile_quantized(*graph_on(*devices), options=options, mode=mode)
+        backend.compile_quantized(graph, inputs, options=options, mode=mode)
     settings: dict[str, Any] = compile.call_args.kwargs["config_patches"]
     return settings
 
@@ -80,35 +83,26 @@ def test_a_mode_is_kept_beside_them() -> None:
     assert settings["triton.cudagraphs"] is True and EXACT.keys() <= settings.keys()
 
 
-@pytest.fixture
-def report() -> Iterator[None]:
-    """One compile to report about."""
-    with backend.unreported():
-        backend._REPORTS.append(backend.CompileReport(digests=(), quantized=0, declines=(), seconds=0.0))
-        yield
-
-
 OWN: dict[str, Any] = {"inductor": {"emulate_precision_casts": False, "max_autotune": True}}
 
 
 class TestTheUserSOwn:
-    @pytest.mark.usefixtures("report")
     def test_wins_and_is_reported(self) -> None:
-        settings = told("cuda", options=OWN)
+        log = backend._Log()
+        settings = told("cuda", options=OWN, log=log)
         assert settings["emulate_precision_casts"] is False and settings["max_autotune"] is True
         assert settings["eager_numerics.division_rounding"] is True
-        (decline,) = fxquant.backend.compile_reports()[-1].declines
+        (decline,) = log.report.declines
         assert str(decline) == (
             "fxquant declined graph: options['inductor'] sets emulate_precision_casts=False: on this GPU codes may "
             "differ from eager's"
         )
 
-    @pytest.mark.usefixtures("report")
     def test_says_nothing_on_a_cpu(self) -> None:
-        told("cpu", options=OWN)
-        assert backend.compile_reports()[-1].declines == ()
+        log = backend._Log()
+        told("cpu", options=OWN, log=log)
+        assert log.report.declines == ()
 
-    @pytest.mark.usefixtures("report")
     def test_passes_come_first(self) -> None:
         def theirs(graph: fx.Graph) -> None:
             """Does nothing."""
