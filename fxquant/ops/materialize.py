@@ -6,4 +6,11 @@ from torch import Tensor
 
 from fxquant.ops.library import define
 
-MATERIALIZE = define("materialize(Tensor input) -> Tensor", Tensor.clone, decompose=False)
+
+def _copy(x: Tensor, rows: int = 0) -> Tensor:
+    return x.clone()
+
+
+# ``rows``: how many leading dimensions the loop that stores has around the others, for reductions over these to join
+# it; 0 where that does not matter.
+MATERIALIZE = define("materialize(Tensor input, int rows=0) -> Tensor", _copy, decompose=False)

@@ -31,6 +31,16 @@ def _range_and_codes(y: Tensor) -> tuple[Tensor, ...]:
     return y.amin(), y.amax(), y.round()
 
 
+def test_extremes_of_a_cheap_value_read_what_it_is_computed_from() -> None:
+    """So they join the loop that stores it."""
+    gm = traced(lambda x: _range_and_codes(x + x.flip(0)))
+    assert apply(MaterializeShared(), gm).rewrites == 1
+    (stored,) = (node for node in gm.graph.nodes if node.target is MATERIALIZE)
+    assert {user.name for user in stored.users} == {"round_1"}
+    assert {user.name for user in stored.args[0].users} == {"amin", "amax", stored.name}
+    assert stored.args[1] == 0
+
+
 def test_moved_values_count_as_what_they_are() -> None:
     gm = traced(lambda x: _range_and_codes(x.erf().view(8, 4).t()))
     assert apply(MaterializeShared(), gm).rewrites == 1
@@ -62,7 +72,21 @@ def test_a_residual_sum_that_is_normalized_is_stored(norm: str) -> None:
             return ((total - mean) * (variance + 1e-5).rsqrt(),)
         return (total * (total.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(),)
 
-    assert _stored(traced(model, torch.randn(64, 64))) == ["add"]
+    gm = traced(model, torch.randn(64, 64))
+    assert _stored(gm) == ["add"]
+    assert [node.args[1] for node in gm.graph.nodes if node.target is MATERIALIZE] == [1]  # row by row
+
+
+@pytest.mark.parametrize(("dims", "rows"), [([2], 2), ([-1, 1], 1), ([0, 2], 0), ([0, 1, 2], 0)], ids=str)
+def test_a_sum_is_stored_in_the_rows_of_its_normalization(dims: list[int], rows: int) -> None:
+    gm = traced(lambda x: torch.var_mean(x + x.flip(0), dims, keepdim=True), torch.randn(8, 16, 32))
+    gm.graph.eliminate_dead_code()
+    total = next(node for node in gm.graph.nodes if node.name == "add")
+    with gm.graph.inserting_before(gm.graph.output_node()):  # a second reader
+        gm.graph.output_node().args = ((gm.graph.output_node().args[0], total),)
+    gm.recompile()
+    assert _stored(gm) == ["add"]
+    assert [node.args[1] for node in gm.graph.nodes if node.target is MATERIALIZE] == [rows]
 
 
 def test_other_sums_are_left() -> None:
