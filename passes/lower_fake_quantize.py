@@ -5,21 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph import call_nodes
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.ops.library import ARITHMETIC
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.materialize_shared import mark_masked_gradient
 
-_OPS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD, *quantize.QUANTIZE, *saved.FORWARD)
-# What backward reads saved codes and masks with. As nodes that do not fuse, in the joint graph, they make the
-# partitioner count what they read as stored; else it takes a byte for two, no better than bfloat16.
+_OPS = (
+    *fake_quantize.FAKE_QUANTIZE,
+    *fake_quantize.BACKWARD,
+    *quantize.QUANTIZE,
+    *quantize.DEQUANTIZE,
+    *saved.FORWARD,
+    *saved.BACKWARD,
+)
+# As nodes that do not fuse, in the joint graph, these make the partitioner count what they read as stored; else it
+# takes a byte for two, no better than bfloat16.
 _READERS = (*quantize.DEQUANTIZE, *saved.BACKWARD)
 _KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
 
@@ -32,17 +40,19 @@ class LowerFakeQuantize(Pass):
     inlined keeps the node's recompute tags; in the backward op, what does not depend on the gradient (the clip mask)
     must be recomputed, so that it exists only inside fused kernels.
 
-    ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only. Without
-    ``readers``, what backward reads saved codes and masks with stays a node.
+    ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only. ``where``
+    says which nodes are replaced: of a ``"joint"`` graph gradients only, or ``"beside integers"`` all but what reads
+    saved codes and masks; ``"behind"`` the partitioner what Inductor does not lower by itself (`fxquant.lowerings`);
+    by default all.
     """
 
     decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] = field(default=dict, repr=False)
-    readers: bool = True
+    where: Literal["joint", "beside integers", "behind", "anywhere"] = "anywhere"
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every fake-quant node by its traced body."""
-        ops = (*_OPS, *_READERS) if self.readers else _OPS
-        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in ops]
+        nodes = [node for node in call_nodes(gm.graph) if node.target in _OPS]
+        nodes = list(filter(_CHOICES[self.where], nodes))
         table = dict(self.decompositions()) if nodes else {}
         bodies: dict[tuple[object, ...], fx.Graph] = {}
         for node in nodes:
@@ -51,6 +61,37 @@ class LowerFakeQuantize(Pass):
                 bodies[key] = _traced(node, table)
             _inline(gm.graph, node, bodies[key])
         return len(nodes)
+
+
+def _is_gradient(node: fx.Node) -> bool:
+    """All else is one node to the partitioner as well: tags say what is recomputed (`TagRecompute`)."""
+    return node.target in fake_quantize.BACKWARD
+
+
+def _is_no_reader(node: fx.Node) -> bool:
+    """Where products take codes, the partitioner has to see how they are computed.
+
+    Else it keeps fake-quantized floats beside them: of a mixer's block 250 kB instead of 119.
+    """
+    return node.target not in _READERS
+
+
+def _beyond_lowerings(node: fx.Node) -> bool:
+    """Whether Inductor has to meet the arithmetic as nodes.
+
+    On CPU it takes a fake-quant in one, which spares it half of the nodes of a graph. Not with symbolic sizes, as
+    arithmetic is traced on sizes, nor on GPUs, where `keep_divisions` looks for the divisions.
+    """
+    values = [node.meta["val"], *(source.meta["val"] for source in _operands(node))]
+    return any(v.device.type != "cpu" or not all(isinstance(s, int) for s in v.shape) for v in values)
+
+
+_CHOICES: dict[str, Callable[[fx.Node], bool]] = {
+    "joint": _is_gradient,
+    "beside integers": _is_no_reader,
+    "behind": _beyond_lowerings,
+    "anywhere": lambda node: True,
+}
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fxquant.passes.base import Pass
 from fxquant.passes.batch_range_updates import BatchRangeUpdates
@@ -16,6 +16,7 @@ from fxquant.passes.hoist_views import HoistViews
 from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
 from fxquant.passes.materialize_shared import MaterializeShared
+from fxquant.passes.observe_in_rows import ObserveInRows
 from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
@@ -59,8 +60,9 @@ def joint_passes(
 ) -> tuple[Pass, ...]:
     """On AOTAutograd's joint graph of forward and backward, before it is partitioned.
 
-    With ``decompositions``, the table of a compiler that fuses, fake-quants are lowered here: the partitioner then
-    sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every quantizer's input.
+    With ``decompositions``, the table of a compiler that fuses, gradients of fake-quants are lowered here: the
+    partitioner then sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every
+    quantizer's input.
     ``integers``: whether products are taken of codes, see `UseIntegerMatmul`; between the tags, which codes take over,
     and the lowering. ``save_quantized``: whether backward reads codes, see `SaveQuantizedActivations`; before the tags,
     which it would take for a user's.
@@ -69,9 +71,12 @@ def joint_passes(
     tags += (TagRecompute(), SaveRunningStatistics())
     if integers is not False:
         tags += (UseIntegerMatmul(mode=integers, decompositions=decompositions),)
-    return tags if decompositions is None else (*tags, LowerFakeQuantize(decompositions=decompositions, readers=False))
+    if decompositions is None:
+        return tags
+    where: Literal["joint", "beside integers"] = "joint" if integers is False else "beside integers"
+    return (*tags, LowerFakeQuantize(decompositions=decompositions, where=where))
 
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
     """On Inductor's forward and backward graphs, before its own passes: what was not lowered before; what is stored."""
-    return (LowerFakeQuantize(decompositions=decompositions), MaterializeShared())
+    return (LowerFakeQuantize(decompositions=decompositions, where="behind"), MaterializeShared(), ObserveInRows())

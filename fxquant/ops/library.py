@@ -68,7 +68,7 @@ def define(
         LIBRARY.impl(name, _by_dispatch(name, eager), "CUDA")
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
-    torch.library.register_fake(f"fxquant::{name}", _traced(op, fake or arithmetic), lib=LIBRARY)
+    torch.library.register_fake(f"fxquant::{name}", _traced(op, _once(op, fake or arithmetic)), lib=LIBRARY)
     gradient = _Gradient(op, backward, saves) if backward is not None else None
     if gradient is not None:
         torch.library.register_autograd(
@@ -116,6 +116,51 @@ def _by_dispatch(name: str, aten: Arithmetic) -> Arithmetic:
         return dispatch.take(name, aten, args, kwargs)
 
     return run
+
+
+_Metadata = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+_known: dict[tuple[object, ...], tuple[bool, tuple[_Metadata, ...]]] = {}
+_MOST = 8192  # forms remembered: those of a few hundred models
+
+
+def _once(op: Any, fake: Arithmetic) -> Arithmetic:
+    """``fake``, run once for operands of one form: size, stride, dtype, device, and the numbers.
+
+    A fake-quant is a dozen operations, and a compile asks for the metadata of each site as often. torch's own cache of
+    fake results is for its own operators. Operands of symbolic size, and lists, are asked for each time.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        form = tuple(_form(a) for a in (*args, *kwargs.values()))
+        if None in form:
+            return fake(*args, **kwargs)
+        key = (op, torch.get_default_dtype(), tuple(kwargs), form)
+        if key in _known:
+            several, metadata = _known[key]
+            fresh = tuple(
+                torch.empty_strided(size, stride, dtype=dtype, device=device)
+                for size, stride, dtype, device in metadata
+            )
+            return fresh if several else fresh[0]
+        value = fake(*args, **kwargs)
+        several = isinstance(value, tuple)
+        found = tuple(_form(item) for item in (value if several else (value,)))
+        if len(_known) < _MOST and all(isinstance(each, tuple) and len(each) == 4 for each in found):
+            _known[key] = several, found  # type: ignore[assignment]
+        return value
+
+    return run
+
+
+_NUMBERS: tuple[type, ...] = (bool, int, float, str, type(None), torch.dtype)
+
+
+def _form(value: Any) -> object:
+    """What metadata of results can depend on; None where that is not known by sizes alone."""
+    if isinstance(value, Tensor):
+        sizes, strides = tuple(value.shape), value.stride() if value.layout is torch.strided else (None,)
+        return (sizes, strides, value.dtype, value.device) if {*map(type, (*sizes, *strides))} <= {int} else None
+    return (type(value), value) if type(value) in _NUMBERS else None
 
 
 _fused: set[Any] = set()

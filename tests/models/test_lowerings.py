@@ -5,11 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 
+from fxquant import ops
 from fxquant.ops import affine_qparams, update_min_max
-from tests.ops.oracle import assert_same_bits
+from fxquant.ops.fake_quantize import PER_TENSOR
+from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
+from fxquant.passes.base import PassResult
+from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from tests.ops.oracle import assert_same_bits, hard_values
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,72 @@ def test_nothing_but_results_is_stored() -> None:
     state = torch.tensor([-1.0]), torch.tensor([1.0])
     _, (code,) = run_and_get_code(lambda: run(torch.randn(64), *state, False))
     assert 0 < code.count("= empty_strided_cpu(") <= 6
+
+
+QUANTIZED = torch.tensor([0.3]), torch.tensor([3], dtype=torch.int32)
+CHANNELS = torch.tensor([0.3, 0.01, 5.0]), torch.tensor([3, 0, 15], dtype=torch.int32)
+
+
+def every_form(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """A call of each operator that Inductor lowers whole, in both roundings."""
+    s, z = QUANTIZED
+    of_tensor = [ops.fake_quantize_per_tensor_affine(x, s, z, 0, 15, rounding=r) for r in ("divide", "reciprocal")]
+    of_rows = [
+        ops.fake_quantize_per_channel_affine(rows, *CHANNELS, 0, 0, 15, rounding=r) for r in ("divide", "reciprocal")
+    ]
+    codes = ops.quantize_per_tensor(x, s, z, 0, 15, torch.uint8, rounding="divide")
+    row_codes = ops.quantize_per_channel(rows, *CHANNELS, 0, 0, 15, torch.uint8, rounding="divide")
+    back = ops.dequantize_per_tensor(codes, s, z), ops.dequantize_per_channel(row_codes, *CHANNELS, 0)
+    mask = CLIP_MASK(x, s, z, 0, 15, rounding="divide")
+    planes = PACK_PLANES(mask, 1, 0)
+    return *of_tensor, *of_rows, codes, row_codes, *back, mask, planes, UNPACK_PLANES(planes, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_fake_quants_lowered_whole_have_the_bits_of_eager(dtype: torch.dtype) -> None:
+    values = hard_values(0.3, 0, 15)
+    x = values[: len(values) // 24 * 24].to(dtype)
+    rows = x.reshape(3, -1)
+    torch._dynamo.reset()
+    compiled = torch.compile(every_form, backend="fxquant", options={"recipe": None}, dynamic=False)
+    for ours, eager in zip(compiled(x, rows), every_form(x, rows), strict=True):
+        assert ours.dtype == eager.dtype
+        assert_same_bits(ours, eager)
+
+
+def test_a_fake_quant_of_a_view_is_lowered_whole() -> None:
+    """Arithmetic is traced on dense tensors, whatever the strides of those that it is then applied to."""
+    x = torch.randn(8, 6)
+
+    def moved(x: Tensor) -> Tensor:
+        return ops.fake_quantize_per_channel_affine(x.t()[2:5, ::2] * 1.5, *CHANNELS, 0, 0, 15, rounding="divide").t()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(moved, backend="fxquant", options={"recipe": None}, dynamic=False)
+    assert_same_bits(compiled(x), moved(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_only_symbolic_sizes_are_lowered_as_nodes(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+    seen: list[set[object]] = []
+    rewrite = LowerFakeQuantize.rewrite
+
+    def watched(self: LowerFakeQuantize, gm: fx.GraphModule, result: PassResult) -> int:
+        done = rewrite(self, gm, result)
+        if self.where == "behind":
+            seen.append({node.target for node in gm.graph.nodes})
+        return done
+
+    monkeypatch.setattr(LowerFakeQuantize, "rewrite", watched)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(
+            lambda x: ops.fake_quantize_per_tensor_affine(x, *QUANTIZED, 0, 15, rounding="divide"),
+            backend="fxquant",
+            options={"recipe": None},
+            dynamic=dynamic,
+        )
+        x = torch.randn(40, 3)
+        assert_same_bits(compiled(x), ops.fake_quantize_per_tensor_affine(x, *QUANTIZED, 0, 15, rounding="divide"))
+    assert [PER_TENSOR in targets for targets in seen] == [not dynamic]
+    assert [torch.ops.aten.round.default in targets for targets in seen] == [dynamic]

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxquant.ops import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from fxquant.graph import call_nodes
+from fxquant.ops import (
+    dequantize_per_tensor,
+    fake_quantize_per_channel_affine,
+    fake_quantize_per_tensor_affine,
+    quantize_per_tensor,
+)
 from fxquant.ops.fake_quantize import PER_CHANNEL_BACKWARD, PER_TENSOR_BACKWARD
 from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
 from tests.ops.oracle import assert_same_bits, hard_values
@@ -95,6 +101,32 @@ def test_origin_is_kept_and_the_table_is_used() -> None:
     made = [n for n in gm.graph.nodes if n not in before]
     assert made and all(n.meta["partitioner_tag"] == "is_backward" and "val" in n.meta for n in made)
     assert "trunc" in gm.code and "round" not in gm.code
+
+
+def test_in_a_joint_graph_gradients_alone_are_replaced_or_beside_integers_all_but_readers() -> None:
+    def model(g: Tensor, x: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        y = fake_quantize_per_tensor_affine(x, s, z, 0, 15)
+        codes = quantize_per_tensor(x, s, z, 0, 15, torch.uint8)
+        return y, dequantize_per_tensor(codes, s, z), PER_TENSOR_BACKWARD(g, x, s, z, 0, 15)
+
+    inputs = (torch.ones(3), torch.ones(3), SCALE, POINT)
+    left = {}
+    for where in ("joint", "beside integers", "behind", "anywhere"):
+        gm = captured(model, *inputs)
+        apply(LowerFakeQuantize(where=where), gm)
+        left[where] = [n.target._schema.name.removeprefix("fxquant::") for n in call_nodes(gm.graph) if is_ours(n)]
+    forward = ["fake_quantize_per_tensor_affine", "quantize_per_tensor", "dequantize_per_tensor"]
+    backward = "fake_quantize_per_tensor_affine_backward"
+    assert left == {
+        "joint": forward,
+        "beside integers": ["dequantize_per_tensor"],
+        "behind": [*forward, backward],
+        "anywhere": [],
+    }
+
+
+def is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fxquant"
 
 
 def test_untouched() -> None:
