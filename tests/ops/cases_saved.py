@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxquant.ops.materialize import MATERIALIZE
 from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
+from fxquant.ops.stand_in import STAND_IN
 from tests.ops.cases import Case
 from tests.ops.cases_affine import DIVIDE, one
 
@@ -23,4 +24,5 @@ CASES = [
     Case("pack codes", PACK_PLANES, lambda x: (codes(x, 4), 4, 1), {}, grads=(), elementwise=False, takes_x=False),
     Case("unpack", UNPACK_PLANES, lambda x: (codes(x, 8), 2, 1), {}, grads=(), elementwise=False, takes_x=False),
     Case("materialize", MATERIALIZE, lambda x: (x,), {}, grads=()),
+    Case("stand in", STAND_IN, lambda x: (x, x.detach() * 0.5), {}, grads=("computed",)),
 ]
