@@ -43,7 +43,7 @@ class SaveQuantizedActivations(Pass):
 
     Left alone is an input that backward has anyway, or computes from such values element by element: a LayerNorm's or
     BatchNorm's result, a GELU or ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
-    regions hold or read, and what has a scale per channel. Masks of other operators, as a ReLU's, are
+    regions hold, read or give, and what has a scale per channel. Masks of other operators, as a ReLU's, are
     packed where no float is kept that gives them.
 
     What a max pool picks of quantized values has their codes, and is kept as those too, by the scale it came with::
@@ -72,7 +72,7 @@ class SaveQuantizedActivations(Pass):
         assert isinstance(source, fx.Node)
         gradients = [user for user in source.users if _is_gradient_of(user, site)]
         value, bits = source.meta["val"], _bits(site)
-        if _is_in_region(site) or not (gradients or read):
+        if _is_in_region(site) or _is_of_region(source) or not (gradients or read):
             return 0
         if bits > 16:
             self.decline(result, site, f"its codes have {bits} bits, which float32 does not hold")
@@ -158,6 +158,13 @@ def is_saved_as_codes(site: fx.Node) -> bool:
 def _is_gradient_of(node: fx.Node, site: fx.Node) -> bool:
     same = node.target in fake_quantize.BACKWARD and node.args[1:] == site.args
     return same and node.kwargs.get("rounding") == site.kwargs.get("rounding")
+
+
+def _is_of_region(node: fx.Node) -> bool:
+    """Whether a node is, perhaps moved since, what a region of the user's gives: backward has that from it again."""
+    while "recompute" not in node.meta and is_moving(node):
+        node = node.all_input_nodes[0]
+    return "recompute" in node.meta
 
 
 def _is_in_region(node: fx.Node) -> bool:
