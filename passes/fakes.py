@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a fake tensor is made of: size, stride, dtype, device.
-_Metadata = tuple[tuple[Any, ...], tuple[Any, ...], torch.dtype, torch.device]
-# Of a result: its metadata, or those of each item, and whether they are items.
-_Memo = dict[tuple[object, ...], tuple[bool, tuple[_Metadata, ...]]]
+from fxquant.ops.metadata import Result, result_of
 
+_Memo = dict[tuple[object, ...], Result]
 _memo: contextvars.ContextVar[_Memo | None] = contextvars.ContextVar("fakes", default=None)
 # Their results have sizes that are found out anew at each call.
 _SIZED_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -47,16 +45,11 @@ def computed(mode: Any, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
         if memo is None or key is None:
             return op(*args, **kwargs)
         if key in memo:
-            several, metadata = memo[key]
-            fresh = tuple(
-                torch.empty_strided(size, stride, dtype=dtype, device=device)
-                for size, stride, dtype, device in metadata
-            )
-            return fresh if several else fresh[0]
+            return memo[key].fresh()
         value = op(*args, **kwargs)
-    found = _metadata(value)
+    found = result_of(value)
     if found is not None:
-        memo[key] = (isinstance(value, tuple), found)
+        memo[key] = found
     return value
 
 
@@ -65,24 +58,6 @@ def _is_functional(op: Any) -> bool:
     if schema is None or schema.is_mutable or any(result.alias_info is not None for result in schema.returns):
         return False
     return not any(tag in op.tags for tag in _SIZED_BY_DATA)
-
-
-def _metadata(value: Any) -> tuple[_Metadata, ...] | None:
-    """What `computed` needs to make such a value again; None where size and stride do not tell all."""
-    items = value if isinstance(value, tuple) else (value,)
-    if not items or not all(isinstance(v, Tensor) and _is_plain(v) for v in items):
-        return None
-    if len({v.untyped_storage()._cdata for v in items}) < len(items):
-        return None  # views of each other
-    return tuple((tuple(v.shape), v.stride(), v.dtype, v.device) for v in items)
-
-
-def _is_plain(value: Tensor) -> bool:
-    """A tensor that nothing but size, stride, dtype and device describes."""
-    if value.layout != torch.strided or value.is_conj() or value.is_neg() or value.is_quantized:
-        return False
-    offset = value.storage_offset()
-    return isinstance(offset, int) and offset == 0 and not value.requires_grad
 
 
 def _key(mode: Any, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[object, ...] | None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.ops.metadata import Result, result_of
+
 # Kept alive here: a Library that is collected unregisters its operators.
 LIBRARY = torch.library.Library("fxquant", "DEF")
 
@@ -118,8 +120,7 @@ def _by_dispatch(name: str, aten: Arithmetic) -> Arithmetic:
     return run
 
 
-_Metadata = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
-_known: dict[tuple[object, ...], tuple[bool, tuple[_Metadata, ...]]] = {}
+_known: dict[tuple[object, ...], Result] = {}
 _MOST = 8192  # forms remembered: those of a few hundred models
 
 
@@ -136,17 +137,11 @@ def _once(op: Any, fake: Arithmetic) -> Arithmetic:
             return fake(*args, **kwargs)
         key = (op, torch.get_default_dtype(), tuple(kwargs), form)
         if key in _known:
-            several, metadata = _known[key]
-            fresh = tuple(
-                torch.empty_strided(size, stride, dtype=dtype, device=device)
-                for size, stride, dtype, device in metadata
-            )
-            return fresh if several else fresh[0]
+            return _known[key].fresh()
         value = fake(*args, **kwargs)
-        several = isinstance(value, tuple)
-        found = tuple(_form(item) for item in (value if several else (value,)))
-        if len(_known) < _MOST and all(isinstance(each, tuple) and len(each) == 4 for each in found):
-            _known[key] = several, found  # type: ignore[assignment]
+        found = result_of(value)
+        if found is not None and len(_known) < _MOST:
+            _known[key] = found
         return value
 
     return run

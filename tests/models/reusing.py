@@ -19,6 +19,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
 
 Step = Callable[..., Tensor]
+Optimizer = Callable[..., torch.optim.Optimizer]
 
 
 def runs() -> int:
@@ -86,9 +87,18 @@ def report() -> CompileReport:
     return compile_reports()[-1]
 
 
-def accumulate(run: Run) -> None:
-    run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-    for _ in range(2):
-        run.train(X)
-        run.train(-X)
-        run.step()
+def accumulate(*x: Tensor, steps: int = 2, optimizer: Optimizer | None = None) -> Callable[[Run], None]:
+    """A job of several steps, each of one microbatch for every ``x``."""
+
+    def job(run: Run) -> None:
+        run.optimizer = (optimizer or sgd)(run.model.parameters())
+        for _ in range(steps):
+            for each in x:
+                run.train(each)
+            run.step()
+
+    return job
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.1)

@@ -17,11 +17,24 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from tests.models.nets import ConvNet, prepared
-from tests.models.reusing import EAGER, IMAGE, REUSE, Run, X, kept_values, mlp, report, runs, same
+from tests.models.reusing import (
+    EAGER,
+    IMAGE,
+    REUSE,
+    Optimizer,
+    Run,
+    X,
+    accumulate,
+    kept_values,
+    mlp,
+    report,
+    runs,
+    same,
+    sgd,
+)
 from tests.models.test_caches import compiled
 
 pytestmark = pytest.mark.usefixtures("cold", "none_kept")
-Optimizer = Callable[..., torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
@@ -98,7 +111,7 @@ def test_optimizers_that_write_through_data_are_seen() -> None:
 
 def test_a_compiled_optimizer_is_seen() -> None:
     def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
+        run.optimizer = sgd(run.model.parameters())
         step = torch.compile(run.optimizer.step, backend="eager")
         for _ in range(3):
             run.train(X)
@@ -111,7 +124,7 @@ def test_a_compiled_optimizer_is_seen() -> None:
 
 def test_two_forwards_before_one_backward() -> None:
     def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
+        run.optimizer = sgd(run.model.parameters())
         first, second = run.forward(X), run.forward(-X)
         (first.square().mean() + second.mean()).backward()
         run.step()
@@ -204,11 +217,7 @@ def test_a_gradient_that_reads_the_weight_is_guarded_as_ever(monkeypatch: pytest
     monkeypatch.setattr(PassGradientsThrough, "rewrite", lambda self, gm, result: 0)
 
     def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        for _ in range(2):
-            run.train(X)
-            run.train(-X)
-            run.step()
+        accumulate(X, -X)(run)
         loss = run.forward(X).square().mean()
         with torch.no_grad():
             run.model.first.weight.mul_(2)

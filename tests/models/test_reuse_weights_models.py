@@ -14,7 +14,7 @@ import fxquant
 from fxquant.reuse import stores
 from tests.models.nets import Blocks, ConvNet, Mlp, TiedLanguageModel, prepared
 from tests.models.oracle import weight as quantized_weight
-from tests.models.reusing import EAGER, IMAGE, REUSE, Run, X, accumulate, kept_values, mlp, report, runs, same
+from tests.models.reusing import EAGER, IMAGE, REUSE, Run, X, accumulate, kept_values, mlp, report, runs, same, sgd
 
 pytestmark = pytest.mark.usefixtures("cold", "none_kept")
 
@@ -32,25 +32,12 @@ class FrozenFirst(nn.Module):
 
 
 def test_frozen_weights_are_quantized_once() -> None:
-    def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        for _ in range(3):
-            run.train(X)
-            run.step()
-
-    assert same(lambda: prepared(FrozenFirst(), X), job) == 1 + 3
+    assert same(lambda: prepared(FrozenFirst(), X), accumulate(X, steps=3)) == 1 + 3
 
 
 def test_a_tied_weight_and_its_sum_of_gradients() -> None:
     tokens = torch.tensor([[1, 2, 3, 4], [3, 3, 0, 9]])
-
-    def job(run: Run) -> None:
-        run.optimizer = torch.optim.Adam(run.model.parameters(), 0.01)
-        for _ in range(2):
-            run.train(tokens)
-            run.train(tokens.flip(0))
-            run.step()
-
+    job = accumulate(tokens, tokens.flip(0), optimizer=torch.optim.Adam)
     assert same(lambda: prepared(TiedLanguageModel(), tokens), job) == 2
 
 
@@ -66,13 +53,7 @@ class WeightLoss(nn.Module):
 
 
 def test_a_weight_that_is_read_besides() -> None:
-    def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        for _ in range(2):
-            run.train(X)
-            run.step()
-
-    assert same(lambda: prepared(WeightLoss(), X), job) == 2
+    assert same(lambda: prepared(WeightLoss(), X), accumulate(X)) == 2
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "int4_weight_only"])
@@ -80,7 +61,7 @@ def test_recipes(recipe: str) -> None:
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
 
     def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
+        run.optimizer = sgd(run.model.parameters())
         for _ in range(2):
             run.train(x)
             run.evaluate(x)
@@ -98,14 +79,7 @@ def test_a_batch_of_any_size() -> None:
 
 
 def test_graph_breaks_give_each_graph_its_weights() -> None:
-    def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        for _ in range(2):
-            run.train(X)
-            run.train(-X)
-            run.step()
-
-    assert same(lambda: prepared(Blocks(2, torch._dynamo.graph_break), X), job) == 4
+    assert same(lambda: prepared(Blocks(2, torch._dynamo.graph_break), X), accumulate(X, -X)) == 4
 
 
 def test_instances_that_share_a_graph_keep_their_own() -> None:
@@ -116,11 +90,7 @@ def test_instances_that_share_a_graph_keep_their_own() -> None:
         for block in run.model.blocks:
             block.compile(backend=EAGER, options=options)
         run.compiled = run.model
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        for _ in range(2):
-            run.train(X)
-            run.train(-X)
-            run.step()
+        accumulate(X, -X)(run)
 
     assert same(lambda: prepared(Blocks(3), X), job) == 6
 
@@ -157,7 +127,7 @@ def test_what_is_kept_is_the_quantized_weight_and_goes_with_the_model() -> None:
 
 def test_autocast() -> None:
     def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
+        run.optimizer = sgd(run.model.parameters())
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16):
                 run.train(X)
@@ -202,7 +172,7 @@ class Checkpointed(nn.Module):
 
 
 def test_checkpointed_regions_get_their_weights_as_operands() -> None:
-    assert same(lambda: prepared(Checkpointed(Mlp()), X), accumulate) == 2
+    assert same(lambda: prepared(Checkpointed(Mlp()), X), accumulate(X, -X)) == 2
     assert report().reused == 3 and not report().declines
 
 
@@ -217,11 +187,7 @@ class ImageRegion(nn.Module):
 
 def test_a_checkpointed_region_with_quantized_biases_reads_known_scales() -> None:
     def job(run: Run) -> None:
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        for _ in range(2):
-            run.train(IMAGE)
-            run.train(-IMAGE)
-            run.step()
+        accumulate(IMAGE, -IMAGE)(run)
         run.found += [value.clone() for value in run.model.buffers()]
 
     assert same(lambda: prepared(ImageRegion(), IMAGE), job) == 2
@@ -233,7 +199,7 @@ def test_a_checkpointed_region_with_quantized_biases_reads_known_scales() -> Non
 
 def test_a_region_in_a_region_quantizes_in_every_call() -> None:
     model = prepared(Checkpointed(Checkpointed(Mlp())), X)
-    assert same(lambda: model, accumulate) == 2, "of the two heads"
+    assert same(lambda: model, accumulate(X, -X)) == 2, "of the two heads"
     assert report().reused == 2
     declined = [d.reason for d in report().declines if d.pass_name == "split_weights"]
     assert declined == ["it is computed in a body of tag_activation_checkpoint: it is quantized in every call"] * 2

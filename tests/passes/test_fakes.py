@@ -43,13 +43,13 @@ def quantize(mode: FakeTensorMode, x: Tensor, quant_min: int = -128, **kwargs: A
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The operators that were really computed."""
     found: list[Any] = []
-    key = fakes._metadata
+    key = fakes.result_of
 
     def counted(value: Any) -> Any:
         found.append(value)
         return key(value)
 
-    monkeypatch.setattr(fakes, "_metadata", counted)
+    monkeypatch.setattr(fakes, "result_of", counted)
     return found
 
 
