@@ -5,22 +5,26 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxquant.numerics import planes
 from fxquant.ops import fake_quantize, quantize, saved
-from fxquant.ops.library import ARITHMETIC
+from fxquant.ops.library import ARITHMETIC, Arithmetic
 from fxquant.ops.materialize import MATERIALIZE
 from fxquant.ops.qparams import AFFINE_QPARAMS, AVERAGE_MIN_MAX
+
+aten = torch.ops.aten
 
 _FUSED = (
     *fake_quantize.FAKE_QUANTIZE,
     *fake_quantize.BACKWARD,
     *quantize.QUANTIZE,
     *quantize.DEQUANTIZE,
-    *saved.FORWARD,
-    *saved.BACKWARD,
+    saved.CLIP_MASK,
+    saved.UNPACK_PLANES,
 )
 
 
@@ -38,9 +42,37 @@ def register_lowerings() -> None:
         return
     register_lowering(MATERIALIZE, type_promotion_kind=None)(_materialized)
     for op in (AVERAGE_MIN_MAX, AFFINE_QPARAMS):
-        register_lowering(op, type_promotion_kind=None)(functools.partial(_stored, op))
+        register_lowering(op, type_promotion_kind=None)(functools.partial(_stored, ARITHMETIC[op]))
     for op in _FUSED:
-        register_lowering(op, type_promotion_kind=None)(functools.partial(_arithmetic, op))
+        register_lowering(op, type_promotion_kind=None)(functools.partial(_lowered, ARITHMETIC[op]))
+    register_lowering(saved.PACK_PLANES, type_promotion_kind=None)(_packed)
+    _keep_dtype_rules()
+
+
+def _keep_dtype_rules() -> None:
+    """Inductor's rules of dtypes are one object a process, which it fills anew for each operation that it generates.
+
+    That is 76 µs an operation, a tenth of the time of a compile. Here it is filled where a table it is made from grew.
+    """
+    from torch._inductor import utils  # private; tried on 2.13
+    from torch._inductor.codegen import common  # private; tried on 2.13
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.13
+
+    fill, filled = DtypePropagationOpsHandler.__init__, [0, 0, 0]
+
+    @functools.wraps(fill)
+    def fill_once(self: DtypePropagationOpsHandler) -> None:
+        rules, pointwise, boolean = (
+            utils.op_dtype_propagation_rules,
+            common.pointwise_overrides_data,
+            utils.boolean_ops(),
+        )
+        tables = [len(rules), len(pointwise), len(boolean)]
+        if tables != filled:
+            fill(self)
+            filled[:] = tables
+
+    DtypePropagationOpsHandler.__init__ = fill_once  # type: ignore[method-assign]
 
 
 def _materialized(x: Any, rows: int = 0) -> Any:
@@ -52,12 +84,12 @@ def _materialized(x: Any, rows: int = 0) -> Any:
         x = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=load, ranges=sizes)
     x.realize()
     if rows:
-        _loop_over_rows(x.data.data, rows)
+        _loop_apart(x.data.data, [list(range(rows))])
     return x
 
 
-def _loop_over_rows(buffer: Any, rows: int) -> None:
-    """Keeps the first ``rows`` dimensions of a computed buffer in a loop around the others.
+def _loop_apart(buffer: Any, groups: list[list[int]]) -> None:
+    """Keeps each of these groups of neighbouring dimensions of a computed buffer in a loop apart from other dimensions.
 
     Inductor makes one loop of all dimensions that no index tells apart, and its C++ fuses loops of equal ranges only:
     with a reduction over the others it would not.
@@ -69,28 +101,29 @@ def _loop_over_rows(buffer: Any, rows: int) -> None:
     simplify = buffer.simplify_and_reorder
 
     def apart(extra_indexing_constraints: Any = None, recompute_sizes_body_func: Any = None) -> Any:
-        (sizes, _), body, (index, _) = buffer.get_default_sizes_body()  # without dimensions of size 1
-        outer = sum(1 for size in buffer.get_size()[:rows] if size != 1)
-        if outer and extra_indexing_constraints is None and recompute_sizes_body_func is None:
-            row = functools.reduce(lambda row, d: row * sizes[d] + index[d], range(1, outer), index[0])
-            extra_indexing_constraints = (body.var_ranges, [row])
+        if extra_indexing_constraints is None and recompute_sizes_body_func is None:
+            (sizes, _), body, (index, _) = buffer.get_default_sizes_body()  # without dimensions of size 1
+            there = {d: number for number, d in enumerate(d for d, size in enumerate(buffer.get_size()) if size != 1)}
+            kept = [[there[d] for d in group if d in there] for group in groups]
+            linear = [functools.reduce(lambda i, d: i * sizes[d] + index[d], group, sympy.S.Zero) for group in kept]
+            extra_indexing_constraints = (body.var_ranges, linear)
         return simplify(extra_indexing_constraints, recompute_sizes_body_func)
 
     buffer.simplify_and_reorder = apart  # type: ignore[method-assign]
 
 
-def _stored(op: Any, *args: Any) -> tuple[Any, ...]:
-    results: tuple[Any, ...] = _arithmetic(op, *args)
+def _stored(arithmetic: Arithmetic, *args: Any) -> tuple[Any, ...]:
+    results: tuple[Any, ...] = _lowered(arithmetic, *args)
     for result in results:
         result.realize()
     return results
 
 
-def _arithmetic(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the op's arithmetic lowers to, operation by operation, of which Inductor sees no nodes."""
+def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
+    """What a function of tensors and numbers lowers to, operation by operation, of which Inductor sees no nodes."""
     from torch._inductor.lowering import lowerings  # private; tried on 2.13
 
-    body = _traced(op, tuple(_described(a) for a in args), tuple(kwargs.items()))
+    body = _traced(arithmetic, tuple(_described(a) for a in args), tuple(kwargs.items()))
     tensors = iter([a for a in args if _is_tensor(a)])
     values: dict[fx.Node, Any] = {}
     for node in body.nodes:
@@ -102,6 +135,26 @@ def _arithmetic(op: Any, *args: Any, **kwargs: Any) -> Any:
             given, named = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = lowerings[node.target](*given, **named)
     raise AssertionError("a traced graph ends in its output")
+
+
+def _packed(values: Any, bits: int, dim: int) -> Any:
+    """Masks as a loop over the planes; unrolled, the compiler would meet their dozen operations eight times."""
+    from torch._inductor.lowering import lowerings  # private; tried on 2.13
+    from torch._inductor.virtualized import V  # private; tried on 2.13
+
+    if values.get_dtype() != torch.bool:
+        return _lowered(ARITHMETIC[saved.PACK_PLANES], values, bits, dim)
+    # In the order of memory, so that the loops of the sum, which follow what they read, are those of the bytes.
+    current: Any = V.graph.current_node
+    strides = current.args[0].meta["val"].stride()
+    order = sorted(range(len(strides)), key=lambda d: -strides[d])
+    dim = order.index(dim)
+    total = _lowered(planes.sum_masks, lowerings[aten.permute.default](values, order), dim)
+    packed = _lowered(planes.as_bytes, total)
+    for result in (total, packed):
+        result.realize()
+        _loop_apart(result.data.data, [[d] for d in range(dim + 1)])
+    return lowerings[aten.permute.default](packed, [order.index(d) for d in range(len(order))])
 
 
 def _is_tensor(value: Any) -> bool:
@@ -116,16 +169,16 @@ def _described(value: Any) -> Any:
 
 
 @functools.cache
-def _traced(op: Any, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
+def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
     from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.13
 
     shown = [d for d in described if isinstance(d, tuple)]
 
-    def arithmetic(*tensors: torch.Tensor) -> Any:
+    def on_tensors(*tensors: torch.Tensor) -> Any:
         given = iter(tensors)
-        return ARITHMETIC[op](*(next(given) if isinstance(d, tuple) else d for d in described), **dict(named))
+        return arithmetic(*(next(given) if isinstance(d, tuple) else d for d in described), **dict(named))
 
     with FakeTensorMode():
         fakes = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shown]
-        return make_fx(arithmetic, decomposition_table=select_decomp_table())(*fakes).graph
+        return make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes).graph

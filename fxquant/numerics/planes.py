@@ -22,6 +22,19 @@ def pack_planes(values: Tensor, bits: int, dim: int) -> Tensor:
         plane = torch.where(plane, place, 0.0) if plane.dtype == torch.bool else plane.to(torch.float32) * place
         total = plane if total is None else total + plane
     assert total is not None
+    return as_bytes(total)
+
+
+def sum_masks(values: Tensor, dim: int) -> Tensor:
+    """Bools as one sum over the planes, of which `as_bytes` gives what `pack_planes` does."""
+    ones = [1] * (values.dim() - dim)
+    place = torch.arange(8, dtype=torch.int32, device=values.device).view(-1, *ones)
+    bits = torch.ones_like(place) << place
+    return torch.where(values.unflatten(dim, (8, -1)), bits.to(torch.float32), 0.0).sum(dim)
+
+
+def as_bytes(total: Tensor) -> Tensor:
+    """Whole numbers of 0 … 255 in float32, as uint8."""
     return total.to(torch.int32).to(torch.uint8)
 
 
