@@ -36,7 +36,7 @@ def register_lowerings() -> None:
     in place: 26 buffers a site, each of which it schedules and generates code for. Fake-quants are expressions that
     fuse with their neighbours.
     """
-    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.13
+    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.11 and 2.13
 
     if MATERIALIZE in lowerings:
         return
@@ -54,9 +54,9 @@ def _keep_dtype_rules() -> None:
 
     That is 76 µs an operation, a tenth of the time of a compile. Here it is filled where a table it is made from grew.
     """
-    from torch._inductor import utils  # private; tried on 2.13
-    from torch._inductor.codegen import common  # private; tried on 2.13
-    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.13
+    from torch._inductor import utils  # private; tried on 2.11 and 2.13
+    from torch._inductor.codegen import common  # private; tried on 2.11 and 2.13
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.11 and 2.13
 
     fill, filled = DtypePropagationOpsHandler.__init__, [0, 0, 0]
 
@@ -77,7 +77,7 @@ def _keep_dtype_rules() -> None:
 
 def _materialized(x: Any, rows: int = 0) -> Any:
     """A buffer of its own, for those that read the result; others may read the expression that fills it."""
-    from torch._inductor import ir  # private; tried on 2.13
+    from torch._inductor import ir  # private; tried on 2.11 and 2.13
 
     if isinstance(x.data, ir.StorageBox) and isinstance(x.data.data, ir.Pointwise):
         load, sizes = x.make_loader(), list(x.get_size())
@@ -94,7 +94,7 @@ def _loop_apart(buffer: Any, groups: list[list[int]]) -> None:
     Inductor makes one loop of all dimensions that no index tells apart, and its C++ fuses loops of equal ranges only:
     with a reduction over the others it would not.
     """
-    from torch._inductor import ir  # private; tried on 2.13
+    from torch._inductor import ir  # private; tried on 2.11 and 2.13
 
     if not isinstance(buffer, ir.ComputedBuffer):
         return
@@ -121,7 +121,7 @@ def _stored(arithmetic: Arithmetic, *args: Any) -> tuple[Any, ...]:
 
 def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
     """What a function of tensors and numbers lowers to, operation by operation, of which Inductor sees no nodes."""
-    from torch._inductor.lowering import lowerings  # private; tried on 2.13
+    from torch._inductor.lowering import lowerings  # private; tried on 2.11 and 2.13
 
     body = _traced(arithmetic, tuple(_described(a) for a in args), tuple(kwargs.items()))
     tensors = iter([a for a in args if _is_tensor(a)])
@@ -139,8 +139,8 @@ def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
 
 def _packed(values: Any, bits: int, dim: int) -> Any:
     """Masks as a loop over the planes; unrolled, the compiler would meet their dozen operations eight times."""
-    from torch._inductor.lowering import lowerings  # private; tried on 2.13
-    from torch._inductor.virtualized import V  # private; tried on 2.13
+    from torch._inductor.lowering import lowerings  # private; tried on 2.11 and 2.13
+    from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
 
     if values.get_dtype() != torch.bool:
         return _lowered(ARITHMETIC[saved.PACK_PLANES], values, bits, dim)
@@ -170,8 +170,8 @@ def _described(value: Any) -> Any:
 
 @functools.cache
 def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
-    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
-    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.13
+    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.11 and 2.13
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11 and 2.13
 
     shown = [d for d in described if isinstance(d, tuple)]
 

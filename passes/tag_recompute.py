@@ -15,6 +15,7 @@ from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.joint import is_pointwise
 from fxquant.passes.save_quantized_activations import is_saved_as_codes
 
+_USERS = "ac_graph_id"  # what nodes of a user's checkpoint region have, and tags of ours have not
 _EXTREMES = (torch.ops.aten.amax, torch.ops.aten.amin)
 
 
@@ -52,7 +53,7 @@ class TagRecompute(Pass):
 
 def _extremes(parameter: object) -> list[fx.Node] | None:
     """What a weight's scale is made of element by element, as it is of its extremes; of none is a constant."""
-    if not isinstance(parameter, fx.Node) or parameter.op == "placeholder" or "recompute" in parameter.meta:
+    if not isinstance(parameter, fx.Node) or parameter.op == "placeholder" or _USERS in parameter.meta:
         return None
     if packet(parameter) in _EXTREMES:
         return [parameter]

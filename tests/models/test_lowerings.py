@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -141,3 +143,67 @@ def test_only_symbolic_sizes_are_lowered_as_nodes(monkeypatch: pytest.MonkeyPatc
         assert_same_bits(compiled(x), ops.fake_quantize_per_tensor_affine(x, *QUANTIZED, 0, 15, rounding="divide"))
     assert [PER_TENSOR in targets for targets in seen] == [not dynamic]
     assert [torch.ops.aten.round.default in targets for targets in seen] == [dynamic]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mask's memory: what is compared is a view of a contiguous tensor."""
+
+    name: str
+    size: tuple[int, ...]
+    view: Callable[[Tensor], Tensor]
+    dim: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LAYOUTS = (
+    Layout("rows", (16, 24), lambda x: x, 0),
+    Layout("columns", (3, 48), lambda x: x, 1),
+    Layout("vector", (80,), lambda x: x, 0),
+    Layout("slice", (4, 16, 96), lambda x: x[..., 32:64], 1),
+    Layout("heads", (4, 16, 48), lambda x: x.view(4, 16, 3, 16).transpose(1, 2), 2),
+    Layout("channels last", (2, 16, 5, 7), lambda x: x.contiguous(memory_format=torch.channels_last), 1),
+    Layout("size 1", (1, 8, 1, 20), lambda x: x, 1),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_masks_are_packed_in_a_loop_over_planes(layout: Layout) -> None:
+    """Their arithmetic is generated once, not once a plane."""
+
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        x = layout.view((a @ b).view(layout.size))
+        return ops.fake_quantize_per_tensor_affine(x, *QUANTIZED, 0, 15, rounding="divide").square()
+
+    generator = torch.Generator().manual_seed(0)
+    rows = math.prod(layout.size[:-1])
+    a, b = torch.randn(rows, 8, generator=generator), torch.randn(8, layout.size[-1], generator=generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="fxquant", options={"recipe": None}, dynamic=False)
+    found = []
+    for run in (step, compiled):
+        x = a.clone().requires_grad_()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            (out, grad), code = run_and_get_code(
+                lambda run=run, x=x: (y := run(x, b), *torch.autograd.grad(y.sum(), x))
+            )
+        found.append((out, grad))
+    for eager, ours in zip(*found, strict=True):
+        assert_same_bits(ours, eager)
+    assert "uint8" in code[0], "a mask is kept"
+    assert 2 <= len(re.findall(r"round\(\)|nearbyint", code[0])) < 8, "of codes and of masks, also behind vectors"
+
+
+def test_dtype_rules_are_set_up_once_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import utils
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+
+    torch.compile(every_form, backend="fxquant", options={"recipe": None}, dynamic=False)
+    name, rule = next(iter(utils.op_dtype_propagation_rules.items()))
+    known = vars(DtypePropagationOpsHandler())[name]
+    assert vars(DtypePropagationOpsHandler())[name] is known
+    rules = {**utils.op_dtype_propagation_rules, "new_op_of_a_test": rule}
+    monkeypatch.setattr(utils, "op_dtype_propagation_rules", rules)
+    assert "new_op_of_a_test" in vars(DtypePropagationOpsHandler())
