@@ -62,13 +62,9 @@ def _keep_dtype_rules() -> None:
 
     @functools.wraps(fill)
     def fill_once(self: DtypePropagationOpsHandler) -> None:
-        rules, pointwise, boolean = (
-            utils.op_dtype_propagation_rules,
-            common.pointwise_overrides_data,
-            utils.boolean_ops(),
-        )
-        tables = [len(rules), len(pointwise), len(boolean)]
-        if tables != filled:
+        rules, pointwise = utils.op_dtype_propagation_rules, common.pointwise_overrides_data
+        tables = [len(rules), len(pointwise), len(utils.boolean_ops())]
+        if tables != filled or not vars(self):
             fill(self)
             filled[:] = tables
 
