@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxquant.ops import affine_qparams, fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from fxquant.ops import affine_qparams, fake_quantize_per_tensor_affine
 from fxquant.passes.tag_recompute import TagRecompute
 from tests.passes.graphs import apply, untouched
 
@@ -39,35 +39,6 @@ def test_results_are_recomputed_and_scales_saved() -> None:
         "fake_quantize_per_tensor_affine": AGAIN,
         "fake_quantize_per_tensor_affine_1": AGAIN,
     }
-
-
-def test_of_a_weight_its_extremes_are_saved() -> None:
-    """What is computed of them element by element is no loop of its own, nor memory."""
-
-    def of_weight(w: Tensor) -> Tensor:
-        scale = (w.abs().amax([1]) / 127).clamp(min=1e-9)
-        zero = torch.full((4,), 0, dtype=torch.int32)
-        return fake_quantize_per_channel_affine(w, scale, zero, 0, -127, 127)
-
-    gm = make_fx(of_weight, tracing_mode="fake")(torch.ones(4, 3))
-    assert apply(TagRecompute(), gm).rewrites == 5
-    assert tags(gm) == {
-        "amax": SAVE,
-        "div": AGAIN,
-        "clamp": AGAIN,
-        "full": AGAIN,
-        "fake_quantize_per_channel_affine": AGAIN,
-    }
-
-
-def test_a_scale_that_is_drawn_at_random_is_saved() -> None:
-    def noisy(w: Tensor) -> Tensor:
-        scale = torch.rand_like(w[:, 0]) + 1
-        return fake_quantize_per_channel_affine(w, scale, torch.full((4,), 0, dtype=torch.int32), 0, -127, 127)
-
-    gm = make_fx(noisy, tracing_mode="fake")(torch.ones(4, 3))
-    apply(TagRecompute(), gm)
-    assert tags(gm)["add"] == SAVE
 
 
 def test_users_own_tags_stay_but_for_scales() -> None:
