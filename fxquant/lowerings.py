@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -80,12 +82,25 @@ def _materialized(x: Any, rows: int = 0) -> Any:
         x = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=load, ranges=sizes)
     x.realize()
     if rows:
-        _loop_apart(x.data.data, [list(range(rows))])
+        _loop_apart(x.data.data, lambda: [list(range(rows))])
     return x
 
 
-def _loop_apart(buffer: Any, groups: list[list[int]]) -> None:
+def _merged(buffer: Any) -> list[list[int]]:
+    """The dimensions of a buffer that share a loop; none where its loops are in another order."""
+    (loops, _), _ = buffer.simplify_and_reorder()
+    groups: list[list[int]] = [[] for _ in loops]
+    dims = [d for d, size in enumerate(buffer.get_size()) if size != 1]
+    for size, group in zip(loops, groups, strict=True):
+        while dims and math.prod(buffer.get_size()[d] for d in group) != size:
+            group.append(dims.pop(0))
+    return [] if dims else groups
+
+
+def _loop_apart(buffer: Any, groups: Callable[[], list[list[int]]]) -> None:
     """Keeps each of these groups of neighbouring dimensions of a computed buffer in a loop apart from other dimensions.
+
+    They are asked for once layouts are final.
 
     Inductor makes one loop of all dimensions that no index tells apart, and its C++ fuses loops of equal ranges only:
     with a reduction over the others it would not.
@@ -100,7 +115,7 @@ def _loop_apart(buffer: Any, groups: list[list[int]]) -> None:
         if extra_indexing_constraints is None and recompute_sizes_body_func is None:
             (sizes, _), body, (index, _) = buffer.get_default_sizes_body()  # without dimensions of size 1
             there = {d: number for number, d in enumerate(d for d, size in enumerate(buffer.get_size()) if size != 1)}
-            kept = [[there[d] for d in group if d in there] for group in groups]
+            kept = [[there[d] for d in group if d in there] for group in groups()]
             linear = [functools.reduce(lambda i, d: i * sizes[d] + index[d], group, sympy.S.Zero) for group in kept]
             extra_indexing_constraints = (body.var_ranges, linear)
         return simplify(extra_indexing_constraints, recompute_sizes_body_func)
@@ -147,9 +162,8 @@ def _packed(values: Any, bits: int, dim: int) -> Any:
     dim = order.index(dim)
     total = _lowered(planes.sum_masks, lowerings[aten.permute.default](values, order), dim)
     packed = _lowered(planes.as_bytes, total)
-    for result in (total, packed):
-        result.realize()
-        _loop_apart(result.data.data, [[d] for d in range(dim + 1)])
+    packed.realize()
+    _loop_apart(packed.data.data, lambda: _merged(total.data.data))
     return lowerings[aten.permute.default](packed, [order.index(d) for d in range(len(order))])
 
 

@@ -164,7 +164,7 @@ LAYOUTS = (
     Layout("vector", (80,), lambda x: x, 0),
     Layout("slice", (4, 16, 96), lambda x: x[..., 32:64], 1),
     Layout("heads", (4, 16, 48), lambda x: x.view(4, 16, 3, 16).transpose(1, 2), 2),
-    Layout("channels last", (2, 16, 5, 7), lambda x: x.contiguous(memory_format=torch.channels_last), 1),
+    Layout("channels last", (2, 16, 4, 8), lambda x: x.contiguous(memory_format=torch.channels_last), 1),
     Layout("size 1", (1, 8, 1, 20), lambda x: x, 1),
 )
 
