@@ -66,7 +66,7 @@ class CompileReport:
 # A code is computed from 4 to 8 tensors, most of them of one element, and read by what clamps it and by its clip mask.
 # At Inductor's 4 it stores such codes as floats. Bytes that a step moves at 4 and at 8: CNN 849 and 721 MB, ResNet 1028
 # and 907, mixer 1204 and 1170, transformer the same.
-# Partitions are for CUDA graphs; to find that there is only one takes 4 % of a compile.
+# Partitions are for CUDA graphs; to find that there is only one takes 4 % of the Python calls of a compile.
 _ON_CPU = {"realize_reads_threshold": 8, "graph_partition": False}
 
 
