@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -148,6 +149,8 @@ def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
             values[node] = next(tensors)
         elif node.op == "output":
             return fx.map_arg(node.args[0], values.__getitem__)
+        elif isinstance(node.meta.get("val"), torch.SymInt):
+            values[node] = node.meta["val"].node.expr
         else:
             given, named = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = lowerings[node.target](*given, **named)
@@ -156,6 +159,7 @@ def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
 
 def _packed(values: Any, bits: int, dim: int) -> Any:
     """Masks as a loop over the planes; unrolled, the compiler would meet their dozen operations eight times."""
+    from torch._inductor import ir  # private; tried on 2.11 and 2.13
     from torch._inductor.lowering import lowerings  # private; tried on 2.11 and 2.13
     from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
 
@@ -164,7 +168,7 @@ def _packed(values: Any, bits: int, dim: int) -> Any:
     # In the order of memory, so that the loops of the sum, which follow what they read, are those of the bytes.
     current: Any = V.graph.current_node
     strides = current.args[0].meta["val"].stride()
-    order = sorted(range(len(strides)), key=lambda d: -strides[d])
+    order = list(reversed(ir.get_fill_order(strides, V.graph.sizevars.shape_env)))
     dim = order.index(dim)
     total = _lowered(planes.sum_masks, lowerings[aten.permute.default](values, order), dim)
     packed = _lowered(planes.as_bytes, total)
@@ -181,20 +185,53 @@ def _described(value: Any) -> Any:
     """A tensor by what its arithmetic can depend on, numbers as they are."""
     if not _is_tensor(value):
         return value
-    return tuple(int(size) for size in value.get_size()), value.get_dtype(), value.get_device()
+    sizes = tuple(int(size) if size.is_number else size for size in map(sympy.sympify, value.get_size()))
+    return sizes, value.get_dtype(), value.get_device()
+
+
+def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
+    from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11 and 2.13
+
+    shapes = [d[0] for d in described if isinstance(d, tuple)]
+    if all(isinstance(size, int) for shape in shapes for size in shape):
+        return _traced_once(arithmetic, described, named)
+    # A symbol means what its graph says: bodies of open sizes are shared within a graph, and go with it.
+    bodies = _OPEN.setdefault(V.graph, {})
+    key = arithmetic, described, named
+    if key not in bodies:
+        environment = V.graph.sizevars.shape_env
+        bodies[key] = _trace(*key, FakeTensorMode(shape_env=environment), environment)
+    return bodies[key]
+
+
+_OPEN: WeakKeyDictionary[Any, dict[tuple[Any, ...], fx.Graph]] = WeakKeyDictionary()
 
 
 @functools.cache
-def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
-    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.11 and 2.13
+def _traced_once(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
     from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11 and 2.13
 
-    shown = [d for d in described if isinstance(d, tuple)]
+    return _trace(arithmetic, described, named, FakeTensorMode())
+
+
+def _trace(
+    arithmetic: Arithmetic,
+    described: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+    mode: Any,
+    symbols: Any = None,
+) -> fx.Graph:
+    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.11 and 2.13
+
+    def size_of(size: Any) -> Any:
+        return size if isinstance(size, int) else symbols.create_symintnode(size, hint=None)
 
     def on_tensors(*tensors: torch.Tensor) -> Any:
         given = iter(tensors)
         return arithmetic(*(next(given) if isinstance(d, tuple) else d for d in described), **dict(named))
 
-    with FakeTensorMode():
-        fakes = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shown]
+    with mode:
+        shown = [d for d in described if isinstance(d, tuple)]
+        fakes = [torch.empty([size_of(s) for s in shape], dtype=dtype, device=on) for shape, dtype, on in shown]
         return make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes).graph

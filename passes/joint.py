@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 
+import sympy
 import torch
 from torch import fx
 
@@ -150,7 +151,15 @@ def is_small(source: fx.Node, node: fx.Node) -> bool:
 def elements(node: fx.Node) -> int | None:
     """How many a node's tensor has, for comparisons: without a look at what a symbolic size is."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return None  # several tensors
-    sizes: list[int] = [size if isinstance(size, int) else _SYMBOL for size in value.shape]
-    return math.prod(sizes)
+    return elements_of(value) if isinstance(value, torch.Tensor) else None  # several tensors
+
+
+def elements_of(value: torch.Tensor) -> int:
+    """As `elements`."""
+    return math.prod(size if isinstance(size, int) else _supposed(size) for size in value.shape)
+
+
+def _supposed(size: torch.SymInt) -> int:
+    """Each symbol for itself: ``16·s0`` rows are as many as ``s0`` times 16."""
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, sympy.Integer(_SYMBOL))))

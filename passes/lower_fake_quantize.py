@@ -79,11 +79,10 @@ def _is_no_reader(node: fx.Node) -> bool:
 def _beyond_lowerings(node: fx.Node) -> bool:
     """Whether Inductor has to meet the arithmetic as nodes.
 
-    On CPU it takes a fake-quant in one, which spares it half of the nodes of a graph. Not with symbolic sizes, as
-    arithmetic is traced on sizes, nor on GPUs, where `keep_divisions` looks for the divisions.
+    On CPU it takes a fake-quant in one, which spares it half of the nodes of a graph; not on GPUs, where
+    `keep_divisions` looks for the divisions.
     """
-    values = [node.meta["val"], *(source.meta["val"] for source in _operands(node))]
-    return any(v.device.type != "cpu" or not all(isinstance(s, int) for s in v.shape) for v in values)
+    return any(n.meta["val"].device.type != "cpu" for n in (node, *_operands(node)))
 
 
 _CHOICES: dict[str, Callable[[fx.Node], bool]] = {

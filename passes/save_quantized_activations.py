@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 from fxquant.graph import packet
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.passes.base import Pass, PassResult, call
-from fxquant.passes.joint import Joint, is_moving, is_pointwise
+from fxquant.passes.joint import Joint, elements_of, is_moving, is_pointwise
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -82,7 +81,7 @@ class SaveQuantizedActivations(Pass):
             return 0
         dim = plane_dim(value)
         if dim is None:
-            if _elements(value.shape) >= _FEW:
+            if elements_of(value) >= _FEW:
                 reason = f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
                 self.decline(result, site, reason)
             return 0
@@ -272,10 +271,6 @@ def _is_mask(node: fx.Node, joint: Joint) -> bool:
         return False
     # Not one that this pass has unpacked.
     return not any(source.target in saved.BACKWARD for source in node.all_input_nodes)
-
-
-def _elements(shape: Sequence[int | torch.SymInt]) -> int:
-    return torch.Size([size if isinstance(size, int) else _FEW for size in shape]).numel()
 
 
 def _pack_mask(mask: fx.Node) -> int:

@@ -77,6 +77,7 @@ def test_nothing_but_results_is_stored() -> None:
     assert 0 < code.count("= empty_strided_cpu(") <= 6
 
 
+OPEN_OR_NOT = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 QUANTIZED = torch.tensor([0.3]), torch.tensor([3], dtype=torch.int32)
 CHANNELS = torch.tensor([0.3, 0.01, 5.0]), torch.tensor([3, 0, 15], dtype=torch.int32)
 
@@ -96,13 +97,14 @@ def every_form(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
     return *of_tensor, *of_rows, codes, row_codes, *back, mask, planes, UNPACK_PLANES(planes, 1, 0)
 
 
+@OPEN_OR_NOT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_fake_quants_lowered_whole_have_the_bits_of_eager(dtype: torch.dtype) -> None:
+def test_fake_quants_lowered_whole_have_the_bits_of_eager(dtype: torch.dtype, dynamic: bool) -> None:
     values = hard_values(0.3, 0, 15)
     x = values[: len(values) // 24 * 24].to(dtype)
     rows = x.reshape(3, -1)
     torch._dynamo.reset()
-    compiled = torch.compile(every_form, backend="fxquant", options={"recipe": None}, dynamic=False)
+    compiled = torch.compile(every_form, backend="fxquant", options={"recipe": None}, dynamic=dynamic)
     for ours, eager in zip(compiled(x, rows), every_form(x, rows), strict=True):
         assert ours.dtype == eager.dtype
         assert_same_bits(ours, eager)
@@ -120,8 +122,8 @@ def test_a_fake_quant_of_a_view_is_lowered_whole() -> None:
     assert_same_bits(compiled(x), moved(x))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_only_symbolic_sizes_are_lowered_as_nodes(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+@OPEN_OR_NOT
+def test_the_compiler_behind_meets_no_arithmetic(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
     seen: list[set[object]] = []
     rewrite = LowerFakeQuantize.rewrite
 
@@ -142,8 +144,8 @@ def test_only_symbolic_sizes_are_lowered_as_nodes(monkeypatch: pytest.MonkeyPatc
         )
         x = torch.randn(40, 3)
         assert_same_bits(compiled(x), ops.fake_quantize_per_tensor_affine(x, *QUANTIZED, 0, 15, rounding="divide"))
-    assert [PER_TENSOR in targets for targets in seen] == [not dynamic]
-    assert [torch.ops.aten.round.default in targets for targets in seen] == [dynamic]
+    assert [PER_TENSOR in targets for targets in seen] == [True]
+    assert [torch.ops.aten.round.default in targets for targets in seen] == [False]
 
 
 @dataclass(frozen=True)
@@ -163,28 +165,55 @@ LAYOUTS = (
     Layout("columns", (3, 48), lambda x: x),
     Layout("vector", (80,), lambda x: x),
     Layout("slice", (4, 16, 96), lambda x: x[..., 32:64]),
-    Layout("heads", (4, 16, 48), lambda x: x.view(4, 16, 3, 16).transpose(1, 2)),
+    Layout("heads", (4, 16, 48), lambda x: x.view(-1, 16, 3, 16).transpose(1, 2)),
     Layout("channels last", (2, 16, 4, 8), lambda x: x.contiguous(memory_format=torch.channels_last)),
     Layout("size 1", (1, 8, 1, 20), lambda x: x),
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_masks_are_packed_in_a_loop_over_planes(layout: Layout) -> None:
+def test_graphs_with_open_sizes_share_no_symbols() -> None:
+    """Two graphs, both of whose sizes are s0 and s1, of other shapes and ranges."""
+
+    def tall(x: Tensor) -> Tensor:
+        return ops.fake_quantize_per_channel_affine(x, *CHANNELS, 0, 0, 15, rounding="divide")
+
+    def wide(x: Tensor) -> Tensor:
+        return ops.fake_quantize_per_channel_affine(x[:, 1:], *CHANNELS, 0, 0, 15, rounding="divide") + 1
+
+    torch._dynamo.reset()
+    for function in (tall, wide):
+        compiled = torch.compile(function, backend="fxquant", options={"recipe": None}, dynamic=True)
+        for columns in (7, 12):
+            x = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns))
+            assert_same_bits(compiled(x), function(x))
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_open"),
+    [
+        pytest.param(layout, is_open, id=f"{layout}-{'open batch' if is_open else 'static'}")
+        for layout in LAYOUTS
+        for is_open in (False, True)
+        if not is_open or (len(layout.size) > 1 and layout.size[0] > 1)
+    ],
+)
+def test_masks_are_packed_in_a_loop_over_planes(layout: Layout, is_open: bool) -> None:
     """Their arithmetic is generated once, not once a plane."""
 
     def step(a: Tensor, b: Tensor) -> Tensor:
-        x = layout.view((a @ b).view(layout.size))
+        x = layout.view(a @ b)
         return ops.fake_quantize_per_tensor_affine(x, *QUANTIZED, 0, 15, rounding="divide").square()
 
     generator = torch.Generator().manual_seed(0)
-    rows = math.prod(layout.size[:-1])
-    a, b = torch.randn(rows, 8, generator=generator), torch.randn(8, layout.size[-1], generator=generator)
+    a = torch.randn(*layout.size[:-1], 8, generator=generator)
+    b = torch.randn(8, layout.size[-1], generator=generator)
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend="fxquant", options={"recipe": None}, dynamic=False)
+    compiled = torch.compile(step, backend="fxquant", options={"recipe": None}, dynamic=None if is_open else False)
     found = []
     for run in (step, compiled):
         x = a.clone().requires_grad_()
+        if is_open:
+            torch._dynamo.mark_dynamic(x, 0)
         with torch._inductor.config.patch(force_disable_caches=True):
             (out, grad), code = run_and_get_code(
                 lambda run=run, x=x: (y := run(x, b), *torch.autograd.grad(y.sum(), x))
