@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,8 +45,8 @@ def register_lowerings() -> None:
     if MATERIALIZE in lowerings:
         return
     register_lowering(MATERIALIZE, type_promotion_kind=None)(_materialized)
-    for op in (AVERAGE_MIN_MAX, AFFINE_QPARAMS):
-        register_lowering(op, type_promotion_kind=None)(functools.partial(_stored, ARITHMETIC[op]))
+    register_lowering(AVERAGE_MIN_MAX, type_promotion_kind=None)(_averaged)
+    register_lowering(AFFINE_QPARAMS, type_promotion_kind=None)(functools.partial(_stored, ARITHMETIC[AFFINE_QPARAMS]))
     for op in _FUSED:
         register_lowering(op, type_promotion_kind=None)(functools.partial(_lowered, ARITHMETIC[op]))
     register_lowering(saved.PACK_PLANES, type_promotion_kind=None)(_packed)
@@ -135,6 +136,38 @@ def _stored(arithmetic: Arithmetic, *args: Any) -> tuple[Any, ...]:
     for result in results:
         result.realize()
     return results
+
+
+def _averaged(low: Any, high: Any, minimum: Any, maximum: Any, constant: float) -> tuple[Any, ...]:
+    """The new range, written into the state at once where the graph would copy it there anyway, and reads it no more.
+
+    Else two buffers more a site, and two copies.
+    """
+    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+
+    results = _lowered(ARITHMETIC[AVERAGE_MIN_MAX], low, high, minimum, maximum, constant)
+    old_is_read = maximum.get_name() in results[0].get_read_names()
+    if old_is_read or not _is_only_updated(results):
+        for result in results:
+            result.realize()
+        return results
+    for state, result in ((maximum, results[1]), (minimum, results[0])):  # the new maximum reads the old minimum
+        ir.MutationLayoutSHOULDREMOVE.realize_into(result.data, state.data, unsafe_alias=True)
+    return minimum, maximum
+
+
+def _is_only_updated(results: tuple[Any, ...]) -> bool:
+    """Whether the state is an input that the graph at hand reads for its update alone, and then overwrites with it."""
+    from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
+
+    current: Any = V.graph.current_node
+    items = {user.args[1]: user for user in current.users if user.target is operator.getitem}
+    for position, state in enumerate(current.args[2:4]):
+        others = [user for user in state.users if user is not current]
+        copied = len(others) == 1 and others[0].target is aten.copy_.default and others[0].args[0] is state
+        if state.op != "placeholder" or not copied or others[0].args[1] is not items.get(position):
+            return False
+    return all(results[n].get_dtype() == s.meta["val"].dtype for n, s in enumerate(current.args[2:4]))
 
 
 def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ Reasons = dict[fx.Node, str | None]
 """Node → why it cannot be computed once for many calls, None where it can."""
 
 # Whose results are the same with autocast on: they compute in a type of their own, or not at all.
-_WITHOUT_AUTOCAST = frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, aten.detach.default})
+WITHOUT_AUTOCAST = frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, aten.detach.default})
 
 
 def is_weight(node: fx.Node) -> bool:
@@ -33,7 +33,7 @@ def is_weight(node: fx.Node) -> bool:
 def reasons(gm: fx.GraphModule, inputs: Sequence[Any]) -> Reasons:
     """Of every node of the graph itself."""
     placeholders = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    written, overlapping = _written(gm), _overlapping(placeholders)
+    written, overlapping = written_inputs(gm), _overlapping(placeholders)
     known = {node: _why_not_input(node, value, written, overlapping) for node, value in placeholders.items()}
     return _spread(gm.graph, known, set())
 
@@ -75,7 +75,7 @@ def _why_not(node: fx.Node, switched: bool) -> str | None:
         return f"it depends on {node.name}, which is no function of its operands alone"
     if torch.Tag.nondeterministic_seeded in target.tags:
         return f"it depends on {node.name}, which is random"
-    if switched and target not in _WITHOUT_AUTOCAST and packet(node) not in AGNOSTIC:
+    if switched and target not in WITHOUT_AUTOCAST and packet(node) not in AGNOSTIC:
         return f"it depends on {node.name}, computed where the model switches autocast"
     return None
 
@@ -98,7 +98,7 @@ def _shown(node: fx.Node) -> str:
     return str(node.meta.get("source") or node.name)
 
 
-def _written(gm: fx.GraphModule) -> set[fx.Node]:
+def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
     """Placeholders that the graph changes, directly, through a view, or in a nested body."""
     found: set[fx.Node] = set()
     for node in call_nodes(gm.graph):
@@ -110,7 +110,7 @@ def _changed_by(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     bodies = nested_graphs(gm, node)
     if is_checkpoint(node):
         (body,) = bodies
-        written = _written(body)
+        written = written_inputs(body)
         operands = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
         return [value for inner, value in operands if inner in written and isinstance(value, fx.Node)]
     if any(mutates(n) for body in bodies for each in all_graphs(body) for n in call_nodes(each.graph)):

@@ -21,6 +21,7 @@ from fxquant.passes.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.save_running_statistics import SaveRunningStatistics
+from fxquant.passes.sink_weights import SinkWeights
 from fxquant.passes.tag_recompute import TagRecompute
 from fxquant.passes.unify_scales import UnifyScales
 from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
@@ -48,7 +49,7 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
     )
 
 
-COMPILED: tuple[Pass, ...] = (HoistViews(),)
+COMPILED: tuple[Pass, ...] = (HoistViews(), SinkWeights())
 """On the captured graph, behind those, where it is compiled: what only compiled code is better for. Values are recorded
 without, as export has them."""
 

@@ -41,6 +41,15 @@ def test_results_are_recomputed_and_scales_saved() -> None:
     }
 
 
+def test_constant_zero_points_are_made_again() -> None:
+    def symmetric(x: Tensor, scale: Tensor) -> Tensor:
+        return fake_quantize_per_tensor_affine(x, scale, torch.full((1,), 0, dtype=torch.int32), -127, 127)
+
+    gm = make_fx(symmetric, tracing_mode="fake")(torch.ones(3), torch.ones(1))
+    apply(TagRecompute(), gm)
+    assert tags(gm) == {"full": AGAIN, "fake_quantize_per_tensor_affine": AGAIN}
+
+
 def test_users_own_tags_stay_but_for_scales() -> None:
     gm = graph()
     for node in gm.graph.nodes:

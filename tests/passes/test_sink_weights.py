@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fxquant
+from fxquant.passes.base import PassResult, all_graphs
+from fxquant.passes.constant_weights import is_weight
+from fxquant.passes.sink_weights import SinkWeights
+from tests.passes.graphs import QUANTIZE, apply, captured, show, untouched
+
+PASS = SinkWeights()
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+class Tied(Two):
+    """A weight that two layers read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.second(self.first(x).sin()).cos())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Two()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x.sin(), use_reentrant=False)
+
+
+class Autocast(Two):
+    """Read inside a region, beginning outside of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.second(x.relu())
+
+
+class Changed(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        with torch.no_grad():
+            self.second.weight.mul_(0.5)
+        return self.second(y)
+
+
+class Computed(Two):
+    """A weight that is made from the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x).relu(), self.second.weight * x.mean())
+
+
+def distances(gm: fx.GraphModule) -> list[int]:
+    """How many nodes stand between a weight and the first that reads it."""
+    found = []
+    for module in all_graphs(gm):
+        order = {node: index for index, node in enumerate(module.graph.nodes)}
+        found += [min(map(order.__getitem__, n.users)) - order[n] - 1 for n in module.graph.nodes if is_weight(n)]
+    return found
+
+
+def graph(model: nn.Module) -> fx.GraphModule:
+    return captured(model, X, passes=QUANTIZE)
+
+
+def test_snapshot() -> None:
+    torch.manual_seed(0)
+    gm = graph(Two())
+    before = show(gm)
+    assert apply(PASS, gm).rewrites == 2
+    assert_expected_inline(
+        before + "\n" + show(gm),
+        """\
+detach_default_3 = detach(arg2_1)
+symmetric_qparams_default_1 = symmetric_qparams(detach_default_3, 0, 127)
+getitem_10 = getitem(symmetric_qparams_default_1, 0)
+getitem_11 = getitem(symmetric_qparams_default_1, 1)
+fake_quantize_per_channel_affine_default_1 = fake_quantize_per_channel(arg2_1, getitem_10, getitem_11, 0, -127, 127)
+detach_default_1 = detach(arg0_1)
+symmetric_qparams_default = symmetric_qparams(detach_default_1, 0, 127)
+getitem_4 = getitem(symmetric_qparams_default, 0)
+getitem_5 = getitem(symmetric_qparams_default, 1)
+fake_quantize_per_channel_affine_default = fake_quantize_per_channel(arg0_1, getitem_4, getitem_5, 0, -127, 127)
+detach_default = detach(arg1_1)
+full_default = full([1], nan)
+resolve_min_max_default = resolve_min_max(detach_default, full_default, full_default)
+getitem = getitem(resolve_min_max_default, 0)
+getitem_1 = getitem(resolve_min_max_default, 1)
+affine_qparams_default = affine_qparams(getitem, getitem_1, 0, 255, False)
+getitem_2 = getitem(affine_qparams_default, 0)
+getitem_3 = getitem(affine_qparams_default, 1)
+fake_quantize_per_tensor_affine_tensor_qparams = fake_quantize_per_tensor(arg1_1, getitem_2, getitem_3, 0, 255)
+linear = linear(fake_quantize_per_tensor_affine_tensor_qparams, fake_quantize_per_channel_affine_default)
+relu = relu(linear)
+detach_default_2 = detach(relu)
+full_default_1 = full([1], nan)
+resolve_min_max_default_1 = resolve_min_max(detach_default_2, full_default_1, full_default_1)
+getitem_6 = getitem(resolve_min_max_default_1, 0)
+getitem_7 = getitem(resolve_min_max_default_1, 1)
+affine_qparams_default_1 = affine_qparams(getitem_6, getitem_7, 0, 255, False)
+getitem_8 = getitem(affine_qparams_default_1, 0)
+getitem_9 = getitem(affine_qparams_default_1, 1)
+fake_quantize_per_tensor_affine_tensor_qparams_1 = fake_quantize_per_tensor(relu, getitem_8, getitem_9, 0, 255)
+linear_1 = linear(fake_quantize_per_tensor_affine_tensor_qparams_1, fake_quantize_per_channel_affine_default_1)
+return [linear_1]
+
+detach_default = detach(arg1_1)
+full_default = full([1], nan)
+resolve_min_max_default = resolve_min_max(detach_default, full_default, full_default)
+getitem = getitem(resolve_min_max_default, 0)
+getitem_1 = getitem(resolve_min_max_default, 1)
+affine_qparams_default = affine_qparams(getitem, getitem_1, 0, 255, False)
+getitem_2 = getitem(affine_qparams_default, 0)
+getitem_3 = getitem(affine_qparams_default, 1)
+fake_quantize_per_tensor_affine_tensor_qparams = fake_quantize_per_tensor(arg1_1, getitem_2, getitem_3, 0, 255)
+detach_default_1 = detach(arg0_1)
+symmetric_qparams_default = symmetric_qparams(detach_default_1, 0, 127)
+getitem_4 = getitem(symmetric_qparams_default, 0)
+getitem_5 = getitem(symmetric_qparams_default, 1)
+fake_quantize_per_channel_affine_default = fake_quantize_per_channel(arg0_1, getitem_4, getitem_5, 0, -127, 127)
+linear = linear(fake_quantize_per_tensor_affine_tensor_qparams, fake_quantize_per_channel_affine_default)
+relu = relu(linear)
+detach_default_2 = detach(relu)
+full_default_1 = full([1], nan)
+resolve_min_max_default_1 = resolve_min_max(detach_default_2, full_default_1, full_default_1)
+getitem_6 = getitem(resolve_min_max_default_1, 0)
+getitem_7 = getitem(resolve_min_max_default_1, 1)
+affine_qparams_default_1 = affine_qparams(getitem_6, getitem_7, 0, 255, False)
+getitem_8 = getitem(affine_qparams_default_1, 0)
+getitem_9 = getitem(affine_qparams_default_1, 1)
+fake_quantize_per_tensor_affine_tensor_qparams_1 = fake_quantize_per_tensor(relu, getitem_8, getitem_9, 0, 255)
+detach_default_3 = detach(arg2_1)
+symmetric_qparams_default_1 = symmetric_qparams(detach_default_3, 0, 127)
+getitem_10 = getitem(symmetric_qparams_default_1, 0)
+getitem_11 = getitem(symmetric_qparams_default_1, 1)
+fake_quantize_per_channel_affine_default_1 = fake_quantize_per_channel(arg2_1, getitem_10, getitem_11, 0, -127, 127)
+linear_1 = linear(fake_quantize_per_tensor_affine_tensor_qparams_1, fake_quantize_per_channel_affine_default_1)
+return [linear_1]
+""",
+    )
+
+
+@pytest.mark.parametrize("make", [Tied, Autocast, Computed], ids=lambda make: make.__name__)
+def test_weights_stand_before_their_first_reader(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    gm = graph(make())
+    there = distances(gm)
+    assert max(there) > 0
+    assert apply(PASS, gm).rewrites == sum(each > 0 for each in there)
+    assert set(distances(gm)) == {0}
+
+
+def test_weights_of_checkpointed_bodies_sink_in_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    rewrite = SinkWeights.rewrite
+
+    def watched(self: SinkWeights, gm: fx.GraphModule, result: PassResult) -> int:
+        done = rewrite(self, gm, result)
+        seen.append((done, distances(gm)))
+        return done
+
+    monkeypatch.setattr(SinkWeights, "rewrite", watched)
+    torch._dynamo.reset()
+    model = fxquant.prepare(Checkpointed(), (X,))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(model, backend="fxquant")(X)
+    assert seen == [(2, [0, 0])]
+
+
+def test_a_weight_that_the_graph_changes_stays() -> None:
+    torch.manual_seed(0)
+    gm = graph(Changed())
+    there = distances(gm)
+    assert apply(PASS, gm).rewrites == 1, "the other's"
+    assert sum(each > 0 for each in there) == 2
+    assert sum(each > 0 for each in distances(gm)) == 1
+
+
+def test_untouched() -> None:
+    untouched(PASS, captured(lambda x: x + 1, X))
+
+
+def test_compiled_code_writes_each_weight_in_front_of_its_own_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4)))
+    x = torch.randn(8, 16)
+    step = torch.compile(fxquant.prepare(model, (x,)), backend="fxquant")
+    _, codes = run_and_get_code(lambda: step(x).sum().backward())
+    held, most = set(), 0
+    for line in codes[0].split("def call", 1)[1].splitlines():
+        if made := re.match(r"\s*(\w+) = empty_strided_cpu\(\(16, 16\)", line):
+            held.add(made[1])
+        held -= {name.strip() for name in line.split("del ", 1)[1].split(",")} if "del " in line else set()
+        most = max(most, len(held))
+    assert most == 1, "at the start of the graph, all four were written"
