@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -145,29 +144,39 @@ def _averaged(low: Any, high: Any, minimum: Any, maximum: Any, constant: float) 
     """
     from torch._inductor import ir  # private; tried on 2.11 and 2.13
 
-    results = _lowered(ARITHMETIC[AVERAGE_MIN_MAX], low, high, minimum, maximum, constant)
-    old_is_read = maximum.get_name() in results[0].get_read_names()
-    if old_is_read or not _is_only_updated(results):
-        for result in results:
-            result.realize()
-        return results
-    for state, result in ((maximum, results[1]), (minimum, results[0])):  # the new maximum reads the old minimum
-        ir.MutationLayoutSHOULDREMOVE.realize_into(result.data, state.data, unsafe_alias=True)
+    new_low, new_high = _lowered(ARITHMETIC[AVERAGE_MIN_MAX], low, high, minimum, maximum, constant)
+    alike = all(
+        (new.get_dtype(), list(new.get_size())) == (old.get_dtype(), list(old.get_size()))
+        for new, old in ((new_low, minimum), (new_high, maximum))
+    )
+    if not alike or maximum.get_name() in new_low.get_read_names() or not _is_only_updated():
+        new_low.realize()
+        new_high.realize()
+        return new_low, new_high
+    for new, old in ((new_high, maximum), (new_low, minimum)):  # in this order: the new maximum reads the old minimum
+        ir.MutationLayoutSHOULDREMOVE.realize_into(new.data, old.data, unsafe_alias=True)
     return minimum, maximum
 
 
-def _is_only_updated(results: tuple[Any, ...]) -> bool:
-    """Whether the state is an input that the graph at hand reads for its update alone, and then overwrites with it."""
+def _is_only_updated() -> bool:
+    """Whether the state is an input that the graph reads for this update alone, and then overwrites with it.
+
+    Nor may the new range leave the graph, which would hand out the state itself: but for the state, only scale and zero
+    point are computed from it.
+    """
     from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
 
     current: Any = V.graph.current_node
-    items = {user.args[1]: user for user in current.users if user.target is operator.getitem}
+    items = {user.args[1]: user for user in current.users}
     for position, state in enumerate(current.args[2:4]):
-        others = [user for user in state.users if user is not current]
-        copied = len(others) == 1 and others[0].target is aten.copy_.default and others[0].args[0] is state
-        if state.op != "placeholder" or not copied or others[0].args[1] is not items.get(position):
+        new, others = items.get(position), [user for user in state.users if user is not current]
+        if new is None or state.op != "placeholder" or len(others) != 1 or others[0].args != (state, new):
             return False
-    return all(results[n].get_dtype() == s.meta["val"].dtype for n, s in enumerate(current.args[2:4]))
+        if others[0].target is not aten.copy_.default:
+            return False
+        if not all(user is others[0] or user.target is AFFINE_QPARAMS for user in new.users):
+            return False
+    return True
 
 
 def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:

@@ -151,11 +151,8 @@ def is_small(source: fx.Node, node: fx.Node) -> bool:
 def elements(node: fx.Node) -> int | None:
     """How many a node's tensor has, for comparisons: without a look at what a symbolic size is."""
     value = node.meta.get("val")
-    return elements_of(value) if isinstance(value, torch.Tensor) else None  # several tensors
-
-
-def elements_of(value: torch.Tensor) -> int:
-    """As `elements`."""
+    if not isinstance(value, torch.Tensor):
+        return None  # several tensors
     return math.prod(size if isinstance(size, int) else _supposed(size) for size in value.shape)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxquant.graph import packet
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.passes.base import Pass, PassResult, call
-from fxquant.passes.joint import Joint, elements_of, is_moving, is_pointwise
+from fxquant.passes.joint import Joint, is_moving, is_pointwise
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -81,7 +81,7 @@ class SaveQuantizedActivations(Pass):
             return 0
         dim = plane_dim(value)
         if dim is None:
-            if elements_of(value) >= _FEW:
+            if not all(isinstance(size, int) for size in value.shape) or value.numel() >= _FEW:
                 reason = f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
                 self.decline(result, site, reason)
             return 0

@@ -98,6 +98,24 @@ def one_of_two(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
     return low + new_low, new_high
 
 
+def test_a_range_that_is_given_back_is_no_part_of_the_state() -> None:
+    def update(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        new_low, new_high = update_min_max(x, low, high, 0.01)
+        low.copy_(new_low)
+        high.copy_(new_high)
+        return new_low, new_high.view(1, 1)
+
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    state = torch.tensor([-1.0]), torch.tensor([1.0])
+    found = torch.compile(update, backend="fxquant", options={"recipe": None})(x, *state)
+    kept = [t.clone() for t in found]
+    for tensor in state:
+        tensor.zero_()
+    for ours, known in zip(found, kept, strict=True):
+        assert_same_bits(ours, known)
+
+
 @pytest.mark.parametrize("step", [and_the_old_range, crossed, one_of_two], ids=lambda step: step.__name__)
 def test_a_range_that_is_read_otherwise_is_not_overwritten_early(step: Callable[..., tuple[Tensor, ...]]) -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
