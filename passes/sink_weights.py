@@ -17,8 +17,8 @@ class SinkWeights(Pass):
     """``w' = FQ(w); …; y = op(x, w')``  →  ``…; w' = FQ(w); y = op(x, w')``.
 
     The fake-quant of a weight stands behind its parameter, that is where the graph begins, and compiled code keeps such
-    an order: it wrote all weights of a model before the first layer, and held each until its own. Sunk, a weight is
-    still in the cache when it is read, and equal layers have equal kernels, which are compiled once.
+    an order: it wrote all weights of a model before the first layer, and held each until its own. Sunk, no two of them
+    share a kernel, and equal layers have equal kernels, which are compiled once.
 
     What a scale is computed from moves too, if nothing else reads it. A weight that depends on more than parameters and
     buffers which the graph leaves alone stays where it is.

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 
-from fxquant import ops
-from fxquant.lowerings import register_lowerings
+from fxquant import lowerings, ops
 from fxquant.ops import affine_qparams, update_min_max
 from fxquant.ops.fake_quantize import PER_TENSOR
 from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
@@ -222,21 +223,30 @@ LAYOUTS = (
 )
 
 
-def test_graphs_with_open_sizes_share_no_symbols() -> None:
-    """Two graphs, both of whose sizes are s0 and s1, of other shapes and ranges."""
+def test_arithmetic_on_open_sizes_is_forgotten_with_its_graph() -> None:
+    """A symbol means something in one graph only, and holds all that is known of that graph's sizes."""
 
-    def tall(x: Tensor) -> Tensor:
+    def quantized(x: Tensor) -> Tensor:
         return ops.fake_quantize_per_channel_affine(x, *CHANNELS, 0, 0, 15, rounding="divide")
 
-    def wide(x: Tensor) -> Tensor:
-        return ops.fake_quantize_per_channel_affine(x[:, 1:], *CHANNELS, 0, 0, 15, rounding="divide") + 1
-
     torch._dynamo.reset()
-    for function in (tall, wide):
-        compiled = torch.compile(function, backend="fxquant", options={"recipe": None}, dynamic=True)
+    compiled = torch.compile(quantized, backend="fxquant", options={"recipe": None}, dynamic=True)
+    most = 0
+    traced = lowerings._traced
+
+    def watched(*args: Any) -> fx.Graph:
+        nonlocal most
+        body = traced(*args)
+        most = max(most, len(lowerings._OPEN))
+        return body
+
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowerings, "_traced", watched)
         for columns in (7, 12):
             x = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns))
-            assert_same_bits(compiled(x), function(x))
+            assert_same_bits(compiled(x), quantized(x))
+    gc.collect()
+    assert most > 0 and len(lowerings._OPEN) == 0
 
 
 @pytest.mark.parametrize(
@@ -292,7 +302,7 @@ def test_dtype_rules_are_set_up_once_a_table(monkeypatch: pytest.MonkeyPatch) ->
     from torch._inductor import utils
     from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 
-    register_lowerings()
+    lowerings.register_lowerings()
     name, rule = next(iter(utils.op_dtype_propagation_rules.items()))
     known = vars(DtypePropagationOpsHandler())[name]
     assert vars(DtypePropagationOpsHandler())[name] is known

@@ -83,73 +83,37 @@ def graph(model: nn.Module) -> fx.GraphModule:
     return captured(model, X, passes=QUANTIZE)
 
 
+def weights_and_readers(gm: fx.GraphModule) -> str:
+    return "\n".join(line for line in show(gm).splitlines() if re.search("symmetric|channel|linear", line)) + "\n"
+
+
 def test_snapshot() -> None:
     torch.manual_seed(0)
     gm = graph(Two())
-    before = show(gm)
+    before = weights_and_readers(gm)
     assert apply(PASS, gm).rewrites == 2
     assert_expected_inline(
-        before + "\n" + show(gm),
+        before + "\n" + weights_and_readers(gm),
         """\
-detach_default_3 = detach(arg2_1)
 symmetric_qparams_default_1 = symmetric_qparams(detach_default_3, 0, 127)
 getitem_10 = getitem(symmetric_qparams_default_1, 0)
 getitem_11 = getitem(symmetric_qparams_default_1, 1)
 fake_quantize_per_channel_affine_default_1 = fake_quantize_per_channel(arg2_1, getitem_10, getitem_11, 0, -127, 127)
-detach_default_1 = detach(arg0_1)
 symmetric_qparams_default = symmetric_qparams(detach_default_1, 0, 127)
 getitem_4 = getitem(symmetric_qparams_default, 0)
 getitem_5 = getitem(symmetric_qparams_default, 1)
 fake_quantize_per_channel_affine_default = fake_quantize_per_channel(arg0_1, getitem_4, getitem_5, 0, -127, 127)
-detach_default = detach(arg1_1)
-full_default = full([1], nan)
-resolve_min_max_default = resolve_min_max(detach_default, full_default, full_default)
-getitem = getitem(resolve_min_max_default, 0)
-getitem_1 = getitem(resolve_min_max_default, 1)
-affine_qparams_default = affine_qparams(getitem, getitem_1, 0, 255, False)
-getitem_2 = getitem(affine_qparams_default, 0)
-getitem_3 = getitem(affine_qparams_default, 1)
-fake_quantize_per_tensor_affine_tensor_qparams = fake_quantize_per_tensor(arg1_1, getitem_2, getitem_3, 0, 255)
 linear = linear(fake_quantize_per_tensor_affine_tensor_qparams, fake_quantize_per_channel_affine_default)
 relu = relu(linear)
-detach_default_2 = detach(relu)
-full_default_1 = full([1], nan)
-resolve_min_max_default_1 = resolve_min_max(detach_default_2, full_default_1, full_default_1)
-getitem_6 = getitem(resolve_min_max_default_1, 0)
-getitem_7 = getitem(resolve_min_max_default_1, 1)
-affine_qparams_default_1 = affine_qparams(getitem_6, getitem_7, 0, 255, False)
-getitem_8 = getitem(affine_qparams_default_1, 0)
-getitem_9 = getitem(affine_qparams_default_1, 1)
-fake_quantize_per_tensor_affine_tensor_qparams_1 = fake_quantize_per_tensor(relu, getitem_8, getitem_9, 0, 255)
 linear_1 = linear(fake_quantize_per_tensor_affine_tensor_qparams_1, fake_quantize_per_channel_affine_default_1)
 return [linear_1]
 
-detach_default = detach(arg1_1)
-full_default = full([1], nan)
-resolve_min_max_default = resolve_min_max(detach_default, full_default, full_default)
-getitem = getitem(resolve_min_max_default, 0)
-getitem_1 = getitem(resolve_min_max_default, 1)
-affine_qparams_default = affine_qparams(getitem, getitem_1, 0, 255, False)
-getitem_2 = getitem(affine_qparams_default, 0)
-getitem_3 = getitem(affine_qparams_default, 1)
-fake_quantize_per_tensor_affine_tensor_qparams = fake_quantize_per_tensor(arg1_1, getitem_2, getitem_3, 0, 255)
-detach_default_1 = detach(arg0_1)
 symmetric_qparams_default = symmetric_qparams(detach_default_1, 0, 127)
 getitem_4 = getitem(symmetric_qparams_default, 0)
 getitem_5 = getitem(symmetric_qparams_default, 1)
 fake_quantize_per_channel_affine_default = fake_quantize_per_channel(arg0_1, getitem_4, getitem_5, 0, -127, 127)
 linear = linear(fake_quantize_per_tensor_affine_tensor_qparams, fake_quantize_per_channel_affine_default)
 relu = relu(linear)
-detach_default_2 = detach(relu)
-full_default_1 = full([1], nan)
-resolve_min_max_default_1 = resolve_min_max(detach_default_2, full_default_1, full_default_1)
-getitem_6 = getitem(resolve_min_max_default_1, 0)
-getitem_7 = getitem(resolve_min_max_default_1, 1)
-affine_qparams_default_1 = affine_qparams(getitem_6, getitem_7, 0, 255, False)
-getitem_8 = getitem(affine_qparams_default_1, 0)
-getitem_9 = getitem(affine_qparams_default_1, 1)
-fake_quantize_per_tensor_affine_tensor_qparams_1 = fake_quantize_per_tensor(relu, getitem_8, getitem_9, 0, 255)
-detach_default_3 = detach(arg2_1)
 symmetric_qparams_default_1 = symmetric_qparams(detach_default_3, 0, 127)
 getitem_10 = getitem(symmetric_qparams_default_1, 0)
 getitem_11 = getitem(symmetric_qparams_default_1, 1)
@@ -200,16 +164,19 @@ def test_untouched() -> None:
     untouched(PASS, captured(lambda x: x + 1, X))
 
 
+def shape_of(code: str, name: str) -> str | None:
+    found = re.search(rf"assert_size_stride\({name}, (\([^)]*\))", code)
+    return found and found[1]
+
+
 def test_compiled_code_writes_each_weight_in_front_of_its_own_layer() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4)))
     x = torch.randn(8, 16)
-    step = torch.compile(fxquant.prepare(model, (x,)), backend="fxquant")
+    # In the order of the graph: Inductor's own search for less memory may find as much, and does in this small net.
+    options = {"inductor": {"reorder_for_peak_memory": False}}
+    step = torch.compile(fxquant.prepare(model, (x,)), backend="fxquant", options=options)
     _, codes = run_and_get_code(lambda: step(x).sum().backward())
-    held, most = set(), 0
-    for line in codes[0].split("def call", 1)[1].splitlines():
-        if made := re.match(r"\s*(\w+) = empty_strided_cpu\(\(16, 16\)", line):
-            held.add(made[1])
-        held -= {name.strip() for name in line.split("del ", 1)[1].split(",")} if "del " in line else set()
-        most = max(most, len(held))
-    assert most == 1, "at the start of the graph, all four were written"
+    calls = [line for line in codes[0].split("def call", 1)[1].splitlines() if "cpp_fused" in line]
+    weights = [{p for p in re.findall(r"primals_\d+", line) if shape_of(codes[0], p) == "(16, 16)"} for line in calls]
+    assert [len(read) for read in weights] == [1, 1, 1, 1, 0], "at the start of the graph, the first read all four"
