@@ -24,6 +24,7 @@ from fxquant import gpu
 from fxquant.capture import capture
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
+from fxquant.loops import keep_rows_together
 from fxquant.lowerings import register_lowerings
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
 from fxquant.ops.stand_in import STAND_IN
@@ -154,6 +155,7 @@ def compile_quantized(
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
 
     register_lowerings()
+    keep_rows_together()
     told = _log_of(quantized)
     _run_behind(COMPILED, quantized, told)
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}

@@ -45,7 +45,8 @@ def register_lowerings() -> None:
         return
     register_lowering(MATERIALIZE, type_promotion_kind=None)(_materialized)
     register_lowering(AVERAGE_MIN_MAX, type_promotion_kind=None)(_averaged)
-    register_lowering(AFFINE_QPARAMS, type_promotion_kind=None)(functools.partial(_stored, ARITHMETIC[AFFINE_QPARAMS]))
+    stored = functools.partial(_lowered, ARITHMETIC[AFFINE_QPARAMS], store=True)
+    register_lowering(AFFINE_QPARAMS, type_promotion_kind=None)(stored)
     for op in _FUSED:
         register_lowering(op, type_promotion_kind=None)(functools.partial(_lowered, ARITHMETIC[op]))
     register_lowering(saved.PACK_PLANES, type_promotion_kind=None)(_packed)
@@ -130,13 +131,6 @@ def _loop_apart(buffer: Any, groups: Callable[[], list[list[int]]]) -> None:
     buffer.simplify_and_reorder = apart  # type: ignore[method-assign]
 
 
-def _stored(arithmetic: Arithmetic, *args: Any) -> tuple[Any, ...]:
-    results: tuple[Any, ...] = _lowered(arithmetic, *args)
-    for result in results:
-        result.realize()
-    return results
-
-
 def _averaged(low: Any, high: Any, minimum: Any, maximum: Any, constant: float) -> tuple[Any, ...]:
     """The new range, written into the state at once where the graph would copy it there anyway, and reads it no more.
 
@@ -179,13 +173,17 @@ def _is_only_updated() -> bool:
     return True
 
 
-def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
-    """What a function of tensors and numbers lowers to, operation by operation, of which Inductor sees no nodes."""
+def _lowered(arithmetic: Arithmetic, *args: Any, store: bool = False, **kwargs: Any) -> Any:
+    """What a function of tensors and numbers lowers to, operation by operation, of which Inductor sees no nodes.
+
+    ``store``: each result is a buffer, which results behind it read.
+    """
     from torch._inductor.lowering import lowerings  # private; tried on 2.11 and 2.13
 
     body = _traced(arithmetic, tuple(_described(a) for a in args), tuple(kwargs.items()))
-    tensors = iter([a for a in args if _is_tensor(a)])
+    tensors = iter([_read_once(a) for a in args if _is_tensor(a)])
     values: dict[fx.Node, Any] = {}
+    stored = body.output_node().all_input_nodes if store else ()
     for node in body.nodes:
         if node.op == "placeholder":
             values[node] = next(tensors)
@@ -195,8 +193,46 @@ def _lowered(arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
             values[node] = node.meta["val"].node.expr
         else:
             given, named = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = lowerings[node.target](*given, **named)
+            values[node] = fx.node.map_aggregate(lowerings[node.target](*given, **named), _read_once)
+            if node in stored:
+                values[node].realize()
     raise AssertionError("a traced graph ends in its output")
+
+
+def _read_once(value: Any) -> Any:
+    """The same value; where one loop reads it several times, at one index, the expression is evaluated once.
+
+    Inductor evaluates an expression anew for each reader, and what it reads for each of those: the code that it
+    generates has each operation once, but takes as long to generate as there are paths.
+    """
+    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+
+    if not isinstance(value, ir.TensorBox) or not isinstance(value.data, ir.StorageBox):
+        return value
+    loop = value.data.data
+    if type(loop) is not ir.Pointwise or isinstance(loop.inner_fn, _Once):
+        return value
+    once = _Once(loop.inner_fn)
+    return ir.Pointwise.create(device=loop.device, dtype=loop.dtype, inner_fn=once, ranges=loop.ranges)
+
+
+class _Once:
+    """An expression by its index, remembered while the same handler of operations is in charge."""
+
+    def __init__(self, evaluate: Callable[[Any], Any]) -> None:
+        self.evaluate = evaluate
+        self.handler: Any = None
+        self.known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, index: Any) -> Any:
+        from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
+
+        handler, key = V.get_ops_handler(), tuple(index)
+        if handler is not self.handler:
+            self.handler, self.known = handler, {}
+        if key not in self.known:
+            self.known[key] = self.evaluate(index)
+        return self.known[key]
 
 
 def _packed(values: Any, bits: int, dim: int) -> Any:
@@ -235,6 +271,9 @@ def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tup
     from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
     from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11 and 2.13
 
+    of_any_size = _traced_for_all(arithmetic, tuple(map(_of_any_size, described)), named)
+    if of_any_size is not None:
+        return of_any_size
     shapes = [d[0] for d in described if isinstance(d, tuple)]
     if all(isinstance(size, int) for shape in shapes for size in shape):
         return _traced_once(arithmetic, described, named)
@@ -248,6 +287,26 @@ def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tup
 
 
 _OPEN: WeakKeyDictionary[Any, dict[tuple[Any, ...], fx.Graph]] = WeakKeyDictionary()
+_CUT = (planes.sum_masks, ARITHMETIC[saved.PACK_PLANES], ARITHMETIC[saved.UNPACK_PLANES])  # into planes of a known size
+
+
+def _of_any_size(value: Any) -> Any:
+    """A tensor with 2 in the place of every size that is not 0 or 1, which broadcast."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(size if isinstance(size, int) and size < 2 else 2 for size in value[0]), *value[1:]
+
+
+@functools.cache
+def _traced_for_all(
+    arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]
+) -> fx.Graph | None:
+    """The graph that serves tensors of all sizes, as most do; None where it holds one."""
+    if arithmetic in _CUT:
+        return None
+    body = _traced_once(arithmetic, described, named)
+    lists = [a for node in body.nodes if node.op != "output" for a in node.args if isinstance(a, list)]
+    return body if {size for sizes in lists for size in sizes} <= {1, -1} else None
 
 
 @functools.cache

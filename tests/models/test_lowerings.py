@@ -223,11 +223,11 @@ LAYOUTS = (
 )
 
 
-def test_arithmetic_on_open_sizes_is_forgotten_with_its_graph() -> None:
+def test_bodies_of_open_sizes_are_forgotten_with_their_graph() -> None:
     """A symbol means something in one graph only, and holds all that is known of that graph's sizes."""
 
-    def quantized(x: Tensor) -> Tensor:
-        return ops.fake_quantize_per_channel_affine(x, *CHANNELS, 0, 0, 15, rounding="divide")
+    def quantized(x: Tensor) -> Tensor:  # torch's reciprocal is taken of ones in the shape of the scale
+        return ops.fake_quantize_per_channel_affine(x, *CHANNELS, 0, 0, 15)
 
     torch._dynamo.reset()
     compiled = torch.compile(quantized, backend="fxquant", options={"recipe": None}, dynamic=True)
@@ -247,6 +247,58 @@ def test_arithmetic_on_open_sizes_is_forgotten_with_its_graph() -> None:
             assert_same_bits(compiled(x), quantized(x))
     gc.collect()
     assert most > 0 and len(lowerings._OPEN) == 0
+
+
+def test_one_body_serves_all_sizes() -> None:
+    """Of a fake-quant, sizes tell what broadcasts, and nothing else."""
+    lowerings._traced_once.cache_clear()
+
+    def quantized(x: Tensor) -> Tensor:
+        return ops.fake_quantize_per_channel_affine(x, *CHANNELS, 0, 0, 15, rounding="divide")
+
+    for columns, dynamic in ((7, False), (12, False), (9, True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(quantized, backend="fxquant", options={"recipe": None}, dynamic=dynamic)
+        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns))
+        with torch._inductor.config.patch(force_disable_caches=True):
+            assert_same_bits(compiled(x), quantized(x))
+    assert lowerings._traced_once.cache_info().misses == 1
+
+
+def test_arithmetic_whose_graph_holds_sizes_is_traced_for_each() -> None:
+    for channels in (2, 3, 5):
+        scale, zero_point = torch.linspace(0.05, 0.2, channels), torch.arange(channels, dtype=torch.int32)
+
+        def quantized(x: Tensor, scale: Tensor = scale, zero_point: Tensor = zero_point) -> Tensor:
+            return ops.fake_quantize_per_channel_affine(x, scale, zero_point, 0, 0, 15)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(quantized, backend="fxquant", options={"recipe": None}, dynamic=False)
+        x = torch.randn(channels, 4, generator=torch.Generator().manual_seed(channels))
+        assert_same_bits(compiled(x), quantized(x))
+
+
+def test_a_loop_reads_its_input_once() -> None:
+    """A fake-quant compares and selects its code: two readers, of what a loop computes once."""
+    from torch._inductor.loop_body import LoopBody
+
+    counts = []
+    init = LoopBody.__init__
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        counts.append(sum(node.target == "sigmoid" for node in self.root_block.graph.nodes))
+
+    def quantized(x: Tensor) -> Tensor:
+        return ops.fake_quantize_per_tensor_affine(x.sigmoid(), 0.1, 0, 0, 15, rounding="divide")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(quantized, backend="fxquant", options={"recipe": None})
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopBody, "__init__", watched)
+        assert_same_bits(compiled(x), quantized(x))
+    assert set(counts) == {1}
 
 
 @pytest.mark.parametrize(
