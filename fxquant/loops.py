@@ -30,7 +30,7 @@ def keep_rows_together() -> None:
     do not agree, and generates all of them again, apart: a row has left the cache when it is read the second time. One
     value a row is cheap. Taken one by one it leaves the loops in agreement.
 
-    Of a step of four layers of a transformer it is 2 %.
+    Three layers of a transformer compile with 3 % fewer calls of Python functions; a step takes as long as before.
 
     The numbers are those of Inductor's scalar code: basic operations and square roots are as in a vector, to the bit;
     an exponential or a logarithm may differ in the last place.
