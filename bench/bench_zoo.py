@@ -1,7 +1,7 @@
 """Any model: every entry of a model zoo prepared, trained, exported and held to the promises of the README.
 
     python bench/bench_zoo.py path/to/zoo.py [--targets onnxruntime,openvino] [--only NAME,...] [--steps 20]
-                              [--backend fxquant_eager] [--out bench/results/zoo.jsonl] [--jobs 1]
+                              [--backend fxquant_eager] [--only-training] [--out bench/results/zoo.jsonl] [--jobs 1]
 
 A zoo is a Python file with ``names()`` and ``get(name)``; an entry has ``build()`` → nn.Module, ``inputs()`` →
 (args, kwargs), ``loss(output)``, and may have ``more_inputs()``, further inputs of other sizes.
@@ -40,6 +40,7 @@ import fxquant
 from fxquant.errors import NotQuantizedWarning
 
 Row = dict[str, Any]
+GRADIENTS = 1e-5  # of all, from those of fxquant_eager: rounding that moved no code
 LIMIT = 1200  # seconds of an entry: its compiles take minutes on a small machine
 
 
@@ -174,9 +175,9 @@ def noted(row: Row, name: str) -> Iterator[None]:
         row[f"{name}_error"] = f"{type(error).__name__}: {error}"[:1500] + f" ({' > '.join(where)})"
 
 
-def examine(zoo: Any, name: str, target: str, backend: str, steps: int) -> Row:
+def examine(zoo: Any, name: str, target: str, backend: str, steps: int, only_training: bool) -> Row:
     """The row of one entry."""
-    entry, row = zoo.get(name), {"entry": name, "target": target}
+    entry, row = zoo.get(name), {"entry": name, "target": target, "backend": backend}
     with noted(row, "plain"):
         row["plain"] = train(entry, entry.build(), "aot_eager", steps)
     args, kwargs = entry.inputs()
@@ -195,21 +196,30 @@ def examine(zoo: Any, name: str, target: str, backend: str, steps: int) -> Row:
             with noted(row, "against_eager"):
                 row["against_eager"] = against_eager(entry, target, backend)
         row["unbound"] = list(fxquant.explain(model).unbound)
-        model.eval()
-        with noted(row, "eval"):
-            row["sqnr_db"] = signal_to_noise(entry, model)
-            # Ranges follow the data by 1 % a step: after a few steps they are the first batch's, which others overflow.
-            fxquant.calibrate(model, [named(model, args, kwargs)], progress=False)
-            row["sqnr_calibrated_db"] = signal_to_noise(entry, model)
-        with tempfile.TemporaryDirectory() as folder:
-            with noted(row, "plain_export"), torch.no_grad():
-                plain = entry.build().eval()
-                torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, verbose=False, f=f"{folder}/plain.onnx")
-            for kind, dynamic in (("fixed", False), ("dynamic", True)):
-                with noted(row, f"{kind}_export"):
-                    row[kind] = export(entry, model, Path(folder), dynamic)
+        if not only_training:
+            row.update(deployed(entry, model))
     told = (str(w.message)[:300] for w in caught if issubclass(w.category, NotQuantizedWarning))
     row["warnings"] = sorted(set(told))
+    return row
+
+
+def deployed(entry: Any, model: nn.Module) -> Row:
+    """Of a trained model: distortion, export and what the exported file computes."""
+    row: Row = {}
+    args, kwargs = entry.inputs()
+    model.eval()
+    with noted(row, "eval"):
+        row["sqnr_db"] = signal_to_noise(entry, model)
+        # Ranges follow the data by 1 % a step: after a few steps they are the first batch's, which others overflow.
+        fxquant.calibrate(model, [named(model, args, kwargs)], progress=False)
+        row["sqnr_calibrated_db"] = signal_to_noise(entry, model)
+    with tempfile.TemporaryDirectory() as folder:
+        with noted(row, "plain_export"), torch.no_grad():
+            plain = entry.build().eval()
+            torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, verbose=False, f=f"{folder}/plain.onnx")
+        for kind, dynamic in (("fixed", False), ("dynamic", True)):
+            with noted(row, f"{kind}_export"):
+                row[kind] = export(entry, model, Path(folder), dynamic)
     return row
 
 
@@ -220,6 +230,7 @@ def in_process(options: argparse.Namespace, name: str, target: str) -> Row:
     """`examine` in a process of its own: counters and caches of one entry never reach the next."""
     command = [sys.executable, __file__, str(options.zoo), "--only", name, "--targets", target, "--child"]
     command += ["--backend", options.backend, "--steps", str(options.steps)]
+    command += ["--only-training"] if options.only_training else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -234,13 +245,14 @@ def judge(row: Row) -> dict[str, bool | None]:
     """The promises that an entry keeps; None where plain torch does not go that far."""
     plain, ours, fixed = row.get("plain"), row.get("fxquant"), row.get("fixed")
     trains = bool(plain and plain["finite"])
-    exports = trains and "plain_export_error" not in row
+    exports = trains and ("fixed" in row or "fixed_export_error" in row) and "plain_export_error" not in row
     added = ("graph_breaks", "graphs", "graphs_other_sizes")
     falls = plain and plain["loss_last"] < plain["loss_first"]
     return {
         "trains": bool(ours and ours["finite"] and ours["no_gradient"] == plain["no_gradient"]) if trains else None,
         "nothing added": bool(ours and all(ours[k] <= plain[k] for k in added)) if trains else None,
         "loss falls": bool(ours and ours["loss_last"] < ours["loss_first"]) if falls else None,
+        "eager's step": _equals_eager(row),
         "95 % of FLOPs": _reached(row.get("coverage"), "share", 0.95),
         "exports": bool(fixed) if exports else None,
         "codes": _codes_agree(fixed) if fixed else None,
@@ -249,6 +261,12 @@ def judge(row: Row) -> dict[str, bool | None]:
         else None,
         "dynamic batch": bool(row.get("dynamic")) if exports else None,
     }
+
+
+def _equals_eager(row: Row) -> bool | None:
+    if "against_eager_error" in row:
+        return False
+    return row["against_eager"]["gradients"] < GRADIENTS if "against_eager" in row else None
 
 
 def _reached(found: Row | None, name: str, least: float) -> bool | None:
@@ -268,6 +286,8 @@ def summary(rows: list[Row]) -> str:
         judged = {row["entry"]: judge(row) for row in of_target}
         for promise in next(iter(judged.values())):
             asked = {entry: found[promise] for entry, found in judged.items() if found[promise] is not None}
+            if not asked:
+                continue
             failing = [entry for entry, kept in asked.items() if not kept]
             names = f": not {', '.join(failing)}" if failing else ""
             lines.append(f"{target:12} {promise:14} {len(asked) - len(failing)} of {len(asked)}{names}")
@@ -294,6 +314,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--backend", default="fxquant_eager")
+    parser.add_argument("--only-training", action="store_true", help="no evaluation, no export")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path, help="only sum up a file that --out wrote")
@@ -312,7 +333,8 @@ def main() -> None:
     if options.child:
         torch.set_num_threads(1)
         (name,), (target,) = wanted, options.targets.split(",")
-        print(json.dumps({**examine(zoo, name, target, options.backend, options.steps), **environment()}), flush=True)
+        row = examine(zoo, name, target, options.backend, options.steps, options.only_training)
+        print(json.dumps({**row, **environment()}), flush=True)
         return
     jobs = [(name, target) for target in options.targets.split(",") for name in wanted]
     rows: list[Row] = []
