@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from fxquant import gpu
 from fxquant.capture import capture
+from fxquant.compiling import compile_as_generated
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
 from fxquant.loops import keep_rows_together
@@ -156,6 +157,7 @@ def compile_quantized(
 
     register_lowerings()
     keep_rows_together()
+    compile_as_generated()
     told = _log_of(quantized)
     _run_behind(COMPILED, quantized, told)
     patches = {**(list_mode_options(mode) if mode else {}), **_inductor_settings(options)}

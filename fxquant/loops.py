@@ -35,13 +35,13 @@ def keep_rows_together() -> None:
     The numbers are those of Inductor's scalar code: basic operations and square roots are as in a vector, to the bit;
     an exponential or a logarithm may differ in the last place.
     """
-    from torch._inductor.codegen import cpp  # private; tried on 2.13, and read in 2.11
+    from torch._inductor.codegen import cpp  # private; tried on 2.13, read in 2.11
 
     generate, select = cpp.CppScheduling.codegen_outer_loop_node, cpp.TilingSelect.select_tiling
 
     @functools.wraps(generate)
     def generate_together(self: Any, node: Any) -> None:
-        bodies = frozenset(map(id, _values_of_rows(node))) if _is_ours() else frozenset()
+        bodies = frozenset(map(id, _values_of_rows(node))) if is_ours() else frozenset()
         token = _one_by_one.set(bodies)
         try:
             generate(self, node)
@@ -59,7 +59,8 @@ def keep_rows_together() -> None:
     cpp.TilingSelect.select_tiling = select_unless_scalar  # type: ignore[assignment, method-assign]
 
 
-def _is_ours() -> bool:
+def is_ours() -> bool:
+    """Whether the graph that Inductor is at work on comes from our backend."""
     from torch._inductor import config
 
     return any(isinstance(each, Pass) for each in getattr(config.post_grad_custom_pre_pass, "passes", ()))
@@ -81,8 +82,8 @@ def _levels(ranges: tuple[Any, Any]) -> int:
 
 
 def _vectors_lie_inside(part: Any, depth: int) -> bool:
-    from torch._inductor import cpu_vec_isa  # private; tried on 2.13, and read in 2.11
-    from torch._inductor.codegen.cpp import TilingSelect  # private; tried on 2.13, and read in 2.11
+    from torch._inductor import cpu_vec_isa  # private; tried on 2.13, read in 2.11
+    from torch._inductor.codegen.cpp import TilingSelect  # private; tried on 2.13, read in 2.11
 
     isa = cpu_vec_isa.pick_vec_isa()
     if not isa:

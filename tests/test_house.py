@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("capture",),
     ("state", "prepare", "override"),
-    ("lowerings", "loops", "gpu", "reuse", "backend", "scheduled"),
+    ("lowerings", "loops", "compiling", "gpu", "reuse", "backend", "scheduled"),
     ("recording",),
     ("calibrate", "onnx"),
     ("report",),

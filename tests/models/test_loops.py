@@ -57,7 +57,7 @@ def quantized(kind: type[nn.Module], x: Tensor) -> nn.Module:
 def test_a_row_is_read_again_while_it_is_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     together, code, gradients = stepped(quantized(Normalized, x), x, "fxquant")
-    monkeypatch.setattr(loops, "_is_ours", lambda: False)
+    monkeypatch.setattr(loops, "is_ours", lambda: False)
     apart, other, expected = stepped(quantized(Normalized, x), x, "fxquant")
     assert 5 in together and 5 not in apart, "sum, mean, squares, root, extremes of a row"
     assert 3 in together and 3 not in apart, "largest magnitude, scale and codes of a weight's row"
