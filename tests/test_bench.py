@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 BENCH = Path(__file__).parent.parent / "bench"
-MODULES = ("bench_step", "bench_memory", "kernels", "machine", "nets", "peers", "table", "variants")
+MODULES = ("bench_step", "bench_memory", "bench_zoo", "kernels", "machine", "nets", "peers", "table", "variants")
 STEP_KEYS = [
     *("net", "dtype", "variant", "step_seconds", "step_ratio", "saved_bytes", "saved_ratio"),
     *("kernels", "weight_kernels", "extern_kernels", "extern_fake_quantize", "bytes_accessed"),
@@ -267,3 +267,33 @@ def test_table_prints_without_rich(
     monkeypatch.setattr(bench.table.importlib.util, "find_spec", lambda name: None)
     bench.table.show([{"net": "a", "ratio": 1.0}])
     assert capsys.readouterr().out == "net  ratio\na      1.0\n\n"
+
+
+# ---------------------------------------------------------------- zoo
+
+
+def test_a_zoo_trained_only_is_judged_by_its_training(bench: SimpleNamespace) -> None:
+    def seeded() -> tuple[nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        return tiny()
+
+    entry = SimpleNamespace(
+        build=lambda: seeded()[0],
+        inputs=lambda: ((seeded()[1],), {}),
+        more_inputs=lambda: [],
+        loss=lambda out: out.square().mean(),
+    )
+    zoo = SimpleNamespace(get=lambda name: entry)
+    row = bench.bench_zoo.examine(zoo, "mlp", "onnxruntime", "fxquant", 5, only_training=True)
+    assert not [key for key in row if key.endswith("_error")]
+    assert "fixed" not in row and row["backend"] == "fxquant"
+    lines = bench.bench_zoo.summary([row]).splitlines()
+    assert [" ".join(line.split()[1:]) for line in lines] == [
+        "trains 1 of 1",
+        "nothing added 1 of 1",
+        "loss falls 1 of 1",
+        "eager's step 1 of 1",
+        "95 % of FLOPs 1 of 1",
+    ]
+    row["against_eager"]["gradients"] = 1.0
+    assert "eager's step   0 of 1: not mlp" in bench.bench_zoo.summary([row])
