@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -107,6 +107,14 @@ def test_evaluation_multiplies_codes_too() -> None:
             assert torch.equal(compiled(x), trained)
 
 
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Passes run, and count: of a graph that Inductor's cache has from an earlier run, they would not."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
+@pytest.mark.usefixtures("uncached")
 def test_a_dynamic_batch_compiles_once() -> None:
     model, _ = made(*NETS["mlp"][:2])
     reference, _ = made(*NETS["mlp"][:2])
@@ -127,6 +135,7 @@ def test_a_dynamic_batch_compiles_once() -> None:
     assert compile_reports()[-1].integer == 3
 
 
+@pytest.mark.usefixtures("uncached")
 def test_bfloat16_autocast() -> None:
     found = {}
     for integers in (True, False):

@@ -251,6 +251,7 @@ def test_bodies_of_open_sizes_are_forgotten_with_their_graph() -> None:
 
 def test_one_body_serves_all_sizes() -> None:
     """Of a fake-quant, sizes tell what broadcasts, and nothing else."""
+    lowerings._traced_for_all.cache_clear()
     lowerings._traced_once.cache_clear()
 
     def quantized(x: Tensor) -> Tensor:
