@@ -67,11 +67,31 @@ def gradients(model: nn.Module, step: Step, x: Tensor) -> list[Tensor]:
     return found
 
 
-def check_gradients(compiled: list[Tensor], eager: list[Tensor], dtype: str) -> float:
-    """Compiled gradients equal the eager oracle's but for codes that rounding noise moved; how far off they are."""
-    difference = sum((ours - oracle).square().sum() for ours, oracle in zip(compiled, eager, strict=True))
-    error = float((difference / sum(oracle.square().sum() for oracle in eager)).sqrt())
-    assert error < GRADIENT_ERROR[dtype], f"compiled gradients are off by {error:.2e}"
+def distance(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    """How far the gradients of steps are off, relative to their norm, at most."""
+
+    def off(found: list[Tensor], expected: list[Tensor]) -> float:
+        pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+        return float((sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+    each = [off(*both) for both in zip(found, expected, strict=True)]
+    return float(torch.tensor(each, dtype=torch.float64).max())  # unlike Python's, NaN where one is
+
+
+def check_gradients(
+    compiled: list[list[Tensor]],
+    eager: list[list[Tensor]],
+    dtype: str,
+    doubles: Callable[[], list[list[Tensor]]] | None = None,
+) -> float:
+    """Compiled gradients equal the eager oracle's but for codes that rounding noise moved; how far off they are.
+
+    A deep net may make much of a moved code: there, the eager oracle's own distance to that of ``doubles`` is allowed.
+    """
+    error, allowed = distance(compiled, eager), GRADIENT_ERROR[dtype]
+    if not error < allowed and doubles is not None:
+        allowed = max(allowed, 2 * distance(eager, doubles()))
+    assert error < allowed, f"compiled gradients are off by {error:.2e}"
     return error
 
 
@@ -120,10 +140,6 @@ def warmed(variant: Variant, model: nn.Module, x: Tensor, dtype: str) -> tuple[B
     """Builds and checks a variant of a float net: its step; what was generated, Dynamo's counts and the error."""
     with torch.no_grad():
         loss = autocast(copy.deepcopy(model), dtype)(x).square().mean().item()
-    oracle: list[list[Tensor]] = []
-    if variant.ours:
-        reference, step = variant.build(copy.deepcopy(model), x, backend="fxquant_eager")
-        oracle = [gradients(reference, autocast(step, dtype), x) for _ in range(2)]
     trained, step = variant.build(copy.deepcopy(model), x)
     step = autocast(step, dtype)
     graphs = Graphs()
@@ -131,13 +147,38 @@ def warmed(variant: Variant, model: nn.Module, x: Tensor, dtype: str) -> tuple[B
         found = [gradients(trained, step, x)]
         breaks, first = graphs.breaks, graphs.compiled
         found.append(gradients(trained, step, x))  # ranges are set now, maybe in another graph: the one that is timed
+    counts = {"graph_breaks": breaks, "recompiles": graphs.compiled - first}
     facts: Facts = {"gradient_error": None}
-    if oracle:
-        error = max(check_gradients(*both, dtype) for both in zip(found, oracle, strict=True))
+    if variant.ours:
+
+        def oracle(dtype: str, model: nn.Module, x: Tensor) -> list[list[Tensor]]:
+            reference, step = variant.build(model, x, backend="fxquant_eager")
+            return [gradients(reference, autocast(step, dtype), x) for _ in found]
+
+        eager = oracle(dtype, copy.deepcopy(model), x)
+        error = check_gradients(found, eager, dtype, lambda: oracle("fp32", copy.deepcopy(model).double(), x.double()))
         facts["gradient_error"] = float(f"{error:.1e}")
     check_loss(trained, step, x, loss)
-    counts = {"graph_breaks": breaks, "recompiles": graphs.compiled - first}
     return (trained, step), {**made.fields(), **counts, **facts}
+
+
+def still_compiling(variants: Mapping[str, Built], x: Tensor, steps: int = 4) -> list[str]:
+    """Steps in turn until none compiles anything, as some peers do in their second and third; those that still do."""
+    names = list(variants)
+    for _ in range(steps):
+        names = [name for name in variants if _compiles(variants[name], x)]
+        if not names:
+            break
+    return names
+
+
+def _compiles(built: Built, x: Tensor) -> bool:
+    graphs = Graphs()
+    try:
+        timed({"": built}, x, 1)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        return True
+    return graphs.compiled > 0
 
 
 def ready_variants(
@@ -156,23 +197,16 @@ def ready_variants(
         try:
             ready[name], facts[name] = warmed(variant, model, x, dtype)
         except Exception as error:
-            if name == "plain":
-                raise
-            if variant.ours:
-                failed.append(f"{net} {dtype} {name}")
-            left_out(f"{net} {dtype} {name}", error)
+            leave_out(f"{net} {dtype}", name, variant, error, failed)
     return ready, facts, x
 
 
 def run(net: str, dtype: str, steps: int, variants: Mapping[str, Variant], failed: list[str]) -> list[Facts]:
     """Rows of one net and dtype."""
     ready, facts, x = ready_variants(net, dtype, variants, failed)
-    graphs, before = Graphs(), -1
-    for _ in range(8):  # some peers compile again in their second and third step
-        if graphs.compiled == before:
-            break
-        before = graphs.compiled
-        timed(ready, x, 1)
+    for name in still_compiling(ready, x):
+        del ready[name]
+        leave_out(f"{net} {dtype}", name, variants[name], RuntimeError("it compiles in every step"), failed)
     graphs = Graphs()
     seconds = timed(ready, x, steps)
     assert graphs.compiled == 0, "nothing may be compiled while it is timed"
@@ -192,6 +226,15 @@ def run(net: str, dtype: str, steps: int, variants: Mapping[str, Variant], faile
         }
         for name in ready
     ]
+
+
+def leave_out(where: str, name: str, variant: Variant, error: Exception, failed: list[str]) -> None:
+    """Says why a variant has no row, and notes a failure of ours; without plain there is nothing to compare with."""
+    if name == "plain":
+        raise error
+    if variant.ours:
+        failed.append(f"{where} {name}")
+    left_out(f"{where} {name}", error)
 
 
 def left_out(what: str, error: Exception) -> None:

@@ -120,11 +120,23 @@ def test_timed_takes_turns_and_clears_gradients(bench: SimpleNamespace) -> None:
 
 
 def test_gradient_check_says_how_far_off(bench: SimpleNamespace) -> None:
-    good = [torch.ones(4)]
-    assert bench.bench_step.check_gradients(good, good, "fp32") == 0.0
-    assert bench.bench_step.check_gradients([torch.full((4,), 1.1)], good, "bf16") == pytest.approx(0.1)
+    good, near, far = ([[torch.full((4,), value)]] for value in (1.0, 1.1, 1.5))
+    check = bench.bench_step.check_gradients
+    assert check(good, good, "fp32") == 0.0
+    assert check(near, good, "bf16") == pytest.approx(0.1)
+    assert check([*good, *near], [*good, *good], "bf16") == pytest.approx(0.1), "the worst step counts"
     with pytest.raises(AssertionError, match=r"compiled gradients are off by 5\.00e-01"):
-        bench.bench_step.check_gradients([torch.full((4,), 1.5)], good, "fp32")
+        check(far, good, "fp32")
+
+
+def test_gradient_check_allows_what_rounding_alone_does(bench: SimpleNamespace) -> None:
+    good, near, far = ([[torch.full((4,), value)]] for value in (1.0, 1.1, 1.5))
+    check = bench.bench_step.check_gradients
+    assert check(near, good, "fp32", lambda: near) == pytest.approx(0.1)
+    with pytest.raises(AssertionError, match=r"compiled gradients are off by 5\.00e-01"):
+        check(far, good, "fp32", lambda: near)
+    with pytest.raises(AssertionError, match="compiled gradients are off by nan"):
+        check([*good, [torch.full((4,), torch.nan)]], [*good, *good], "fp32", lambda: [*near, *near])
 
 
 def test_loss_check_refuses_another_net_and_nan(bench: SimpleNamespace) -> None:
@@ -200,6 +212,31 @@ def test_of_ours_a_failure_is_reported_of_plain_it_is_raised(
     assert "left out: tiny fp32 ours: RuntimeError: not today" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="not today"):
         bench.bench_step.ready_variants("tiny", "fp32", {"plain": ours}, failed)
+
+
+def test_what_never_stops_compiling_is_left_out_with_its_reason(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.nets.NETS, "tiny", tiny)
+
+    def restless(model: nn.Module, x: torch.Tensor) -> object:
+        words = SimpleNamespace(last="")
+
+        @torch.compile(backend="eager")
+        def looking(x: torch.Tensor) -> torch.Tensor:
+            return model(x) if words.last else x
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            words.last += "a"  # Dynamo guards the word
+            return looking(x)
+
+        return model, step
+
+    variants = {"plain": bench.variants.VARIANTS["plain eager"], "restless": bench.variants.Variant(build=restless)}
+    failed: list[str] = []
+    rows = bench.bench_step.run("tiny", "fp32", 1, variants, failed)
+    assert [row["variant"] for row in rows] == ["plain"] and not failed
+    assert "left out: tiny fp32 restless: RuntimeError: it compiles in every step" in capsys.readouterr().err
 
 
 def test_variants_are_chosen_by_parts_of_names_and_plain_is_with_them(bench: SimpleNamespace) -> None:
