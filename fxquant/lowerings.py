@@ -125,7 +125,8 @@ def _loop_apart(buffer: Any, groups: Callable[[], list[list[int]]]) -> None:
             there = {d: number for number, d in enumerate(d for d, size in enumerate(buffer.get_size()) if size != 1)}
             kept = [[there[d] for d in group if d in there] for group in groups()]
             linear = [functools.reduce(lambda i, d: i * sizes[d] + index[d], group, sympy.S.Zero) for group in kept]
-            extra_indexing_constraints = (body.var_ranges, linear)
+            constraints = getattr(ir, "ExtraIndexingConstraints", lambda *pair: pair)  # a tuple before torch 2.15
+            extra_indexing_constraints = constraints(body.var_ranges, linear)
         return simplify(extra_indexing_constraints, recompute_sizes_body_func)
 
     buffer.simplify_and_reorder = apart  # type: ignore[method-assign]

@@ -345,7 +345,8 @@ def _report_strides(graph: Any) -> None:
     for output in graph.graph_outputs:
         shown = hasattr(output, "get_stride") and output.has_tensor_output()
         env = graph.sizevars.shape_env
-        strides = tuple(map(env.evaluate_symexpr, map(str, output.get_stride()))) if shown else None
+        read = getattr(env, "evaluate_symexpr", env.deserialize_symexpr)  # torch 2.15 keeps symbols
+        strides = tuple(map(read, map(str, output.get_stride()))) if shown else None
         context.output_strides.append(strides)
 
 

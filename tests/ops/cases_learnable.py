@@ -178,13 +178,18 @@ def through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return x + (function(x) - x).detach()
 
 
+def clamped(code: Tensor, low: int, high: int) -> Tensor:
+    """The clamp whose gradient passes at its ends too; from torch 2.15 on, torch's own passes none there."""
+    return torch.where((code >= low) & (code <= high), code, code.detach().clamp(low, high))
+
+
 def ste_affine(x: Tensor, s: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     z = through(zero_point, lambda v: v.round().clamp(low, high))
-    return ((through(x / s, torch.round) + z).clamp(low, high) - z) * s
+    return (clamped(through(x / s, torch.round) + z, low, high) - z) * s
 
 
 def ste_lsq_plus(x: Tensor, s: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
-    return through((x - offset) / s, torch.round).clamp(low, high) * s + offset
+    return clamped(through((x - offset) / s, torch.round), low, high) * s + offset
 
 
 def ste_pact(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
@@ -196,7 +201,7 @@ def ste_pact(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
 def ste_tqt(x: Tensor, log2_t: Tensor, bits: int, signed: bool) -> Tensor:
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     s = 2 ** through(log2_t, torch.ceil) / (2 ** (bits - 1) if signed else 2**bits)
-    return through(x / s, torch.round).clamp(low, high) * s
+    return clamped(through(x / s, torch.round), low, high) * s
 
 
 DIVIDE: dict[str, Any] = {"rounding": "divide"}
