@@ -36,7 +36,7 @@ def peak_bytes(model: nn.Module, step: Step, x: Tensor) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(x).square().mean().backward()
     model.zero_grad()
-    found = profiler.profiler.kineto_results.events()  # private; tried on 2.13
+    found = profiler.profiler.kineto_results.events()  # private; tried on 2.13 and 2.15
     memory = [(event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"]
     assert memory, "the profiler records memory on CPU"
     return highest(change for _, change in sorted(memory, key=lambda event: event[0]))

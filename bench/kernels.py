@@ -60,7 +60,7 @@ def watch(model: nn.Module, x: Tensor) -> Iterator[Made]:
     """Counts what Inductor compiles inside the block for ``model`` on ``x``."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
-    from torch._inductor.graph import GraphLowering  # private; tried on 2.13
+    from torch._inductor.graph import GraphLowering  # private; tried on 2.13 and 2.15
 
     made = Made()
     shapes = {tuple(p.shape) for p in model.parameters() if p.dim() > 1} - {tuple(x.shape)}
@@ -81,8 +81,8 @@ def watch(model: nn.Module, x: Tensor) -> Iterator[Made]:
 
 def _count(lowering, made: Made, shapes: set[tuple[int, ...]]) -> None:  # type: ignore[no-untyped-def]
     """Adds one graph."""
-    from torch._functorch.aot_autograd import get_graph_being_compiled  # private; tried on 2.13
-    from torch._guards import CompileContext  # private; tried on 2.13
+    from torch._functorch.aot_autograd import get_graph_being_compiled  # private; tried on 2.13 and 2.15
+    from torch._guards import CompileContext  # private; tried on 2.13 and 2.15
 
     pair = get_graph_being_compiled().split("_")[0]  # "0_forward" and "0_backward" are one step's
     identity = CompileContext.current_compile_id()

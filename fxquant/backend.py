@@ -152,8 +152,8 @@ def compile_quantized(
 ) -> Callable[..., Any]:
     """Inductor on the QAT graph, with our passes in its hooks. ``inner_compile`` takes the place of its back end."""
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13
-    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13
+    from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13 and 2.15
+    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13 and 2.15
 
     register_lowerings()
     keep_rows_together()
@@ -190,7 +190,7 @@ def fuse_in_inductor() -> None:
     Adds our operators to Inductor's decompositions, and the digest of our sources to ``cache_key_tag``: torch's cache
     of traced graphs knows an operator by its name only. Happens by itself when Dynamo first meets one of them.
     """
-    from torch._inductor import decomposition  # private; tried on 2.13
+    from torch._inductor import decomposition  # private; tried on 2.13 and 2.15
 
     # Without a result there is nothing to compute, only a mark that must not vanish.
     fusible = {op: gpu.Told(arithmetic, _warn_once) for op, arithmetic in ARITHMETIC.items() if op._schema.returns}
@@ -250,7 +250,7 @@ def aot_eager(
         make_boxed_func,
         min_cut_rematerialization_partition,
     )
-    from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13
+    from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13 and 2.15
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         _run_behind(behind, joint, told)
@@ -316,7 +316,7 @@ def _target(digests: Iterable[str]) -> str | None:
 
 def _refuse_buckets(gm: fx.GraphModule) -> None:
     """DDP's bucket splitter may part an owner's operators from its state, and would leave them float unseen."""
-    if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:  # private; tried on 2.13
+    if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:  # private; tried on 2.13 and 2.15
         return
     _, missing = bound_sites(gm)
     if missing:
@@ -440,8 +440,8 @@ def _inductor_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _require_compiler(example_inputs: Sequence[Any]) -> None:
     """Says early, and in words, that Inductor will find no compiler for a device."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # private; tried on 2.13
-    from torch._inductor.exc import InvalidCxxCompiler  # private; tried on 2.13
+    from torch._inductor.cpp_builder import get_cpp_compiler  # private; tried on 2.13 and 2.15
+    from torch._inductor.exc import InvalidCxxCompiler  # private; tried on 2.13 and 2.15
 
     devices = {t.device.type for t in example_inputs if isinstance(t, torch.Tensor)}
     if "cuda" in devices and importlib.util.find_spec("triton") is None:

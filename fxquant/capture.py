@@ -18,10 +18,10 @@ from unittest import mock
 
 import torch
 from torch import fx
-from torch._guards import TracingContext  # private; tried on 2.13
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph  # private; tried on 2.13
-from torch._higher_order_ops.utils import reenter_make_fx  # private; tried on 2.13
-from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap  # private; tried on 2.13
+from torch._guards import TracingContext  # private; tried on 2.13 and 2.15
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph  # private; tried on 2.13 and 2.15
+from torch._higher_order_ops.utils import reenter_make_fx  # private; tried on 2.13 and 2.15
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap  # private; tried on 2.13 and 2.15
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 
@@ -62,7 +62,7 @@ class _Retrace(fx.Interpreter):
 
     def _inline(self, args: tuple[Any, ...]) -> Any:
         """Dissolves a checkpointed body, marking the nodes it makes with a region of their own."""
-        mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13
+        mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13 and 2.15
         if mode is None:  # a body of a body, run for its values
             return _Retrace(args[0], inline_checkpoints=True).run(*args[1:])
         graph = mode.tracer.graph
@@ -86,7 +86,7 @@ class _Retrace(fx.Interpreter):
         autograd.Function, and the body of a `torch.func` transform, stay as Dynamo wrote them: tracing through
         the first would drop its backward, and values inside the second are wrapped.
         """
-        mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13
+        mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13 and 2.15
         operands = args[bodies:]
         run = retraced or functools.partial(target, *args[:bodies])
         if mode is None:  # in a body that is run for its values
@@ -175,7 +175,7 @@ def _keep_static_inputs(gm: fx.GraphModule, traced: fx.GraphModule) -> None:
     Without it no input is known to be a parameter or buffer: CUDA graphs would copy each of them in every step, and
     refuse a graph that updates a buffer.
     """
-    if "dynamo_compile_id" not in gm.meta:  # a graph of somebody else's; private, as all here; tried on 2.13
+    if "dynamo_compile_id" not in gm.meta:  # a graph of somebody else's; private, as all here; tried on 2.13 and 2.15
         return
     from torch._dynamo.source import ConstantSource
 
@@ -190,7 +190,7 @@ def _keep_static_inputs(gm: fx.GraphModule, traced: fx.GraphModule) -> None:
 
 def in_compiled_region() -> bool:
     """Whether plain Python is running inside a torch.compile call, that is, Dynamo left this frame eager."""
-    if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:  # private; tried on 2.13
+    if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:  # private; tried on 2.13 and 2.15
         return True  # also where it is False: behind the recompile limit
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:  # under torch.compiler.disable there is no callback, but the call can be seen
@@ -283,7 +283,8 @@ def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> I
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not before torch 2.13
         options["isolate_recompiles"] = True
     limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
-    mark = "_is_torch_compile"  # private; tried on 2.13: the wrapper's, which passes what is set on it to the model
+    # Private; tried on 2.13 and 2.15: the wrapper's, which passes what is set on it to the model.
+    mark = "_is_torch_compile"
     marked = mark in vars(model)
     try:
         with torch._dynamo.config.patch(limits):

@@ -22,8 +22,9 @@ def compile_as_generated() -> None:
     A quantized graph has twice the nodes of a plain one, and so twice the time that Python takes. With as many kernels
     as before it leaves a processor idle for as long.
     """
-    from torch._inductor.async_compile import AsyncCompile, get_compile_threads  # private; tried on 2.13, read in 2.11
-    from torch._inductor.codegen.wrapper import PythonWrapperCodegen  # private; tried on 2.13, read in 2.11
+    # Private; tried on 2.13 and 2.15, read in 2.11.
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
     define = PythonWrapperCodegen.define_kernel
 

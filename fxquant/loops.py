@@ -35,7 +35,7 @@ def keep_rows_together() -> None:
     The numbers are those of Inductor's scalar code: basic operations and square roots are as in a vector, to the bit;
     an exponential or a logarithm may differ in the last place.
     """
-    from torch._inductor.codegen import cpp  # private; tried on 2.13, read in 2.11
+    from torch._inductor.codegen import cpp  # private; tried on 2.13 and 2.15, read in 2.11
 
     generate, select = cpp.CppScheduling.codegen_outer_loop_node, cpp.TilingSelect.select_tiling
 
@@ -82,8 +82,8 @@ def _levels(ranges: tuple[Any, Any]) -> int:
 
 
 def _vectors_lie_inside(part: Any, depth: int) -> bool:
-    from torch._inductor import cpu_vec_isa  # private; tried on 2.13, read in 2.11
-    from torch._inductor.codegen.cpp import TilingSelect  # private; tried on 2.13, read in 2.11
+    from torch._inductor import cpu_vec_isa  # private; tried on 2.13 and 2.15, read in 2.11
+    from torch._inductor.codegen.cpp import TilingSelect  # private; tried on 2.13 and 2.15, read in 2.11
 
     isa = cpu_vec_isa.pick_vec_isa()
     if not isa:

@@ -39,7 +39,7 @@ def register_lowerings() -> None:
     in place: 26 buffers a site, each of which it schedules and generates code for. Fake-quants are expressions that
     fuse with their neighbours.
     """
-    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.11 and 2.13
+    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.11, 2.13 and 2.15
 
     if MATERIALIZE in lowerings:
         return
@@ -59,9 +59,9 @@ def _keep_dtype_rules() -> None:
     That is 76 µs an operation, 14,000 times in a compile of four layers of a transformer. Here it is filled where a
     table that it is made from grew.
     """
-    from torch._inductor import utils  # private; tried on 2.11 and 2.13
-    from torch._inductor.codegen import common  # private; tried on 2.11 and 2.13
-    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.11 and 2.13
+    from torch._inductor import utils  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.codegen import common  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.11, 2.13 and 2.15
 
     fill, filled = DtypePropagationOpsHandler.__init__, [0, 0, 0]
 
@@ -78,7 +78,7 @@ def _keep_dtype_rules() -> None:
 
 def _materialized(x: Any, rows: int = 0) -> Any:
     """A buffer of its own, for those that read the result; others may read the expression that fills it."""
-    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
 
     if isinstance(x.data, ir.StorageBox) and isinstance(x.data.data, ir.Pointwise):
         load, sizes = x.make_loader(), list(x.get_size())
@@ -91,7 +91,7 @@ def _materialized(x: Any, rows: int = 0) -> Any:
 
 def _merged(buffer: Any) -> list[list[int]]:
     """The dimensions of a buffer that share a loop; none where its loops are in another order."""
-    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
 
     if not isinstance(buffer, ir.ComputedBuffer):  # an expression, if Inductor was told to unroll such sums
         return []
@@ -113,7 +113,7 @@ def _loop_apart(buffer: Any, groups: Callable[[], list[list[int]]]) -> None:
     Inductor makes one loop of all dimensions that no index tells apart, and its C++ fuses loops of equal ranges only:
     with a reduction over the others it would not.
     """
-    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
 
     if not isinstance(buffer, ir.ComputedBuffer):
         return
@@ -137,7 +137,7 @@ def _averaged(low: Any, high: Any, minimum: Any, maximum: Any, constant: float) 
 
     Else two buffers more a site, and two copies.
     """
-    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
 
     new_low, new_high = _lowered(ARITHMETIC[AVERAGE_MIN_MAX], low, high, minimum, maximum, constant)
     alike = all(
@@ -159,7 +159,7 @@ def _is_only_updated() -> bool:
     Nor may the new range leave the graph, which would hand out the state itself: but for the state, only scale and zero
     point are computed from it.
     """
-    from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
+    from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
 
     current: Any = V.graph.current_node
     items = {user.args[1]: user for user in current.users}
@@ -179,7 +179,7 @@ def _lowered(arithmetic: Arithmetic, *args: Any, store: bool = False, **kwargs: 
 
     ``store``: each result is a buffer, which results behind it read.
     """
-    from torch._inductor.lowering import lowerings  # private; tried on 2.11 and 2.13
+    from torch._inductor.lowering import lowerings  # private; tried on 2.11, 2.13 and 2.15
 
     body = _traced(arithmetic, tuple(_described(a) for a in args), tuple(kwargs.items()))
     tensors = iter([_read_once(a) for a in args if _is_tensor(a)])
@@ -206,7 +206,7 @@ def _read_once(value: Any) -> Any:
     Inductor evaluates an expression anew for each reader, and what it reads for each of those: the code that it
     generates has each operation once, but takes as long to generate as there are paths.
     """
-    from torch._inductor import ir  # private; tried on 2.11 and 2.13
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
 
     if not isinstance(value, ir.TensorBox) or not isinstance(value.data, ir.StorageBox):
         return value
@@ -226,7 +226,7 @@ class _Once:
         self.known: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, index: Any) -> Any:
-        from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
+        from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
 
         handler, key = V.get_ops_handler(), tuple(index)
         if handler is not self.handler:
@@ -238,9 +238,9 @@ class _Once:
 
 def _packed(values: Any, bits: int, dim: int) -> Any:
     """Masks as a loop over the planes; unrolled, the compiler would meet their dozen operations eight times."""
-    from torch._inductor import ir  # private; tried on 2.11 and 2.13
-    from torch._inductor.lowering import lowerings  # private; tried on 2.11 and 2.13
-    from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.lowering import lowerings  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
 
     if values.get_dtype() != torch.bool:
         return _lowered(ARITHMETIC[saved.PACK_PLANES], values, bits, dim)
@@ -269,8 +269,8 @@ def _described(value: Any) -> Any:
 
 
 def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
-    from torch._inductor.virtualized import V  # private; tried on 2.11 and 2.13
-    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11 and 2.13
+    from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11, 2.13 and 2.15
 
     of_any_size = _traced_for_all(arithmetic, tuple(map(_of_any_size, described)), named)
     if of_any_size is not None:
@@ -312,7 +312,7 @@ def _traced_for_all(
 
 @functools.cache
 def _traced_once(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
-    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11 and 2.13
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11, 2.13 and 2.15
 
     return _trace(arithmetic, described, named, FakeTensorMode())
 
@@ -324,7 +324,7 @@ def _trace(
     mode: Any,
     symbols: Any = None,
 ) -> fx.Graph:
-    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.11 and 2.13
+    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.11, 2.13 and 2.15
 
     def size_of(size: Any) -> Any:
         return size if isinstance(size, int) else symbols.create_symintnode(size, hint=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap  # private; tried on 2.13
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap  # private; tried on 2.13 and 2.15
 
 from fxquant.graph import is_bind, kind_of, user_line
 from fxquant.plan import Declined

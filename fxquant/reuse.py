@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef  # tried on 2.13
+from torch.multiprocessing.reductions import StorageWeakRef  # tried on 2.13 and 2.15
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.passes.base import Decline, PassResult

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily  # private; tried on 2.13
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # private; tried on 2.13 and 2.15
 
 from fxquant.errors import InvalidArgument
 from fxquant.ops.library import LIBRARY

@@ -396,5 +396,5 @@ class _LossMeter:
 
 
 def _floats(output: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)  # private; tried on 2.13
+    leaves = torch.utils._pytree.tree_leaves(output)  # private; tried on 2.13 and 2.15
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
