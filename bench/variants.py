@@ -31,10 +31,12 @@ class Variant:
         build: the float net and its batch → the module with the parameters, and the step.
         ours: whether ``build`` takes ``backend``, "fxquant" or "fxquant_eager". A failure of another's is printed and
             its row left out; one of ours ends the bench.
+        same_in_doubles: whether a float64 net is compiled to the same graph, so that float64 can speak for float32.
     """
 
     build: Callable[..., Built]
     ours: bool = False
+    same_in_doubles: bool = True
 
 
 def autocast(step: Step, dtype: str) -> Step:
@@ -66,7 +68,8 @@ def _fxquant(options: Mapping[str, Any] | None = None, **prepare: Any) -> Varian
         prepared = fxquant.prepare(model, (x,), **prepare)
         return prepared, torch.compile(prepared, backend=backend, options=dict(options) if options else None)
 
-    return Variant(build=build, ours=True)
+    # Integer products are of float32 and halves.
+    return Variant(build=build, ours=True, same_in_doubles="integer_matmul" not in (options or {}))
 
 
 def _peer(make: Callable[[nn.Module, Tensor], nn.Module], compiled: bool) -> Variant:

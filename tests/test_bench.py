@@ -129,14 +129,30 @@ def test_gradient_check_says_how_far_off(bench: SimpleNamespace) -> None:
         check(far, good, "fp32")
 
 
-def test_gradient_check_allows_what_rounding_alone_does(bench: SimpleNamespace) -> None:
-    good, near, far = ([[torch.full((4,), value)]] for value in (1.0, 1.1, 1.5))
+def test_where_float32_cannot_tell_float64_decides(bench: SimpleNamespace) -> None:
+    good, far, nothing = ([[torch.full((4,), value)]] for value in (1.0, 1.5, torch.nan))
     check = bench.bench_step.check_gradients
-    assert check(near, good, "fp32", lambda: near) == pytest.approx(0.1)
-    with pytest.raises(AssertionError, match=r"compiled gradients are off by 5\.00e-01"):
-        check(far, good, "fp32", lambda: near)
+    assert check(far, good, "fp32", lambda: 1e-15) == pytest.approx(0.5)
+    with pytest.raises(AssertionError, match=r"compiled gradients are off by 5\.00e-01, in float64 by 1\.00e-06"):
+        check(far, good, "fp32", lambda: 1e-6)
     with pytest.raises(AssertionError, match="compiled gradients are off by nan"):
-        check([*good, [torch.full((4,), torch.nan)]], [*good, *good], "fp32", lambda: [*near, *near])
+        check([*good, *nothing], [*good, *good], "fp32", lambda: 1e-15)
+    variants = bench.variants.VARIANTS
+    assert variants["fxquant int8"].same_in_doubles and not variants["fxquant integer matmul"].same_in_doubles
+
+
+def test_float64_is_asked_of_both_backends(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.bench_step.GRADIENT_ERROR, "fp32", 0.0)
+    seen: list[tuple[str, torch.dtype]] = []
+    int8 = bench.variants.VARIANTS["fxquant int8"].build
+
+    def build(model: nn.Module, x: torch.Tensor, backend: str = "fxquant") -> object:
+        seen.append((backend, x.dtype))
+        return int8(model, x, backend=backend)
+
+    torch.manual_seed(0)
+    bench.bench_step.warmed(bench.variants.Variant(build=build, ours=True), *tiny(), "fp32")
+    assert seen[-2:] == [("fxquant", torch.float64), ("fxquant_eager", torch.float64)]
 
 
 def test_loss_check_refuses_another_net_and_nan(bench: SimpleNamespace) -> None:
