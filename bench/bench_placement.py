@@ -1,6 +1,6 @@
 """Time of placement on synthetic ATen graphs, to see that it grows with their nodes and no faster.
 
-    python bench/bench_placement.py [--sizes 1000,4000,16000] [--rounds 3] [--insert] [--out …]
+    python bench/bench_placement.py [--sizes 1000,4000,16000] [--graphs NAME,…] [--rounds 3] [--insert] [--out …]
 
 A JSON line per graph and size, then a table: median seconds of `fxquant.place.place` (solve), of what `prepare` does
 with its answer (name: positions, owners, sites) and, on demand, of `InsertFakeQuantize` on the sites (insert: mostly

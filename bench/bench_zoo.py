@@ -2,6 +2,7 @@
 
     python bench/bench_zoo.py path/to/zoo.py [--targets onnxruntime,openvino] [--only NAME,...] [--steps 20]
                               [--backend fxquant_eager] [--only-training] [--out bench/results/zoo.jsonl] [--jobs 1]
+    python bench/bench_zoo.py --summary bench/results/zoo.jsonl
 
 A zoo is a Python file with ``names()`` and ``get(name)``; an entry has ``build()`` → nn.Module, ``inputs()`` →
 (args, kwargs), ``loss(output)``, and may have ``more_inputs()``, further inputs of other sizes.

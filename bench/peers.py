@@ -6,8 +6,8 @@ and how to install it. Versions tried: torch 2.13, torchao 0.18, nvidia-modelopt
 torch's FusedMovingAvgObsFakeQuantize, which torchao's PT2E uses too, refuses bf16: no rows under autocast there.
 Each has its own requirements, so each gets its own environment, with fxquant in it to be timed side by side:
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 <package> -e .
-    /tmp/peer/bin/python bench/bench_step.py --variants fxquant,<package>
+    python -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 nvidia-modelopt huggingface_hub requests -e .
+    /tmp/peer/bin/python bench/bench_step.py --variants fxquant,modelopt
 """
 
 from __future__ import annotations

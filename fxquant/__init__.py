@@ -2,6 +2,7 @@
 
 >>> model = fxquant.prepare(model, (x,))
 >>> step = torch.compile(model, backend="fxquant")
+>>> loss(step(x), y).backward()  # and so on: train
 >>> fxquant.export_onnx(model, (x,), "model.onnx")
 >>> print(fxquant.verify_onnx(model, (x,), "model.onnx"))
 """
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fxquant.onnx import export_onnx, verify_onnx
     from fxquant.override import override
     from fxquant.prepare import prepare, strip
-    from fxquant.profiles import Profile
     from fxquant.recipes import Recipe
     from fxquant.report import Mixed, explain
     from fxquant.report.cost import cost
@@ -42,7 +42,6 @@ _HOMES = {
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
     "Recipe": "fxquant.recipes",
     **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.rules"),
-    "Profile": "fxquant.profiles",
 }
 _MODULES = ("backend", "errors", "formats", "kernels", "onnx", "ops", "report", "tensor_quant")
 
@@ -51,7 +50,6 @@ __all__ = [
     "Fixed",
     "Mixed",
     "MovingAverage",
-    "Profile",
     "QuantSpec",
     "Recipe",
     "Rule",

@@ -1,7 +1,6 @@
 """The torch.compile backends ``"fxquant"`` and ``"fxquant_eager"``.
 
-With `lowerings` and with `scheduled`, which reads what Inductor would run, the only file that touches Inductor's and
-AOTAutograd's private API; each use says on which versions it was tried.
+Touches private API of Inductor and AOTAutograd; each use says on which versions it was tried.
 """
 
 from __future__ import annotations
@@ -127,7 +126,8 @@ def fxquant(
     which measures where that is faster (`fxquant.passes.use_integer_matmul`). ``save_quantized`` False keeps floats for
     backward where codes and packed masks would do (`fxquant.passes.save_quantized_activations`). ``reuse_weights`` True
     keeps quantized weights from call to call, one more copy of them, and quantizes those again that have changed:
-    by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts not (`fxquant.reuse`).
+    by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts not (`fxquant.reuse`). It
+    excludes ``integer_matmul``, and has no effect where torch.distributed is initialized.
     """
     _require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)

@@ -1,8 +1,8 @@
 """One IR for all passes: a Dynamo graph, or a module under torch.export, as an ATen training graph.
 
 Nodes are functional-style ATen calls (`aten.conv2d`, `aten.linear`, `aten.batch_norm` …) with ``val`` (fake value),
-``nn_module_stack`` and ``stack_trace`` in their meta. This file and ``backend.py`` are the only ones that touch
-private torch API; each use says on which versions it was tried.
+``nn_module_stack`` and ``stack_trace`` in their meta. Touches private torch API; each use says on which
+versions it was tried.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Every exception that fxquant raises, so that one ``except FxquantError`` is enough.
+"""The exceptions of fxquant's own, all of them FxquantError.
+
+Operators that stand for torch's or ModelOpt's raise what those raise for the same fault: RuntimeError, IndexError,
+NotImplementedError, in `tensor_quant` TypeError.
 
 A message reads ``<subject> must <rule>: got <value> (<where>). <How to fix it>.``
 """

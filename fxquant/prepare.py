@@ -74,7 +74,8 @@ def prepare(
             ``"generic"`` for none in particular.
         rules: exceptions to the recipe, the first that matches decides: ``[fxquant.skip("head")]``.
         ranges: how activation ranges are found, if not as the recipe says: ``"moving_average"``, ``"delayed"`` (each
-            step is quantized with the ranges that the step before left), or a `MovingAverage` and the like.
+            step is quantized with the ranges that the step before left), a `MovingAverage`, or ``CurrentTensor()``
+            (each batch has its own, which trains and cannot be exported).
 
     Raises:
         InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the

@@ -173,7 +173,7 @@ PROFILES: dict[str, Profile] = {profile.name: profile for profile in (ONNXRUNTIM
 
 def get_profile(target: str) -> Profile:
     """The profile of a target name; InvalidArgument names the known ones."""
-    if target not in PROFILES:
+    if not isinstance(target, str) or target not in PROFILES:
         known = ", ".join(repr(name) for name in PROFILES)
         raise InvalidArgument(f"target must be one of {known}: got {target!r}.")
     return PROFILES[target]

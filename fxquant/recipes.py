@@ -18,7 +18,10 @@ def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
             raise InvalidArgument(f"{subject}.axis must be None: got {spec.axis}. An activation has one scale.")
         return
     if not isinstance(spec.range, CurrentTensor):
-        raise InvalidArgument(f"{subject}.range must be CurrentTensor: got {spec.range}. A weight needs no history.")
+        raise InvalidArgument(
+            f"{subject}.range must be CurrentTensor: got {spec.range}. "
+            "Add range=fxquant.CurrentTensor(): a weight needs no history."
+        )
     if not (spec.signed and spec.symmetric):
         raise InvalidArgument(f"{subject} must be signed and symmetric: got {spec}. Runtimes take zero point 0 there.")
     if subject.startswith("Recipe") and spec.axis not in (None, 0):

@@ -1,6 +1,6 @@
 """What Inductor makes of one training step, up to the kernels that it would write and compile.
 
-With ``backend.py`` and ``capture.py`` the third file that touches private torch API; tried on 2.13 and 2.15.
+Touches private torch API; tried on 2.13 and 2.15.
 """
 
 from __future__ import annotations

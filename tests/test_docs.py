@@ -11,12 +11,18 @@ from fxquant import ops, tensor_quant
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+MODELOPT = TEXT.split("## ModelOpt's tensor_quant")[1].split("\n## ")[0]
 POINTERS = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)
 
 
 @pytest.mark.parametrize("name", [*ops.__all__, *tensor_quant.__all__])
 def test_every_public_operator_is_described(name: str) -> None:
     assert f"`{name}`" in TEXT
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+)`", MODELOPT))))
+def test_every_name_of_modelopt_s_that_is_described_is_there(name: str) -> None:
+    assert name in tensor_quant.__all__
 
 
 @pytest.mark.parametrize(("path", "name"), POINTERS, ids=lambda value: str(value).rsplit("/", 1)[-1])

@@ -119,7 +119,10 @@ def test_specs_are_frozen_and_keyword_only() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"weight": QuantSpec(axis=0)}, r"Recipe.weight.range must be CurrentTensor: got MovingAverage"),
+        (
+            {"weight": QuantSpec(axis=0)},
+            r"Recipe.weight.range must be CurrentTensor: got MovingAverage.* Add range=fxquant.Current",
+        ),
         ({"weight": QuantSpec(range=Fixed(min=-1, max=1))}, r"Recipe.weight.range must be CurrentTensor: got Fixed"),
         ({"weight": QuantSpec(signed=False, range=CurrentTensor())}, "must be signed and symmetric: got u8"),
         ({"weight": QuantSpec(symmetric=False, range=CurrentTensor())}, "must be signed and symmetric: got s8"),

@@ -88,7 +88,10 @@ def freeze(gm: fx.GraphModule) -> Frozen:
 def _freeze_activation(graph: fx.Graph, node: fx.Node, label: str, values: _Values, frozen: Frozen) -> None:
     source, scale, zero_point, quant_min, quant_max = node.args
     if scale not in values.constants:
-        raise ExportError(f"scale of {label} must not depend on the input: its range follows the data.")
+        raise ExportError(
+            f"scale of {label} must not depend on the input: its range follows each batch. Prepare the model with "
+            "ranges='moving_average', or fxquant.override this site with a Fixed range."
+        )
     with graph.inserting_before(node):
         numbers = (float(values[scale]), int(values[zero_point]))  # type: ignore[index]
         new = call(graph, QUANTIZE_DEQUANTIZE, source, *numbers, quant_min, quant_max, label, like=node)

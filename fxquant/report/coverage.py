@@ -60,8 +60,8 @@ class Coverage:
     any graph or in one that nothing looks into; its work is in no number here. Products that a custom operator, or
     code that Dynamo left in Python, does without a module of its own, leave no trace at all.
 
-    Attention's second product, probabilities times values, is counted apart, in ``attention``: most runtimes do it in
-    float, and no plan changes that.
+    Attention's second product, probabilities times values, is counted apart, in ``attention``: inside
+    ``scaled_dot_product_attention`` most runtimes do it in float, and no plan changes that.
     """
 
     products: tuple[Product, ...]

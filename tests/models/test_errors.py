@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fxquant
 from fxquant.backend import fxquant as fxquant_backend
 from fxquant.errors import CompilerMissing, FxquantError, InvalidArgument, PlanMismatch, UnsupportedModel
+from fxquant.profiles import GENERIC
 from fxquant.recipes import INT8, Recipe
 from tests.models.nets import ConvNet, Mlp, prepared, ranges, step
 
@@ -115,6 +116,7 @@ def test_kwargs_that_are_no_mapping() -> None:
         ({"recipe": 8}, "recipe must be a Recipe or one of 'int8', 'w4a8'"),
         ({"target": "tpu"}, "target must be one of 'onnxruntime'"),
         ({"target": None}, "target must be one of 'onnxruntime'"),
+        ({"target": GENERIC}, "target must be one of 'onnxruntime'"),
     ],
 )
 def test_unknown_names(keywords: dict[str, Any], message: str) -> None:

@@ -212,6 +212,11 @@ class TestRefusals:
         fxquant.calibrate(model, [self.x])
         self.refused(model, tmp_path / "m.onnx", RangeNotSet, "saw only zeros: stem.input")
 
+    def test_ranges_of_each_batch(self, tmp_path):
+        model = fxquant.prepare(ConvNet(), (self.x,), ranges=fxquant.CurrentTensor())
+        match = r"scale of stem.input must not depend on the input: .*moving_average.*with a Fixed range\."
+        self.refused(model, tmp_path / "m.onnx", ExportError, match)
+
     def test_missing_folder(self, model, tmp_path):
         self.refused(model, tmp_path / "no" / "m.onnx", InvalidArgument, "must be in an existing folder")
 

@@ -18,7 +18,7 @@ from fxquant.onnx.runtime import run_outputs
 from fxquant.ops import fake_quantize_bias
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.quantize_bias import QuantizeBias
-from fxquant.profiles import ONNXRUNTIME, OPENVINO
+from fxquant.profiles import ONNXRUNTIME, OPENVINO, Profile
 from tests.onnx.models import calibrated
 from tests.passes.graphs import QUANTIZE, apply, captured, show, untouched
 
@@ -72,7 +72,7 @@ def test_a_folded_batch_norm_is_a_bias() -> None:
     ],
     ids=["float-bias-target", "no-bias", "linear", "float-convolution"],
 )
-def test_others_keep_theirs(model: nn.Module, profile: fxquant.Profile) -> None:
+def test_others_keep_theirs(model: nn.Module, profile: Profile) -> None:
     untouched(QuantizeBias(profile=profile), captured(model, IMAGE, passes=QUANTIZE))
 
 

@@ -79,9 +79,14 @@ def pretended_gpu() -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    # What was answered without a GPU, by any compile before, would be believed here; and the other way round after.
+    kept = [answer for answer in vars(torch.utils._triton).values() if hasattr(answer, "cache_clear")]
     properties = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, 1024, 32)
     target = GPUTarget("cuda", 90, 32)
     with contextlib.ExitStack() as stack:
+        for answer in kept:
+            answer.cache_clear()
+            stack.callback(answer.cache_clear)
         for name, answer in _ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, _answer=answer, **__: _answer))
         for module in (joint_graph, post_grad):  # patterns of attention and products are traced on real tensors
