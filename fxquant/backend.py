@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from fxquant import gpu
 from fxquant.capture import capture
-from fxquant.compiling import compile_as_generated
+from fxquant.compiling import collecting_rarely, compile_as_generated
 from fxquant.errors import CompilerMissing, InvalidArgument, UnsupportedModel
 from fxquant.graph import is_bind
 from fxquant.loops import keep_rows_together
@@ -111,6 +111,7 @@ def unreported() -> Iterator[None]:
         _LOGS.extend(before)
 
 
+@collecting_rarely()
 def fxquant(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -148,11 +149,11 @@ def compile_quantized(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-    **inner: Any,
+    inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Inductor on the QAT graph, with our passes in its hooks. ``inner_compile`` takes the place of its back end."""
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx  # private; tried on 2.13 and 2.15
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # private; tried on 2.13 and 2.15
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13 and 2.15
 
     register_lowerings()
@@ -175,7 +176,8 @@ def compile_quantized(
     )
     theirs = {op: decompose for op, decompose in select_decomp_table().items() if op not in ARITHMETIC}
     table = _DecompositionTable({**theirs, **DECOMPOSITIONS})
-    compiler: Any = functools.partial(compile_fx, decompositions=table, **inner)
+    inner = collecting_rarely()(inner_compile or compile_fx_inner)  # backward is compiled when this function has ended
+    compiler: Any = functools.partial(compile_fx, decompositions=table, inner_compile=inner)
     whole = functools.partial(compiler, config_patches=patches)
     if not _Options.read(options).reuse_weights:
         return whole(quantized, example_inputs)
