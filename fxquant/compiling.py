@@ -29,7 +29,8 @@ def collecting_rarely() -> Iterator[None]:
     """Inside, Python looks for reference cycles less often; where its user has turned that off, never, as before.
 
     A compile makes some hundred thousand objects that stay until it ends, and Python looks through all of them again
-    and again: a tenth of the time that it spends on a quantized graph of seven convolutions. So half of that, for 6 MB more.
+    and again: a tenth of the time that it spends on a quantized graph of seven convolutions. Half of that is saved, for
+    6 MB more.
     """
     with _Compiles.lock:
         if not _Compiles.count:
