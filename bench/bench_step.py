@@ -235,10 +235,14 @@ def run(net: str, dtype: str, steps: int, variants: Mapping[str, Variant], faile
     ]
 
 
+class NoBaseline(Exception):
+    """The plain compiled step does not run, or is wrong: nothing to compare others of this net and dtype with."""
+
+
 def leave_out(where: str, name: str, variant: Variant, error: Exception, failed: list[str]) -> None:
-    """Says why a variant has no row, and notes a failure of ours; without plain there is nothing to compare with."""
+    """Says why a variant has no row, and notes a failure of ours; raises NoBaseline for the plain one."""
     if name == "plain":
-        raise error
+        raise NoBaseline(f"the plain compiled step fails: {type(error).__name__}: {error}") from error
     if variant.ours:
         failed.append(f"{where} {name}")
     left_out(f"{where} {name}", error)
@@ -247,7 +251,7 @@ def leave_out(where: str, name: str, variant: Variant, error: Exception, failed:
 def left_out(what: str, error: Exception) -> None:
     """Says why a row is missing, in one line."""
     text = " ".join(str(error).split())
-    kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (Unavailable, NoBaseline)) else f"{type(error).__name__}: "
     print(f"left out: {what}: {kind}{text[:300]}", file=sys.stderr, flush=True)
 
 
@@ -291,8 +295,9 @@ def main(run: Run, description: str | None, steps: int) -> int:
         for net, dtype in pairs:
             try:
                 found = run(net, dtype, options.steps, variants, failed)
-            except Unavailable as error:
+            except (Unavailable, NoBaseline) as error:
                 left_out(f"{net} {dtype}", error)
+                failed += [f"{net} {dtype} plain"] if isinstance(error, NoBaseline) else []
                 continue
             emit(found, options.out)
             rows += found

@@ -212,7 +212,7 @@ def test_nothing_compiled_is_no_count(bench: SimpleNamespace) -> None:
     assert set(made.fields().values()) == {None}
 
 
-def test_of_ours_a_failure_is_reported_of_plain_it_is_raised(
+def test_of_ours_a_failure_is_reported_of_plain_it_ends_the_net(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(bench.nets.NETS, "tiny", tiny)
@@ -226,8 +226,24 @@ def test_of_ours_a_failure_is_reported_of_plain_it_is_raised(
     ready, _, _ = bench.bench_step.ready_variants("tiny", "fp32", {"plain": plain, "ours": ours}, failed)
     assert list(ready) == ["plain"] and failed == ["tiny fp32 ours"]
     assert "left out: tiny fp32 ours: RuntimeError: not today" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="not today"):
+    with pytest.raises(bench.bench_step.NoBaseline, match=r"^the plain compiled step fails: RuntimeError: not today$"):
         bench.bench_step.ready_variants("tiny", "fp32", {"plain": ours}, failed)
+
+
+def test_without_a_baseline_the_other_nets_are_measured(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(net: str, *_: object) -> list[dict[str, object]]:
+        if net == "cnn":
+            raise bench.bench_step.NoBaseline("the plain compiled step fails: AssertionError: loss is nan")
+        return [{"net": net, "variant": "plain"}]
+
+    monkeypatch.setattr("sys.argv", ["bench_step.py", "--nets", "cnn,mixer", "--dtypes", "bf16"])
+    assert bench.bench_step.main(run, "", steps=1) == 1
+    printed = capsys.readouterr()
+    assert '"net": "mixer"' in printed.out
+    assert "left out: cnn bf16: the plain compiled step fails: AssertionError: loss is nan\n" in printed.err
+    assert "failed: cnn bf16 plain\n" in printed.err
 
 
 def test_what_never_stops_compiling_is_left_out_with_its_reason(
