@@ -297,7 +297,8 @@ def main(run: Run, description: str | None, steps: int) -> int:
                 found = run(net, dtype, options.steps, variants, failed)
             except (Unavailable, NoBaseline) as error:
                 left_out(f"{net} {dtype}", error)
-                failed += [f"{net} {dtype} plain"] if isinstance(error, NoBaseline) else []
+                if isinstance(error, NoBaseline):
+                    failed.append(f"{net} {dtype} plain")
                 continue
             emit(found, options.out)
             rows += found

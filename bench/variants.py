@@ -30,7 +30,7 @@ class Variant:
     Attributes:
         build: the float net and its batch → the module with the parameters, and the step.
         ours: whether ``build`` takes ``backend``, "fxquant" or "fxquant_eager". A failure of another's is printed and
-            its row left out; one of ours ends the bench.
+            its row left out; after one of ours the bench goes on and ends with status 1.
         same_in_doubles: whether a float64 net is compiled to the same graph, so that float64 can speak for float32.
     """
 

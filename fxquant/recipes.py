@@ -20,7 +20,7 @@ def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
     if not isinstance(spec.range, CurrentTensor):
         raise InvalidArgument(
             f"{subject}.range must be CurrentTensor: got {spec.range}. "
-            "Add range=fxquant.CurrentTensor(): a weight needs no history."
+            "Set range=fxquant.CurrentTensor(): a weight needs no history."
         )
     if not (spec.signed and spec.symmetric):
         raise InvalidArgument(f"{subject} must be signed and symmetric: got {spec}. Runtimes take zero point 0 there.")

@@ -121,7 +121,7 @@ def test_specs_are_frozen_and_keyword_only() -> None:
     [
         (
             {"weight": QuantSpec(axis=0)},
-            r"Recipe.weight.range must be CurrentTensor: got MovingAverage.* Add range=fxquant.Current",
+            r"Recipe.weight.range must be CurrentTensor: got MovingAverage.* Set range=fxquant.Current",
         ),
         ({"weight": QuantSpec(range=Fixed(min=-1, max=1))}, r"Recipe.weight.range must be CurrentTensor: got Fixed"),
         ({"weight": QuantSpec(signed=False, range=CurrentTensor())}, "must be signed and symmetric: got u8"),
