@@ -59,7 +59,7 @@ def warm_up() -> None:
 def compile_once(net: str, variant: str) -> dict[str, object]:
     """One forward and backward, compiled in this process."""
     import fxquant
-    from fxquant.backend import compile_reports
+    from fxquant.backend.reports import compile_reports
 
     torch.manual_seed(0)
     model, x = NETS[net]()

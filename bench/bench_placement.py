@@ -25,16 +25,20 @@ from machine import emit, environment
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxquant.graph import call_nodes, is_bind, kind_of, operands
-from fxquant.lift import lift, passes_values
-from fxquant.ops.binding import BIND
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.place import Placements, place
-from fxquant.plan import Declined, Edge, Mode, Site, register
-from fxquant.prepare import _Naming
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8
-from fxquant.table import table
+from fxquant.graph.kinds import kind_of, operands
+from fxquant.graph.lift import lift
+from fxquant.graph.moves import passes_values
+from fxquant.graph.nodes import call_nodes, is_bind
+from fxquant.ops.marks import BIND
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.plan.naming import Naming as _Naming
+from fxquant.plan.plan import Declined, Edge, Site
+from fxquant.plan.site_lists import register
+from fxquant.plan.solver import Placements, place
+from fxquant.spec.mode import Mode
+from fxquant.spec.recipes import INT8
+from fxquant.support.table import table
+from fxquant.targets.profiles import ONNXRUNTIME
 
 aten = torch.ops.aten
 PHASES = ("solve", "name", "insert")

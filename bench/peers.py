@@ -39,13 +39,14 @@ def torch_fake_quantize(model: nn.Module, x: Tensor) -> nn.Module:
     The exported training graph of the net, with a module call in place of each of our fake-quant nodes. BatchNorm
     stays behind its convolution, unfolded: less work than ours.
     """
-    from fxquant.capture import exported_graph
+    from fxquant.capture.exported import exported_graph
+    from fxquant.graph.edit import drop_dead_nodes
     from fxquant.ops import fake_quantize
-    from fxquant.passes.base import drop_dead_nodes, run_all
-    from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
+    from fxquant.passes.base import run_all
+    from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
     from fxquant.passes.pipelines import normalizing_passes
-    from fxquant.profiles import get_profile
-    from fxquant.recipes import INT8
+    from fxquant.spec.recipes import INT8
+    from fxquant.targets.profiles import get_profile
 
     gm = exported_graph(model, (x,), {}, None)
     insert = InsertFakeQuantize(recipe=INT8, profile=get_profile("onnxruntime"), stateless=True)

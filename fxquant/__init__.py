@@ -12,38 +12,44 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxquant import errors, ops, tensor_quant
-    from fxquant.calibrate import calibrate
     from fxquant.onnx import export_onnx, verify_onnx
-    from fxquant.override import override
-    from fxquant.prepare import prepare, strip
-    from fxquant.recipes import Recipe
+    from fxquant.prepared.freeze import freeze_batch_norm, freeze_ranges
+    from fxquant.prepared.override import override
+    from fxquant.prepared.prepare import prepare, strip
+    from fxquant.prepared.sync_ranges import sync_ranges
+    from fxquant.probe.calibrate import calibrate
     from fxquant.report import Mixed, explain
     from fxquant.report.cost import cost
-    from fxquant.report.mixed import mixed
-    from fxquant.report.sensitivity import sensitivity
-    from fxquant.rules import Rule, first_layer, last_layer, skip
-    from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec
-    from fxquant.state import freeze_batch_norm, freeze_ranges, sync_ranges
+    from fxquant.search.mixed import mixed
+    from fxquant.search.sensitivity import sensitivity
+    from fxquant.spec.quant_spec import QuantSpec
+    from fxquant.spec.ranges import CurrentTensor, Fixed, MovingAverage
+    from fxquant.spec.recipes import Recipe
+    from fxquant.spec.rules import Rule, first_layer, last_layer, skip
 
 __version__ = "0.1.0"
 
 # Loaded at first use: `import fxquant` costs little more than `import torch`.
 _HOMES = {
-    **dict.fromkeys(("prepare", "strip"), "fxquant.prepare"),
-    **dict.fromkeys(("freeze_batch_norm", "freeze_ranges", "sync_ranges"), "fxquant.state"),
-    "calibrate": "fxquant.calibrate",
-    "override": "fxquant.override",
-    **dict.fromkeys(("Mixed", "cost", "explain", "mixed", "sensitivity"), "fxquant.report"),
+    **dict.fromkeys(("prepare", "strip"), "fxquant.prepared.prepare"),
+    **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.prepared.freeze"),
+    "sync_ranges": "fxquant.prepared.sync_ranges",
+    "override": "fxquant.prepared.override",
+    "calibrate": "fxquant.probe.calibrate",
+    **dict.fromkeys(("Mixed", "mixed", "sensitivity"), "fxquant.search"),
+    **dict.fromkeys(("cost", "explain"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
-    **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec"), "fxquant.spec"),
-    "Recipe": "fxquant.recipes",
-    **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.rules"),
+    **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
+    **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.spec"),
 }
 _MODULES = ("backend", "errors", "formats", "kernels", "onnx", "ops", "report", "tensor_quant")
+# Modules that had another name in version 0.1, and checkpoints of whole models that name them, load from there.
+__path__.append(str(Path(__file__).parent / "formerly"))
 
 __all__ = [
     "CurrentTensor",
@@ -94,7 +100,7 @@ class _Package(types.ModuleType):
     """Keeps the function where a submodule has its name, whoever imports that submodule, and when."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, types.ModuleType) and _HOMES.get(name) == value.__name__:
+        if isinstance(value, types.ModuleType) and name in _HOMES:
             value = getattr(value, name)
         super().__setattr__(name, value)
 

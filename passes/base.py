@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-import hashlib
-import operator
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
-from fxquant.graph import packet
-from fxquant.passes.fakes import computed, memoized
+from fxquant.graph.bodies import all_graphs
+from fxquant.graph.fakes import memoized
 from fxquant.passes.invariants import check_invariants
-from fxquant.resolve import nested_graphs
+from fxquant.support.digest import source_digest
 
 VERSION = "1"
 
@@ -93,26 +88,6 @@ def _stable(value: Any) -> str:
     return repr(value)
 
 
-@functools.cache
-def source_digest() -> str:
-    """Digest of every source file of fxquant: compiled code made by other sources is never reused."""
-    root = Path(__file__).parent.parent  # as imported, through the link fxquant/passes
-    found = hashlib.sha256(torch.__version__.encode())
-    for folder in (root, *(root / name for name in ("numerics", "ops", "kernels", "passes"))):
-        for path in sorted(folder.glob("*.py")):
-            found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16]
-
-
-def all_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """``gm`` and the nested bodies of its operators."""
-    yield gm
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            for body in nested_graphs(gm, node):
-                yield from all_graphs(body)
-
-
 def run_all(passes: Iterable[Pass], gm: fx.GraphModule) -> PassResult:
     """Runs passes in order; the sum of what they did.
 
@@ -142,41 +117,3 @@ def _edit(each: Pass, gm: fx.GraphModule) -> PassResult:
             module.graph.lint()
             check_invariants(module, f"after {each.name}")
     return result
-
-
-def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
-    """A new call_function node at the insertion point, with ``val`` computed and the origin of ``like``."""
-    node = graph.call_function(op, args, kwargs)
-    for key in ("nn_module_stack", "stack_trace", "region"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = next((v.fake_mode for v in _tensors((values, like.meta.get("val"))) if hasattr(v, "fake_mode")), None)
-    if mode is None:
-        raise AssertionError(f"{op} has no fake operand to compute its value from")
-    node.meta["val"] = computed(mode, op, *values)
-    return node
-
-
-def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
-    """``node[index]`` of an op with several results."""
-    got = graph.call_function(operator.getitem, (node, index))
-    got.meta.update({k: v for k, v in node.meta.items() if k != "val"}, val=node.meta["val"][index])
-    return got
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
-
-
-def drop_dead_nodes(graph: fx.Graph) -> None:
-    """Dead code elimination that keeps mutations."""
-    graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether a node writes into one of its operands."""
-    if packet(node) in (torch.ops.aten.batch_norm, torch.ops.aten.instance_norm):
-        return True  # of the running statistics, which their schemas keep silent about
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

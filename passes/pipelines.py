@@ -6,27 +6,27 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from fxquant.passes.base import Pass
-from fxquant.passes.batch_range_updates import BatchRangeUpdates
-from fxquant.passes.decompose_recurrent_cells import DecomposeRecurrentCells
-from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
-from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
-from fxquant.passes.hoist_views import HoistViews
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
-from fxquant.passes.materialize_shared import MaterializeShared
-from fxquant.passes.observe_in_rows import ObserveInRows
-from fxquant.passes.pass_gradients_through import PassGradientsThrough
-from fxquant.passes.quantize_bias import QuantizeBias
-from fxquant.passes.save_quantized_activations import SaveQuantizedActivations
-from fxquant.passes.save_running_statistics import SaveRunningStatistics
-from fxquant.passes.sink_weights import SinkWeights
-from fxquant.passes.tag_recompute import TagRecompute
-from fxquant.passes.unify_scales import UnifyScales
-from fxquant.passes.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
-from fxquant.profiles import Profile
-from fxquant.recipes import Recipe
+from fxquant.passes.captured.batch_range_updates import BatchRangeUpdates
+from fxquant.passes.captured.decompose_recurrent_cells import DecomposeRecurrentCells
+from fxquant.passes.captured.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
+from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.captured.fold_training_batch_norm import FoldTrainingBatchNorm
+from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
+from fxquant.passes.captured.hoist_views import HoistViews
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.passes.captured.pass_gradients_through import PassGradientsThrough
+from fxquant.passes.captured.quantize_bias import QuantizeBias
+from fxquant.passes.captured.sink_weights import SinkWeights
+from fxquant.passes.captured.unify_scales import UnifyScales
+from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
+from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
+from fxquant.passes.joint.tag_recompute import TagRecompute
+from fxquant.passes.joint.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
+from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.post_grad.materialize_shared import MaterializeShared
+from fxquant.passes.post_grad.observe_in_rows import ObserveInRows
+from fxquant.spec.recipes import Recipe
+from fxquant.targets.profiles import Profile
 
 
 def normalizing_passes() -> tuple[Pass, ...]:

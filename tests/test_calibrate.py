@@ -8,7 +8,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import InvalidArgument, NotQuantizedWarning
-from fxquant.state import quantizers
+from fxquant.prepared.quantizer import quantizers
 
 
 def _net() -> nn.Module:

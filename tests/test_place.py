@@ -14,12 +14,13 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxquant import lift as lift_module
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
-from fxquant.place import Placements, place
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8, Recipe
-from fxquant.spec import CurrentTensor, QuantSpec
+from fxquant.graph import lift as lift_module
+from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
+from fxquant.plan.solver import Placements, place
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT8, Recipe
+from fxquant.targets.profiles import ONNXRUNTIME
 from tests.passes.graphs import captured
 
 IMAGE = torch.randn(2, 4, 8, 8)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxquant.errors import InvalidArgument
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
-from fxquant.place import Exceptions, Placements, place
-from fxquant.profiles import GENERIC, ONNXRUNTIME, OPENVINO, TENSORRT, Profile
-from fxquant.recipes import INT4_WEIGHT_ONLY, INT8, Recipe
-from fxquant.rules import Rule, Rulebook
-from fxquant.spec import CurrentTensor, QuantSpec
+from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
+from fxquant.plan.exceptions import Exceptions
+from fxquant.plan.solver import Placements, place
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT4_WEIGHT_ONLY, INT8, Recipe
+from fxquant.spec.rules import Rule, Rulebook
+from fxquant.targets.profiles import GENERIC, ONNXRUNTIME, OPENVINO, TENSORRT, Profile
 from tests.passes.graphs import captured
 
 TOKENS = torch.randn(2, 5, 8)

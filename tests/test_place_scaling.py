@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import fx
 
-from fxquant import lift as lift_module
-from fxquant.graph import operands
-from fxquant.lift import Lifting, lift, passes_values
-from fxquant.place import place
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8
+from fxquant.graph import lift as lift_module
+from fxquant.graph.kinds import operands
+from fxquant.graph.lift import Lifting, lift
+from fxquant.graph.moves import passes_values
+from fxquant.plan.solver import place
+from fxquant.spec.recipes import INT8
+from fxquant.targets.profiles import ONNXRUNTIME
 
 aten = torch.ops.aten
 VALUE = torch.empty(2, 4, 6, 6, device="meta")

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxquant.errors import InvalidArgument
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
-from fxquant.place import Exceptions, place
-from fxquant.profiles import GENERIC, OPENVINO, PROFILES, TENSORRT, Profile
-from fxquant.recipes import INT8
-from fxquant.rules import Rule, Rulebook
-from fxquant.spec import QuantSpec
+from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
+from fxquant.plan.exceptions import Exceptions
+from fxquant.plan.solver import place
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.recipes import INT8
+from fxquant.spec.rules import Rule, Rulebook
+from fxquant.targets.profiles import GENERIC, OPENVINO, PROFILES, TENSORRT, Profile
 from tests.passes.graphs import captured
 
 IMAGE = torch.randn(2, 4, 8, 8)

@@ -8,9 +8,12 @@ import sys
 import pytest
 
 from fxquant.errors import PlanMismatch
-from fxquant.plan import Declined, Edge, LocalSite, Mode, Plan, Site, digest, register, registered, target_of
-from fxquant.recipes import INT8, W4A8
-from fxquant.spec import Fixed, MovingAverage, QuantSpec
+from fxquant.plan.plan import Declined, Edge, LocalSite, Plan, Site
+from fxquant.plan.site_lists import digest, register, registered, target_of
+from fxquant.spec.mode import Mode
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import Fixed, MovingAverage
+from fxquant.spec.recipes import INT8, W4A8
 
 INPUT = LocalSite(
     name="input",

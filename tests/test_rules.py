@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import CurrentTensor, QuantSpec, Recipe, Rule, first_layer, last_layer, skip
 from fxquant.errors import InvalidArgument
-from fxquant.plan import Plan
-from fxquant.rules import Where
-from fxquant.state import plan_of
+from fxquant.plan.plan import Plan
+from fxquant.prepared.root import plan_of
+from fxquant.spec.rules import Where
 
 W4 = QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor())
 A16 = QuantSpec(bits=16, signed=False, symmetric=False)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from fxquant.errors import InvalidArgument
-from fxquant.profiles import ONNXRUNTIME, PROFILES, Profile, get_profile
-from fxquant.recipes import INT4_WEIGHT_ONLY, INT8, Recipe, get_recipe
-from fxquant.spec import CurrentTensor, Fixed, MovingAverage, QuantSpec, get_range
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor, Fixed, MovingAverage, get_range
+from fxquant.spec.recipes import INT4_WEIGHT_ONLY, INT8, Recipe, get_recipe
+from fxquant.targets.profiles import ONNXRUNTIME, PROFILES, Profile, get_profile
 
 SPECS = [
     QuantSpec(),

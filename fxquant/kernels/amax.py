@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.formats import FloatFormat
 from fxquant.kernels.arguments import AmaxArgs
 from fxquant.kernels.floating import float_grid
 from fxquant.kernels.launch import (
@@ -21,6 +20,7 @@ from fxquant.kernels.launch import (
     same_device,
 )
 from fxquant.numerics.amax import code_range
+from fxquant.numerics.formats import FloatFormat
 
 _MAX_BITS = 16
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument, KernelUnavailable
-from fxquant.formats import FLOAT_FORMATS, FloatFormat
 from fxquant.kernels import affine, amax, floating
 from fxquant.kernels.affine import Qparams
 from fxquant.kernels.driver import CudaLauncher
 from fxquant.kernels.launch import Declined, Launcher, require
 from fxquant.numerics.blocks import Element, IntegerGrid
+from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
 
 PATHS = ("auto", "cuda", "aten")
 _log = logging.getLogger("fxquant.kernels")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxquant.formats import FLOAT_FORMATS, FloatFormat
 from fxquant.kernels import arguments
 from fxquant.kernels.arguments import BlockArgs, FloatArgs
 from fxquant.kernels.launch import (
@@ -27,6 +26,7 @@ from fxquant.kernels.launch import (
     same_device,
 )
 from fxquant.numerics.blocks import MXINT8, Element
+from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
 
 _MANTISSA = 23
 _FLOAT8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.division import reciprocal
-from fxquant.spec import Rounding
+from fxquant.spec.quant_spec import Rounding
 
 # torch's per-channel kernels cast the code to int64 before they clamp; what does not fit becomes INT64_MIN.
 _INT64_END = 2.0**63

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.formats import FloatFormat
 from fxquant.numerics.division import divide_by_number
 from fxquant.numerics.floating import round_to_float
+from fxquant.numerics.formats import FloatFormat
 
 EPSILON = 2.0**-24
 """An amax of at most this counts as 0."""

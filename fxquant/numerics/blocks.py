@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.formats import FloatFormat
 from fxquant.numerics.division import divide_by_number, reciprocal
 from fxquant.numerics.floating import power_of_two_below, round_to_float, widen
+from fxquant.numerics.formats import FloatFormat
 from fxquant.numerics.stochastic import round_by_chance, uniform
 
 # E8M0, the scale of MX: powers of two between these. The lower one is subnormal in float32.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.formats import FloatFormat
+from fxquant.numerics.formats import FloatFormat
 from fxquant.numerics.stochastic import round_by_chance, uniform
 
 # dtype → (integer of the same width, stored mantissa bits, exponent bias)

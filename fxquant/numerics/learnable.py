@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxquant.numerics.affine import clamp_code, per_channel_view, rounded
 from fxquant.numerics.division import divide_by_number, reciprocal
-from fxquant.spec import Rounding
+from fxquant.spec.quant_spec import Rounding
 
 # torch's per-channel kernels cast the code to int64; what does not fit becomes its lowest value.
 _INT64_END = 2.0**63

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxquant.numerics import affine
 from fxquant.numerics.division import divide_by_number, reciprocal
-from fxquant.spec import Rounding
+from fxquant.spec.quant_spec import Rounding
 
 # 6.1e-5 in float32, about the smallest normal float16: torch raises smaller scales to it.
 SMALLEST_SCALE = 6.0999998822808266e-05

@@ -15,20 +15,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.capture import exported_graph
+from fxquant.capture.aside import evaluating
+from fxquant.capture.exported import exported_graph
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
-from fxquant.onnx.canonicalize import canonicalize
-from fxquant.onnx.freeze import Frozen, freeze
-from fxquant.onnx.require import require
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.passes.base import run_all
+from fxquant.passes.export.canonicalize import canonicalize
+from fxquant.passes.export.freeze import Frozen, freeze
 from fxquant.passes.pipelines import training_passes
-from fxquant.plan import Plan
-from fxquant.profiles import Profile, get_profile
-from fxquant.recipes import get_recipe
-from fxquant.recording import evaluating
-from fxquant.state import bound_forward, exporting, owners, quantizers, require_plan, unwrap
-from fxquant.table import megabytes
+from fxquant.plan.plan import Plan
+from fxquant.prepared.bound_forward import bound_forward, exporting
+from fxquant.prepared.quantizer import owners, quantizers
+from fxquant.prepared.root import require_plan, unwrap
+from fxquant.spec.recipes import get_recipe
+from fxquant.support.require import require
+from fxquant.support.table import megabytes
+from fxquant.targets.profiles import Profile, get_profile
 
 ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
 WeightStorage = Literal["int8", "int4"]

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxquant.onnx import lint_tensorrt  # noqa: F401  (registers its rules)
-from fxquant.onnx.lint_rules import Reader, doc, rules_of
-from fxquant.onnx.runtime import ModelPath, load_model
-from fxquant.profiles import get_profile
-from fxquant.table import table
+from fxquant.support.table import table
+from fxquant.targets import lint_tensorrt  # noqa: F401  (registers its rules)
+from fxquant.targets.document import ModelPath, load_model
+from fxquant.targets.lint_rules import Reader, doc, rules_of
+from fxquant.targets.profiles import get_profile
 
 
 @dataclass(frozen=True, kw_only=True)

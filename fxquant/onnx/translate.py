@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from fxquant.onnx.require import require
+from fxquant.numerics.storage import storage
 from fxquant.onnx.translate_amax import amax_translations
-from fxquant.onnx.translate_operators import constant, operator_translations, storage
+from fxquant.onnx.translate_operators import constant, operator_translations
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from fxquant.support.require import require
 
 
 def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:

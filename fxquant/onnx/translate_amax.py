@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fxquant.errors import InvalidArgument
-from fxquant.onnx.require import require
 from fxquant.ops import amax as ops
+from fxquant.support.require import require
 from fxquant.tensor_quant import symbolic
 from fxquant.tensor_quant.symbolic import Operand
 

@@ -10,20 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fxquant.errors import ExportError
-from fxquant.onnx.require import require
+from fxquant.numerics.storage import storage
 from fxquant.ops.fake_quantize import PER_CHANNEL, PER_TENSOR, PER_TENSOR_SCALAR
 from fxquant.ops.floating import FAKE_QUANTIZE_FLOAT
+from fxquant.support.require import require
 
 _FLOAT_TYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
-_STORAGE = ((0, 255, "uint8"), (-128, 127, "int8"), (0, 65535, "uint16"), (-32768, 32767, "int16"))
-
-
-def storage(quant_min: int, quant_max: int) -> tuple[str, int, int]:
-    """Name and limits of the narrowest ONNX integer type that holds the codes."""
-    for low, high, name in _STORAGE:
-        if low <= quant_min and quant_max <= high:
-            return name, low, high
-    raise AssertionError(f"no integer type of at most 16 bits holds [{quant_min}, {quant_max}]")
 
 
 def constant(op: Any, value: Any) -> Any:

@@ -14,22 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.backend import fxquant_eager
-from fxquant.capture import compiled_aside, exported_graph
+from fxquant.backend.entry import fxquant_eager
+from fxquant.capture.aside import compiled_aside, evaluating
+from fxquant.capture.exported import exported_graph
 from fxquant.errors import InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
 from fxquant.onnx.export import ABSORBED, open_shapes
-from fxquant.onnx.freeze import held_name
-from fxquant.onnx.kernels import KernelRow, kernel_rows
 from fxquant.onnx.lint import LintReport, lint_onnx
-from fxquant.onnx.openvino import require_openvino, run_openvino
-from fxquant.onnx.require import require
-from fxquant.onnx.runtime import Wiring, integer_dot_support, latency, load_model, run_codes, run_outputs, session
 from fxquant.onnx.write import save, to_onnx
-from fxquant.plan import Role
-from fxquant.recording import evaluating, record
-from fxquant.state import require_plan, unwrap
-from fxquant.table import table
+from fxquant.passes.export.freeze import held_name
+from fxquant.plan.plan import Role
+from fxquant.prepared.root import require_plan, unwrap
+from fxquant.probe.recording import record
+from fxquant.support.require import require
+from fxquant.support.table import table
+from fxquant.targets.document import Wiring, load_model
+from fxquant.targets.kernels import KernelRow, kernel_rows
+from fxquant.targets.openvino_run import require_openvino, run_openvino
+from fxquant.targets.session import integer_dot_support, latency, run_codes, run_outputs, session
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from fxquant.errors import ExportError, FxquantError
-from fxquant.onnx.require import require
 from fxquant.onnx.translate import translation_table
+from fxquant.support.require import require
 
 # Protocol buffers end at 2 GiB; beyond, weights go into a file beside the model.
 _EXTERNAL_BYTES = 1_800_000_000

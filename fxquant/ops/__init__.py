@@ -15,8 +15,8 @@
 Each file holds schema, checks, arithmetic and gradient of its operators, and a documented Python function for each.
 """
 
+from fxquant.ops import plain_inductor  # noqa: F401  (says to Inductor, once it is asked, what fuses)
 from fxquant.ops.bias import fake_quantize_bias
-from fxquant.ops.binding import bind
 from fxquant.ops.blocks import fake_quantize_blocks, fake_quantize_mx, fake_quantize_nvfp4
 from fxquant.ops.fake_quantize import (
     fake_quantize_differentiable,
@@ -32,6 +32,7 @@ from fxquant.ops.learnable import (
     fake_quantize_tqt,
     lsq_grad_factor,
 )
+from fxquant.ops.marks import bind
 from fxquant.ops.observe import Observed, fused_moving_avg_obs_fake_quant, moving_avg_obs_fake_quant
 from fxquant.ops.qdq import dequantize_affine, quantize_dequantize
 from fxquant.ops.qparams import (

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import float_format
 from fxquant.numerics import amax as numerics
+from fxquant.numerics.formats import float_format
 from fxquant.ops.checks import assert_values, can_read, check_floating
 from fxquant.ops.library import define, same_arguments
 

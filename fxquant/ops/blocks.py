@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import FLOAT_FORMATS, float_format
 from fxquant.numerics import blocks
 from fxquant.numerics.blocks import MXINT8, Blocks, Element, IntegerGrid, ScaleFormat
+from fxquant.numerics.formats import FLOAT_FORMATS, float_format
 from fxquant.ops.checks import can_read, check_floating
 from fxquant.ops.library import define
 from fxquant.ops.stochastic import as_seed, check_seed

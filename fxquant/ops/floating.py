@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import FloatFormat, float_format
 from fxquant.numerics import floating, per_channel_view
+from fxquant.numerics.formats import FloatFormat, float_format
 from fxquant.ops.checks import check_floating, scalar_type
 from fxquant.ops.library import define
 from fxquant.ops.stochastic import as_seed, check_seed

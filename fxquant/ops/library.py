@@ -158,6 +158,9 @@ def _form(value: Any) -> object:
     return (type(value), value) if type(value) in _NUMBERS else None
 
 
+WHEN_TRACED: list[Callable[[], None]] = []
+"""Called when Dynamo first meets an operator, and again at the first of a family that was imported later."""
+
 _fused: set[Any] = set()
 
 
@@ -171,9 +174,8 @@ def _traced(op: Any, fake: Arithmetic) -> Arithmetic:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if op not in _fused and "torch._dynamo" in sys.modules:
-            from fxquant.backend import fuse_in_inductor
-
-            fuse_in_inductor()
+            for tell in WHEN_TRACED:
+                tell()
             _fused.update(ARITHMETIC)
         return fake(*args, **kwargs)
 

@@ -3,10 +3,10 @@
 from fxquant.report.cost import Cost, cost
 from fxquant.report.coverage import Coverage
 from fxquant.report.explanation import Explanation, explain
-from fxquant.report.mixed import MixedRecipe, mixed
-from fxquant.report.sensitivity import SensitivityReport, SensitivityRow, sensitivity
 from fxquant.report.sqnr import sqnr
-from fxquant.report.within import Mixed
+from fxquant.search.mixed import MixedRecipe, mixed
+from fxquant.search.sensitivity import SensitivityReport, SensitivityRow, sensitivity
+from fxquant.search.within import Mixed
 
 __all__ = [
     "Cost",

@@ -12,12 +12,13 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.backend.inductor.step import Kept, Step, site_of, trace_step
 from fxquant.errors import InvalidArgument
-from fxquant.graph import normalize_path, packet, relative, user_line
-from fxquant.plan import Plan
-from fxquant.scheduled import Kept, Step, site_of, trace_step
-from fxquant.state import require_plan, unwrap
-from fxquant.table import megabytes, table
+from fxquant.graph.frames import normalize_path, relative, user_line
+from fxquant.graph.nodes import packet
+from fxquant.plan.plan import Plan
+from fxquant.prepared.root import require_plan, unwrap
+from fxquant.support.table import megabytes, table
 
 Size: TypeAlias = "int | sympy.Expr"
 """Bytes: a number, or an expression in `BATCH` where the batch is left open."""

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph import is_float, kind_of, operands, packet, user_line
-from fxquant.lift import passes_values
-from fxquant.plan import Plan
-from fxquant.report.expected import why_float
-from fxquant.report.flops import attention_flops, flops, is_flex_attention, is_product
+from fxquant.graph.bodies import execution_order, nested_graphs
+from fxquant.graph.flops import attention_flops, flops, is_flex_attention, is_product
+from fxquant.graph.frames import user_line
+from fxquant.graph.kinds import kind_of, operands
+from fxquant.graph.moves import passes_values
+from fxquant.graph.nodes import is_float, packet
+from fxquant.plan.plan import Plan
+from fxquant.report.forecast import why_float
 from fxquant.report.operators import Captured, Reader, declines_of, label_of
-from fxquant.resolve import execution_order, nested_graphs
-from fxquant.table import short, table
+from fxquant.support.table import short, table
 
 aten = torch.ops.aten
 _SOFTMAX = frozenset({aten.softmax, aten._softmax, aten._safe_softmax})

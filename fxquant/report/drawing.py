@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
-from fxquant.report.expected import FLOAT
 from fxquant.report.operators import Operator, Wire
+from fxquant.targets.expected import FLOAT
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#5e3c99")

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
-from fxquant.plan import Declined, Plan
-from fxquant.profiles import get_profile
+from fxquant.plan.plan import Declined, Plan
+from fxquant.prepared.bound_forward import BoundForward, bound_forward
+from fxquant.prepared.quantizer import Quantizer, owners, quantizers
+from fxquant.prepared.root import require_plan, unwrap
 from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
-from fxquant.report.expected import FLOAT, Operation, Place, absolute, expected_kernel, operations, place_of
+from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, operations, place_of
 from fxquant.report.operators import Captured, Operator, capture_operators
-from fxquant.state import BoundForward, Quantizer, bound_forward, owners, quantizers, require_plan, unwrap
-from fxquant.table import short, table
+from fxquant.support.table import short, table
+from fxquant.targets.expected import FLOAT
+from fxquant.targets.profiles import get_profile
 
 _WIDTH = 120  # of the printed tables
 _LINES = 3  # that a cell of them may take

@@ -12,29 +12,24 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from fxquant.capture import dynamo_graphs, untouched
+from fxquant.capture.aside import untouched
+from fxquant.capture.dynamo import dynamo_graphs
 from fxquant.errors import FxquantError, InvalidArgument
-from fxquant.graph import (
-    call_nodes,
-    changed_in_place,
-    constant_nodes,
-    is_bind,
-    is_state,
-    kind_of,
-    operands,
-    packet,
-    unit_end,
-    user_line,
-)
-from fxquant.lift import Lifting, Operand, lift, passes_values
+from fxquant.graph.dependence import changed_in_place, constant_nodes
+from fxquant.graph.frames import user_line
+from fxquant.graph.kinds import kind_of, operands, unit_end
+from fxquant.graph.lift import Lifting, Operand, lift
+from fxquant.graph.moves import passes_values
+from fxquant.graph.nodes import call_nodes, is_bind, is_state, packet
 from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import normalizing_passes
-from fxquant.plan import Declined, Plan, Site
-from fxquant.prepare import frame_marks, left_out
-from fxquant.profiles import get_profile
-from fxquant.report.expected import Place, absolute, place_of
-from fxquant.resolve import enclosing, modules_around, positions
-from fxquant.state import bound_forward
+from fxquant.plan.plan import Declined, Plan, Site
+from fxquant.plan.positions import enclosing, modules_around, positions
+from fxquant.plan.unreached import left_out
+from fxquant.prepared.bound_forward import bound_forward
+from fxquant.prepared.frame_marks import frame_marks
+from fxquant.report.forecast import Place, absolute, place_of
+from fxquant.targets.profiles import get_profile
 
 aten = torch.ops.aten
 # Ops that take tensors apart: like those that move values, they are no work worth a large box.

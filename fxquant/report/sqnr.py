@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.plan import Role
-from fxquant.recording import record
-from fxquant.state import require_plan
+from fxquant.plan.plan import Role
+from fxquant.prepared.root import require_plan
+from fxquant.probe.recording import record
 
 
 def sqnr(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import float_format
 from fxquant.numerics import amax as numerics
+from fxquant.numerics.formats import float_format
 
 METHODS = ("entropy", "percentile", "mse")
 # Growing bin by bin ends here; from then on bins are merged in pairs, so that one outlier costs no memory.

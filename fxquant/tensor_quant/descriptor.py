@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import float_format
+from fxquant.numerics.formats import float_format
 
 CALIB_METHODS = ("max", "histogram")
 _BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes")

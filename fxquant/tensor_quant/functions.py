@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ExportError
-from fxquant.formats import float_format
 from fxquant.numerics import amax as numerics
+from fxquant.numerics.formats import float_format
 from fxquant.ops.amax import (
     fake_affine_tensor_quant,
     fake_tensor_quant,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import InvalidArgument, RangeNotSet
-from fxquant.formats import float_format
 from fxquant.numerics.blocks import Blocks
+from fxquant.numerics.formats import float_format
 from fxquant.ops.amax import (
     fake_tensor_quant,
     fake_tensor_quant_learnable,

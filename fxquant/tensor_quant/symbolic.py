@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from fxquant.errors import ExportError
-from fxquant.formats import float_format
 from fxquant.numerics.amax import EPSILON, code_range
+from fxquant.numerics.formats import float_format
 
 # Divided by it, all that a float quantizer meets rounds to 0.
 _HUGE = 2.0**127

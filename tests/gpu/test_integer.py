@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.numerics import integer
 from fxquant.ops.integer_matmul import multiplies_exactly
 from tests.gpu.harness import bits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fxquant import ops
-from fxquant.state import quantizers
+from fxquant.prepared.quantizer import quantizers
 from tests.gpu.harness import assert_same_bits, kernels, no_sync
 from tests.gpu.test_training import NETS, WIDTH, compiled, each_net, made
 from tests.models.nets import Convs, grads, kept_bytes, prepared

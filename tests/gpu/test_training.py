@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backend import compile_reports
-from fxquant.state import quantizers
+from fxquant.backend.reports import compile_reports
+from fxquant.prepared.quantizer import quantizers
 from tests.gpu.harness import bits
 from tests.models.nets import Block, ConvNet, Mlp, grads, prepared
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.formats import FLOAT_FORMATS, FloatFormat
 from fxquant.kernels import arguments
 from fxquant.kernels.floating import block_element, float_grid
 from fxquant.numerics import affine, blocks
 from fxquant.numerics.blocks import MXINT8, Element, IntegerGrid
 from fxquant.numerics.floating import round_to_float
+from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
 from tests.kernels.host import address, assert_same_bits, random_bits, special_values
 
 COUNT = 10_000_000  # random values a family; each of its parameter sets has an equal part

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
-from fxquant.reuse import stores
 
 
 @pytest.fixture

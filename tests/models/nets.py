@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fxquant
-from fxquant.state import bound_forward, quantizers
+from fxquant.prepared.bound_forward import bound_forward
+from fxquant.prepared.quantizer import quantizers
 
 
 class Mlp(nn.Module):

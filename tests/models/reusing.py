@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.backend import CompileReport, compile_reports
-from fxquant.reuse import stores
+from fxquant.backend.reports import CompileReport, compile_reports
+from fxquant.backend.reuse import stores
 from tests.models.nets import Mlp, prepared
 
 EAGER = "fxquant_eager"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.passes.base import PassResult
-from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
-from fxquant.recipes import INT8
-from fxquant.spec import CurrentTensor
+from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT8
 from tests.models.nets import Mlp, grads, prepared, step
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from torch._inductor.cpp_builder import CppBuilder
 from torch._inductor.graph import GraphLowering
 
 import fxquant
-from fxquant.compiling import collecting_rarely
+from fxquant.backend.inductor.compiling import collecting_rarely
 
 
 @pytest.mark.parametrize(("backend", "early"), [("fxquant", True), ("inductor", False)])

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fxquant
 from fxquant.errors import InvalidArgument
-from fxquant.plan import Mode
-from fxquant.spec import CurrentTensor, MovingAverage
-from fxquant.state import plan_of, quantizers
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
+from fxquant.spec.mode import Mode
+from fxquant.spec.ranges import CurrentTensor, MovingAverage
 from tests.models.nets import Blocks, Mlp, counted, grads, prepared, ranges, same_bits, step, unset
 from tests.models.oracle import EPS, Activation, OracleMlp, Qparams
 

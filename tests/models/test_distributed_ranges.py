@@ -69,8 +69,8 @@ def counting(seen: list[int], name: str) -> Any:
     """The backend of a name, and how many reductions over ranks each graph holds, nested bodies included."""
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        from fxquant import backend as backends
-        from fxquant.resolve import execution_order
+        from fxquant.backend import entry as backends
+        from fxquant.graph.bodies import execution_order
 
         quantized = backends.quantize_graph
 
@@ -182,7 +182,7 @@ def test_hidden_ranges_are_those_of_one_process_with_the_whole_batch(both: list[
 
 
 def test_without_other_processes_nothing_is_reduced() -> None:
-    from fxquant.passes.insert_fake_quantize import process_group
+    from fxquant.passes.captured.insert_fake_quantize import process_group
 
     assert process_group(None) == process_group("") == process_group("0") == ""
 

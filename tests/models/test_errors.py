@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxquant
-from fxquant.backend import fxquant as fxquant_backend
+from fxquant.backend.entry import fxquant as fxquant_backend
 from fxquant.errors import CompilerMissing, FxquantError, InvalidArgument, PlanMismatch, UnsupportedModel
-from fxquant.profiles import GENERIC
-from fxquant.recipes import INT8, Recipe
+from fxquant.spec.recipes import INT8, Recipe
+from fxquant.targets.profiles import GENERIC
 from tests.models.nets import ConvNet, Mlp, prepared, ranges, step
 
 EAGER = "fxquant_eager"

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.errors import NotQuantizedWarning
-from fxquant.state import bound_forward, plan_of, quantizers
+from fxquant.prepared.bound_forward import bound_forward
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
 from tests.models.nets import (
     Attention,
     Blocks,

@@ -17,11 +17,14 @@ from torch.func import grad, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
-from fxquant.capture import capture, exported_graph
+from fxquant.capture.dynamo import capture
+from fxquant.capture.exported import exported_graph
 from fxquant.errors import UnsupportedModel
-from fxquant.graph import is_bind
-from fxquant.regions import Whole, is_transform, outline_transforms
-from fxquant.state import plan_of, quantizers
+from fxquant.graph.bodies import is_transform
+from fxquant.graph.nodes import is_bind
+from fxquant.passes.dynamo.outline_transforms import Whole, outline_transforms
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
 from tests.models.nets import counted, eager_runs, grads, prepared, ranges, step, unset
 from tests.onnx.agreement import assert_codes_agree
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxquant
-from fxquant.backend import compile_reports
-from fxquant.graph import constant_nodes, same_views, weight_computations
-from fxquant.state import plan_of
+from fxquant.backend.reports import compile_reports
+from fxquant.graph.dependence import constant_nodes, same_views, weight_computations
+from fxquant.prepared.root import plan_of
 from tests.models.nets import counted, grads, prepared, ranges, step, unset
 from tests.models.oracle import Activation, weight
 from tests.onnx.agreement import assert_codes_agree

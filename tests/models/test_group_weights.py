@@ -17,18 +17,20 @@ from torch._inductor import metrics
 
 import fxquant
 from fxquant.errors import InvalidArgument, PlanMismatch, UnsupportedModel
-from fxquant.graph import packet
+from fxquant.graph.nodes import packet
 from fxquant.ops import fake_quantize
-from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
-from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.plan import Plan
-from fxquant.profiles import GENERIC
-from fxquant.recipes import INT4_WEIGHT_ONLY, Recipe
-from fxquant.rules import Rule
-from fxquant.spec import CurrentTensor, QuantSpec
-from fxquant.state import plan_of, quantizers
+from fxquant.passes.captured.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
+from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.captured.fold_training_batch_norm import FoldTrainingBatchNorm
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.plan.plan import Plan
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT4_WEIGHT_ONLY, Recipe
+from fxquant.spec.rules import Rule
+from fxquant.targets.profiles import GENERIC
 from tests.models import oracle
 from tests.models.nets import Mlp, grads
 from tests.passes.graphs import apply, captured, evaluate, untouched

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
 from fxquant.ops.integer_matmul import multiplies_exactly
-from fxquant.passes import use_integer_matmul
-from fxquant.passes.product_times import Problem, Times
+from fxquant.passes.joint import use_integer_matmul
+from fxquant.passes.joint.product_times import Problem, Times
 from tests.models.nets import Attention, ConvNet, Convs, Mlp, grads, kept_bytes, step
 
 pytestmark = [

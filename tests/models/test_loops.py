@@ -11,7 +11,7 @@ from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 
 import fxquant
-from fxquant import loops
+from fxquant.backend.inductor import loops
 from tests.ops.oracle import assert_same_bits
 
 ROOT = "1 / std::sqrt"  # of one number; of a vector it is .rsqrt()

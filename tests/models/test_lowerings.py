@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 
-from fxquant import lowerings, ops
+from fxquant import ops
+from fxquant.backend.inductor import lowerings
 from fxquant.ops import affine_qparams, update_min_max
 from fxquant.ops.fake_quantize import PER_TENSOR
 from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
 from fxquant.passes.base import PassResult
-from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from tests.ops.oracle import assert_same_bits, hard_values
 
 

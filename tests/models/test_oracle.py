@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
-from fxquant.state import quantizers
+from fxquant.prepared.quantizer import quantizers
 from tests.models.nets import ConvNet, Mlp, grads, prepared, ranges, same_bits
 from tests.models.oracle import Activation, OracleConvNet, OracleMlp
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import CurrentTensor, QuantSpec
 from fxquant.errors import InvalidArgument, PlanMismatch
-from fxquant.state import plan_of, quantizers
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
 from tests.onnx.agreement import assert_codes_agree
 
 W4 = QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor())
@@ -139,7 +140,7 @@ def test_errors_leave_the_model_as_it_was(model: nn.Module, changes: dict[str, A
 
 @pytest.mark.parametrize("step", ["detach", "attach"])
 def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module, monkeypatch: Any, step: str) -> None:
-    module = sys.modules["fxquant.override"]
+    module = sys.modules["fxquant.prepared.override"]
     real, calls = getattr(module, step), []
 
     def interrupted(*args: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from fxquant.passes.pass_gradients_through import PassGradientsThrough
+from fxquant.passes.captured.pass_gradients_through import PassGradientsThrough
 from tests.models.nets import ConvNet, prepared
 from tests.models.reusing import (
     EAGER,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
-from fxquant.reuse import stores
+from fxquant.backend.reuse import stores
 from tests.models.nets import Blocks, ConvNet, Mlp, TiedLanguageModel, prepared
 from tests.models.oracle import weight as quantized_weight
 from tests.models.reusing import EAGER, IMAGE, REUSE, Run, X, accumulate, kept_values, mlp, report, runs, same, sgd

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.backend import compile_reports
-from fxquant.plan import Mode
-from fxquant.state import bound_forward, quantizers
+from fxquant.backend.reports import compile_reports
+from fxquant.prepared.bound_forward import bound_forward
+from fxquant.prepared.quantizer import quantizers
+from fxquant.spec.mode import Mode
 from tests.models.nets import ConvNet, Mlp, grads, prepared, ranges, step, unset
 
 EAGER = "fxquant_eager"

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx_inner
 
-from fxquant.backend import compile_quantized, quantize_graph
-from fxquant.capture import capture
+from fxquant.backend.inductor.compile import compile_quantized
+from fxquant.backend.quantize import quantize_graph
+from fxquant.capture.dynamo import capture
 from tests.models.nets import ConvNet, Mlp, prepared, step
 
 pytestmark = pytest.mark.usefixtures("cold")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backend import compile_reports
-from fxquant.state import plan_of
+from fxquant.backend.reports import compile_reports
+from fxquant.prepared.root import plan_of
 from tests.models.nets import prepared, step, unset
 from tests.onnx.agreement import assert_codes_agree
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument, MissingDependency, NotQuantizedWarning, RangeNotSet
-from fxquant.onnx import runtime
 from fxquant.ops.qdq import QUANTIZE_DEQUANTIZE
-from fxquant.state import plan_of, quantizers
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
+from fxquant.targets import session as runtime
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import Attention, ConvNet, calibrated, snapshot
 
@@ -109,7 +110,7 @@ def test_model_modes_and_state_stay_as_they_were(exported, tmp_path):
 def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
     """The compile path, whose sites come from Dynamo, and the export path, whose come from torch.export."""
     from fxquant.onnx.export import quantized_graph
-    from fxquant.recording import record
+    from fxquant.probe.recording import record
 
     model, _, _ = exported
     seen = {}

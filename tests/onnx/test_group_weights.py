@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.onnx import ExportReport, VerifyReport, lint_onnx
-from fxquant.onnx.runtime import run_outputs, session
-from fxquant.recipes import INT4_WEIGHT_ONLY, Recipe
-from fxquant.spec import CurrentTensor, QuantSpec
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT4_WEIGHT_ONLY, Recipe
+from fxquant.targets.session import run_outputs, session
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import calibrated
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from fxquant.errors import ExportError
-from fxquant.onnx.kernels import INTEGER, UNKNOWN, KernelRow, kernel_rows
+from fxquant.targets.kernels import INTEGER, UNKNOWN, KernelRow, kernel_rows
 from tests.onnx.graphs import BOOL, FLOAT16, Graph, image, rows
 
 Build = Callable[[Graph, str], str]

@@ -12,8 +12,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from fxquant.errors import ExportError, InvalidArgument, MissingDependency
-from fxquant.onnx import runtime
-from fxquant.onnx.require import require
+from fxquant.support.require import require
+from fxquant.targets import session as runtime
 from tests.onnx.graphs import BOOL, Graph, image, rows
 
 

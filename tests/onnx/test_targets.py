@@ -20,11 +20,13 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant.errors import ExportError, MissingDependency
-from fxquant.onnx import lint_onnx, runtime, verify
-from fxquant.onnx.openvino import run_openvino
-from fxquant.onnx.runtime import run_codes
-from fxquant.recipes import Recipe
-from fxquant.spec import CurrentTensor, QuantSpec
+from fxquant.onnx import lint_onnx, verify
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import Recipe
+from fxquant.targets import session as runtime
+from fxquant.targets.openvino_run import run_openvino
+from fxquant.targets.session import run_codes
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.graphs import Graph
 from tests.onnx.models import calibrated

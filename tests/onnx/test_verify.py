@@ -13,7 +13,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument
-from fxquant.state import plan_of
+from fxquant.prepared.root import plan_of
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import ConvNet, calibrated, snapshot
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
-from fxquant.ops.binding import BIND
 from fxquant.ops.fake_quantize import (
     PER_CHANNEL,
     PER_CHANNEL_BACKWARD,
@@ -14,6 +13,7 @@ from fxquant.ops.fake_quantize import (
     PER_TENSOR_BACKWARD,
     PER_TENSOR_SCALAR,
 )
+from fxquant.ops.marks import BIND
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.ops.qparams import (
     AFFINE_QPARAMS,

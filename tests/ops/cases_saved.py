@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.ops.materialize import MATERIALIZE
+from fxquant.ops.marks import MATERIALIZE, STAND_IN
 from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
-from fxquant.ops.stand_in import STAND_IN
 from tests.ops.cases import Case
 from tests.ops.cases_affine import DIVIDE, one
 

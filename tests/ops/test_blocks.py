@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import FLOAT_FORMATS, float_format
 from fxquant.numerics.blocks import MXINT8, mx_scale
+from fxquant.numerics.formats import FLOAT_FORMATS, float_format
 from fxquant.ops.blocks import fake_quantize_blocks, fake_quantize_mx, fake_quantize_nvfp4
 from fxquant.ops.floating import fake_quantize_float
 from fxquant.ops.stochastic import uniform

@@ -15,7 +15,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 
 import fxquant
-from fxquant.backend import _Log, _with_passes
+from fxquant.backend.inductor.compile import _with_passes
+from fxquant.backend.reports import Log as _Log
 from fxquant.ops import (
     affine_qparams,
     fake_quantize_per_channel_affine,
@@ -23,10 +24,10 @@ from fxquant.ops import (
     symmetric_qparams,
     update_min_max,
 )
-from fxquant.ops.binding import BIND
 from fxquant.ops.library import DECOMPOSITIONS
-from fxquant.passes.base import source_digest
+from fxquant.ops.marks import BIND
 from fxquant.passes.pipelines import post_grad_passes
+from fxquant.support.digest import source_digest
 from tests.ops.oracle import assert_same_bits, hard_values
 
 POINT = torch.tensor([7], dtype=torch.int32)

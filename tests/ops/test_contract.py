@@ -18,9 +18,9 @@ from fxquant.ops import (
     fake_quantize_per_tensor_affine,
     quantize_dequantize,
 )
-from fxquant.ops.binding import BIND
 from fxquant.ops.fake_quantize import BACKWARD, PER_CHANNEL_BACKWARD
 from fxquant.ops.fake_quantize import PER_TENSOR_BACKWARD as PER_TENSOR_BACKWARD
+from fxquant.ops.marks import BIND
 from tests.ops.oracle import assert_same_bits
 
 S, Z = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)

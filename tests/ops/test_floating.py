@@ -18,8 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.formats import FLOAT_FORMATS, FloatFormat, float_format
 from fxquant.numerics.floating import power_of_two_below, round_to_float
+from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat, float_format
 from fxquant.ops.floating import DEQUANTIZE_FLOAT, dequantize_float, fake_quantize_float, quantize_float
 from fxquant.ops.stochastic import uniform
 from tests.ops.oracle import assert_same_bits

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.backend import aot_eager
-from fxquant.capture import capture
+from fxquant.backend.eager import aot_eager
+from fxquant.capture.dynamo import capture
 from fxquant.passes.base import Pass, PassResult, run_all
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8
+from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.spec.recipes import INT8
+from fxquant.targets.profiles import ONNXRUNTIME
 
 INSERT = InsertFakeQuantize(recipe=INT8, profile=ONNXRUNTIME, stateless=True)
 QUANTIZE: tuple[Pass, ...] = (FunctionalizeActivations(), INSERT)

@@ -12,13 +12,15 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import InvariantViolated
-from fxquant.passes.base import Pass, PassResult, all_graphs, run_all, source_digest
-from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.graph.bodies import all_graphs
+from fxquant.passes.base import Pass, PassResult, run_all
+from fxquant.passes.captured.unify_scales import UnifyScales
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
-from fxquant.passes.unify_scales import UnifyScales
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8, W4A8
-from fxquant.spec import CurrentTensor
+from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT8, W4A8
+from fxquant.support.digest import source_digest
+from fxquant.targets.profiles import ONNXRUNTIME
 from tests.passes.graphs import QUANTIZE, captured
 
 

@@ -10,15 +10,18 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fxquant.ops.binding import bind
-from fxquant.passes import insert_fake_quantize
-from fxquant.passes.batch_range_updates import BatchRangeUpdates
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.plan import Edge, LocalSite, Mode, register
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8
-from fxquant.resolve import execution_order
-from fxquant.spec import MovingAverage, QuantSpec
+from fxquant.graph.bodies import execution_order
+from fxquant.ops.marks import bind
+from fxquant.passes.captured import insert_fake_quantize
+from fxquant.passes.captured.batch_range_updates import BatchRangeUpdates
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.plan.plan import Edge, LocalSite
+from fxquant.plan.site_lists import register
+from fxquant.spec.mode import Mode
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import MovingAverage
+from fxquant.spec.recipes import INT8
+from fxquant.targets.profiles import ONNXRUNTIME
 from tests.passes.graphs import apply, captured, evaluate, show, untouched
 
 PASS = BatchRangeUpdates()

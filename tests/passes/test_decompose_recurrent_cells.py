@@ -11,8 +11,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.passes.decompose_recurrent_cells import DecomposeRecurrentCells
-from fxquant.state import plan_of
+from fxquant.passes.captured.decompose_recurrent_cells import DecomposeRecurrentCells
+from fxquant.prepared.root import plan_of
 from tests.onnx.agreement import assert_codes_agree
 from tests.passes.graphs import apply, captured, show, untouched
 

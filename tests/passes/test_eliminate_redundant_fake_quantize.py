@@ -12,7 +12,7 @@ from fxquant.ops import (
     fake_quantize_per_tensor_affine,
     update_min_max,
 )
-from fxquant.passes.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
+from fxquant.passes.captured.eliminate_redundant_fake_quantize import EliminateRedundantFakeQuantize
 from tests.passes.graphs import apply, captured, evaluate, show, untouched
 
 PASS = EliminateRedundantFakeQuantize()

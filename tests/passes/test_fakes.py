@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from fxquant.graph import fakes
+from fxquant.graph.fakes import computed, memoized
 from fxquant.ops import fake_quantize, qparams
 from fxquant.ops.library import ARITHMETIC
-from fxquant.passes import fakes
-from fxquant.passes.fakes import computed, memoized
 
 aten = torch.ops.aten
 STATIC = {"rounding": "divide"}

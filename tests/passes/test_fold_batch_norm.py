@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.profiles import GENERIC, ONNXRUNTIME
-from fxquant.recipes import INT8, Recipe
-from fxquant.rules import Rule
-from fxquant.spec import CurrentTensor, QuantSpec
+from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import INT8, Recipe
+from fxquant.spec.rules import Rule
+from fxquant.targets.profiles import GENERIC, ONNXRUNTIME
 from tests.passes.graphs import INSERT, QUANTIZE, apply, captured, quantizing, show, untouched
 
 FOLD = FoldBatchNorm()

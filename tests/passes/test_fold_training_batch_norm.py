@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import fxquant
-from fxquant.capture import capture
+from fxquant.capture.dynamo import capture
 from fxquant.passes.base import Pass
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
-from fxquant.passes.fold_training_batch_norm import FoldTrainingBatchNorm
-from fxquant.passes.save_running_statistics import SaveRunningStatistics
+from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.captured.fold_training_batch_norm import FoldTrainingBatchNorm
+from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
 from tests.passes.graphs import apply, captured, quantizing, untouched
 from tests.passes.test_fold_batch_norm import (
     LAYERS,

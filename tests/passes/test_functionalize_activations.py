@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fxquant.passes.base import all_graphs
-from fxquant.passes.functionalize_activations import FunctionalizeActivations
+from fxquant.graph.bodies import all_graphs
+from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
 from tests.passes.graphs import apply, captured, show, untouched
 
 PASS = FunctionalizeActivations()

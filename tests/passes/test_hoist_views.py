@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxquant.ops import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
-from fxquant.passes.hoist_views import HoistViews
+from fxquant.passes.captured.hoist_views import HoistViews
 from tests.passes.graphs import apply, captured, evaluate, quantizing, show, untouched
 
 PASS = HoistViews()

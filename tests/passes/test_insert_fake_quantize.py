@@ -9,12 +9,15 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxquant.ops.binding import bind
-from fxquant.passes.insert_fake_quantize import InsertFakeQuantize
-from fxquant.plan import Edge, LocalSite, Mode, register
-from fxquant.profiles import ONNXRUNTIME
-from fxquant.recipes import INT8
-from fxquant.spec import CurrentTensor, Fixed, QuantSpec, Range
+from fxquant.ops.marks import bind
+from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
+from fxquant.plan.plan import Edge, LocalSite
+from fxquant.plan.site_lists import register
+from fxquant.spec.mode import Mode
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor, Fixed, Range
+from fxquant.spec.recipes import INT8
+from fxquant.targets.profiles import ONNXRUNTIME
 from tests.passes.graphs import INSERT, apply, captured, show, untouched
 
 BOUND = InsertFakeQuantize(recipe=INT8, profile=ONNXRUNTIME)

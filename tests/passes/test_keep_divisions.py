@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.passes.base import PassResult
-from fxquant.passes.keep_divisions import KeepDivisions
+from fxquant.passes.post_grad.keep_divisions import KeepDivisions
 from tests.passes.graphs import apply, untouched
 
 aten = torch.ops.aten

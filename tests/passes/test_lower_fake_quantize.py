@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxquant.graph import call_nodes
+from fxquant.graph.nodes import call_nodes
 from fxquant.ops import (
     dequantize_per_tensor,
     fake_quantize_per_channel_affine,
@@ -14,7 +14,7 @@ from fxquant.ops import (
     quantize_per_tensor,
 )
 from fxquant.ops.fake_quantize import PER_CHANNEL_BACKWARD, PER_TENSOR_BACKWARD
-from fxquant.passes.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from tests.ops.oracle import assert_same_bits, hard_values
 from tests.passes.graphs import apply, captured, show, untouched
 

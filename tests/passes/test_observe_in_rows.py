@@ -11,9 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fxquant
-from fxquant.passes.materialize_shared import MaterializeShared
-from fxquant.passes.observe_in_rows import ObserveInRows
-from fxquant.scheduled import trace_step
+from fxquant.backend.inductor.step import trace_step
+from fxquant.passes.post_grad.materialize_shared import MaterializeShared
+from fxquant.passes.post_grad.observe_in_rows import ObserveInRows
 from tests.ops.oracle import assert_same_bits
 from tests.passes.graphs import apply, show, untouched
 

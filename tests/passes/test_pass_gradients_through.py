@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from fxquant.ops import fake_quantize, qparams
-from fxquant.passes.pass_gradients_through import PassGradientsThrough
+from fxquant.passes.captured.pass_gradients_through import PassGradientsThrough
 from tests.passes.graphs import QUANTIZE, apply, captured, untouched
 
 

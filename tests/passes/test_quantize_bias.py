@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
-from fxquant.onnx.runtime import run_outputs
 from fxquant.ops import fake_quantize_bias
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
-from fxquant.passes.quantize_bias import QuantizeBias
-from fxquant.profiles import ONNXRUNTIME, OPENVINO, Profile
+from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.captured.quantize_bias import QuantizeBias
+from fxquant.targets.profiles import ONNXRUNTIME, OPENVINO, Profile
+from fxquant.targets.session import run_outputs
 from tests.onnx.models import calibrated
 from tests.passes.graphs import QUANTIZE, apply, captured, show, untouched
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.ops import fake_quantize, saved
 from fxquant.ops.quantize import QUANTIZE_TENSOR
-from fxquant.passes.save_quantized_activations import SaveQuantizedActivations, is_saved_as_codes, plane_dim
-from fxquant.passes.tag_recompute import TagRecompute
+from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations, is_saved_as_codes, plane_dim
+from fxquant.passes.joint.tag_recompute import TagRecompute
 from tests.passes.graphs import apply, untouched
 
 aten = torch.ops.aten

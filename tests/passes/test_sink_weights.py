@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
-from fxquant.passes.base import PassResult, all_graphs
-from fxquant.passes.constant_weights import is_weight
-from fxquant.passes.sink_weights import SinkWeights
+from fxquant.graph.bodies import all_graphs
+from fxquant.passes.base import PassResult
+from fxquant.passes.captured.constant_weights import is_weight
+from fxquant.passes.captured.sink_weights import SinkWeights
 from tests.passes.graphs import QUANTIZE, apply, captured, show, untouched
 
 PASS = SinkWeights()

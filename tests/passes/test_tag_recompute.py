@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.ops import affine_qparams, fake_quantize_per_tensor_affine
-from fxquant.passes.tag_recompute import TagRecompute
+from fxquant.passes.joint.tag_recompute import TagRecompute
 from tests.passes.graphs import apply, untouched
 
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE

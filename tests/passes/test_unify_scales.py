@@ -8,8 +8,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from fxquant.ops import affine_qparams, fake_quantize_per_tensor_affine
-from fxquant.passes.unify_scales import UnifyScales
-from fxquant.profiles import ONNXRUNTIME
+from fxquant.passes.captured.unify_scales import UnifyScales
+from fxquant.targets.profiles import ONNXRUNTIME
 from tests.passes.graphs import apply, captured, evaluate, show, untouched
 
 JOINING = UnifyScales(profile=dataclasses.replace(ONNXRUNTIME, name="joining", joins_scale=True))

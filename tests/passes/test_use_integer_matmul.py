@@ -23,10 +23,10 @@ from fxquant.ops import (
     quantize_per_tensor,
 )
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION, integer_convolution, multiplies_exactly
-from fxquant.passes import product_times, use_integer_matmul
 from fxquant.passes.base import PassResult
-from fxquant.passes.product_times import Problem, Times, times
-from fxquant.passes.use_integer_matmul import UseIntegerMatmul
+from fxquant.passes.joint import product_times, use_integer_matmul
+from fxquant.passes.joint.product_times import Problem, Times, times
+from fxquant.passes.joint.use_integer_matmul import UseIntegerMatmul
 from tests.passes.graphs import apply, untouched
 
 aten = torch.ops.aten

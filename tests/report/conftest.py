@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from fxquant import backend
+from fxquant.backend import reports
 
 
 @pytest.fixture(autouse=True)
 def no_earlier_compiles() -> Iterator[None]:
     """Reports of other tests' compiles are put aside: models with equal site lists share them."""
-    with backend.unreported():
-        backend._LOGS.clear()
+    with reports.unreported():
+        reports.LOGS.clear()
         yield

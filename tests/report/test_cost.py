@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxquant
 from fxquant.__main__ import main
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.report.cost import BATCH, Bytes, Cost, cost
 from tests.models.nets import ConvNet, Mlp, ranges

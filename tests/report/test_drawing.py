@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backend import compile_reports
+from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
+from fxquant.prepared.bound_forward import bound_forward
 from fxquant.report import Explanation
 from fxquant.report.drawing import draw_svg
-from fxquant.report.expected import absolute
+from fxquant.report.forecast import absolute
 from fxquant.report.operators import Operator, Wire
-from fxquant.state import bound_forward
 from tests.report.nets import FLAT, IMAGE, MAPS, TOKENS, Forked, Products, Repeated, Residual
 
 SVG = "{http://www.w3.org/2000/svg}"

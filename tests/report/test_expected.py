@@ -10,10 +10,12 @@ import pytest
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.onnx.runtime import session
-from fxquant.profiles import PROFILES
-from fxquant.report.expected import CODES, FLOAT, KERNELS, UNKNOWN
-from fxquant.spec import MovingAverage, QuantSpec
+from fxquant.report.forecast import UNKNOWN
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import MovingAverage
+from fxquant.targets.expected import CODES, FLOAT, KERNELS
+from fxquant.targets.profiles import PROFILES
+from fxquant.targets.session import session
 from tests.report.nets import FLAT, IMAGE, MAPS, TOKENS, Forked, Products, Repeated, Residual
 
 WIDE = QuantSpec(bits=16, signed=False, symmetric=False, range=MovingAverage())

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import InvalidArgument, RangeNotSet
-from fxquant.plan import Plan
-from fxquant.report import mixed
-from fxquant.report import sensitivity as measured
-from fxquant.report.switching import sweep
-from fxquant.spec import CurrentTensor, QuantSpec
-from fxquant.state import plan_of, quantizers
+from fxquant.plan.plan import Plan
+from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
+from fxquant.search import mixed
+from fxquant.search import sensitivity as measured
+from fxquant.search.switching import sweep
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.ranges import CurrentTensor
 
-chooser: Any = sys.modules["fxquant.report.mixed"]  # the package holds the function under that name
+chooser: Any = sys.modules["fxquant.search.mixed"]  # the package holds the function under that name
 W8 = QuantSpec(narrow=True, axis=0, range=CurrentTensor())
 
 

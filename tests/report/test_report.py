@@ -14,9 +14,9 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import InvalidArgument
-from fxquant.profiles import ONNXRUNTIME, PROFILES
 from fxquant.report import Explanation, sqnr
-from fxquant.table import megabytes, table
+from fxquant.support.table import megabytes, table
+from fxquant.targets.profiles import ONNXRUNTIME, PROFILES
 from tests.report.nets import FLAT, IMAGE, Forked, Residual
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import InvalidArgument, MissingDependency, NotQuantizedWarning, RangeNotSet
-from fxquant.report import SensitivityReport, SensitivityRow, sqnr, switching
-from fxquant.state import quantizers
+from fxquant.prepared.quantizer import quantizers
+from fxquant.report import SensitivityReport, SensitivityRow, sqnr
+from fxquant.search import switching
 
 
 class Net(nn.Module):

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxquant.backend import _Log, _with_passes, compile_quantized
-from fxquant.gpu import exact_passes, exact_settings
+from fxquant.backend.inductor.compile import _with_passes, compile_quantized
+from fxquant.backend.inductor.gpu import exact_passes, exact_settings
+from fxquant.backend.reports import Log as _Log
 
 HAS_GPU = torch.cuda.is_available()
 CAPABILITY = torch.cuda.get_device_capability() if HAS_GPU else (9, 0)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant.formats import FLOAT_FORMATS
 from fxquant.numerics.floating import round_to_float
+from fxquant.numerics.formats import FLOAT_FORMATS
 from tests.ops.oracle import assert_same_bits
 
 aten = torch.ops.aten

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton, on Linux")
 
 import fxquant
-from fxquant.backend import compile_quantized, quantize_graph
+from fxquant.backend.inductor.compile import compile_quantized
+from fxquant.backend.quantize import quantize_graph
 from tests.triton.cases import CASES, operator
 from tests.triton.harness import Recorder, exact, generated, kernels, ptx
 

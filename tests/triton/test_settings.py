@@ -15,11 +15,14 @@ from torch import Tensor, fx
 from torch._inductor import compile_fx as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxquant import backend, gpu
+from fxquant.backend import reports
+from fxquant.backend.inductor.compile import compile_quantized
+from fxquant.backend.inductor.gpu import exact_settings, is_on_gpu, overruled
 from fxquant.errors import InvalidArgument
-from fxquant.gpu import EXACT, Told, exact_settings, is_on_gpu, overruled
+from fxquant.ops import plain_inductor
+from fxquant.ops.plain_inductor import EXACT, Told
 from fxquant.passes.base import Decline
-from fxquant.passes.keep_divisions import KeepDivisions
+from fxquant.passes.post_grad.keep_divisions import KeepDivisions
 
 
 def graph_on(*devices: str) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -37,13 +40,13 @@ def graph_on(*devices: str) -> tuple[fx.GraphModule, list[Tensor]]:
 
 
 def told(
-    *devices: str, options: dict[str, Any] | None = None, mode: str | None = None, log: backend._Log | None = None
+    *devices: str, options: dict[str, Any] | None = None, mode: str | None = None, log: reports.Log | None = None
 ) -> dict[str, Any]:
     """The settings that reach Inductor."""
     graph, inputs = graph_on(*devices)
-    graph.meta[backend._LOG] = log or backend._Log()
+    graph.meta[reports.LOG] = log or reports.Log()
     with mock.patch.object(inductor, "compile_fx") as compile:
-        backend.compile_quantized(graph, inputs, options=options, mode=mode)
+        compile_quantized(graph, inputs, options=options, mode=mode)
     settings: dict[str, Any] = compile.call_args.kwargs["config_patches"]
     return settings
 
@@ -88,7 +91,7 @@ OWN: dict[str, Any] = {"inductor": {"emulate_precision_casts": False, "max_autot
 
 class TestTheUserSOwn:
     def test_wins_and_is_reported(self) -> None:
-        log = backend._Log()
+        log = reports.Log()
         settings = told("cuda", options=OWN, log=log)
         assert settings["emulate_precision_casts"] is False and settings["max_autotune"] is True
         assert settings["eager_numerics.division_rounding"] is True
@@ -99,7 +102,7 @@ class TestTheUserSOwn:
         )
 
     def test_says_nothing_on_a_cpu(self) -> None:
-        log = backend._Log()
+        log = reports.Log()
         told("cpu", options=OWN, log=log)
         assert log.report.declines == ()
 
@@ -148,10 +151,10 @@ class TestPlainInductor:
         assert self.seen("cpu") == []
 
     def test_a_warning_is_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        backend._warn_once.cache_clear()
+        plain_inductor._warn_once.cache_clear()
         with caplog.at_level(logging.WARNING, logger="fxquant"):
-            backend._warn_once("that")
-            backend._warn_once("that")
+            plain_inductor._warn_once("that")
+            plain_inductor._warn_once("that")
         assert [record.getMessage() for record in caplog.records] == ["that"]
 
     def test_its_decompositions_say_so(self) -> None:
@@ -159,8 +162,8 @@ class TestPlainInductor:
 
         from fxquant.ops.fake_quantize import PER_TENSOR
 
-        backend.fuse_in_inductor()
-        assert isinstance(decomposition.decompositions[PER_TENSOR], gpu.Told)
+        plain_inductor.fuse_in_inductor()
+        assert isinstance(decomposition.decompositions[PER_TENSOR], Told)
 
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")

@@ -1,0 +1,78 @@
+"""The torch.compile backends ``"fxquant"`` and ``"fxquant_eager"``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxquant.backend.eager import aot_eager
+from fxquant.backend.inductor.compile import compile_quantized
+from fxquant.backend.inductor.compiling import collecting_rarely
+from fxquant.backend.inductor.require_compiler import require_compiler
+from fxquant.backend.options import Options
+from fxquant.backend.quantize import quantize_graph
+from fxquant.backend.reuse import reused
+from fxquant.errors import InvalidArgument
+from fxquant.graph.bodies import execution_order
+from fxquant.passes.pipelines import joint_passes
+from fxquant.prepared.bound_forward import settle_after
+from fxquant.spec.mode import Mode
+
+
+@collecting_rarely()
+def fxquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Backend ``"fxquant"``: the QAT graph of ``gm``, compiled by Inductor.
+
+    ``mode`` is torch.compile's. ``options``: ``recipe`` and ``target`` for a model that was not prepared (recipe None
+    places nothing: for a model that calls ``fxquant.ops`` itself), ``inductor``, a mapping of Inductor settings, and
+    ``integer_matmul``: whether forward products are taken of integer codes, True, False (the default) or "auto",
+    which measures where that is faster (`fxquant.passes.use_integer_matmul`). ``save_quantized`` False keeps floats for
+    backward where codes and packed masks would do (`fxquant.passes.save_quantized_activations`). ``reuse_weights`` True
+    keeps quantized weights from call to call, one more copy of them, and quantizes those again that have changed:
+    by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts not (`fxquant.reuse`). It
+    excludes ``integer_matmul``, and has no effect where torch.distributed is initialized.
+    """
+    require_compiler(example_inputs)
+    quantized = quantize_graph(gm, example_inputs, options)
+    looks = _takes_first_ranges(quantized)
+    compiled = compile_quantized(quantized, example_inputs, mode=mode, options=options)
+    return settle_after(compiled) if looks else compiled
+
+
+def _takes_first_ranges(gm: fx.GraphModule) -> bool:
+    """Whether a delayed range may be unset at entry."""
+    sites = (node.meta["site"] for node in execution_order(gm) if "site" in node.meta)
+    return any(site.mode is Mode.FIRST for site in sites)
+
+
+def fxquant_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Backend ``"fxquant_eager"``: the same graph through AOTAutograd and the same joint passes, run op by op.
+
+    For debugging, and the reference that compiled code is held to. ``mode`` must be absent: nothing is compiled.
+    """
+    if mode is not None:
+        raise InvalidArgument(f"mode must be left out with backend 'fxquant_eager': got {mode!r}.")
+    quantized = quantize_graph(gm, example_inputs, options)
+    looks = _takes_first_ranges(quantized)
+    passes = joint_passes(**Options.read(options).joint)
+    compiler = functools.partial(aot_eager, runner=lambda graph: graph, passes=passes)
+    if Options.read(options).reuse_weights:
+        compiled = reused(quantized, example_inputs, compiler, compiler, "fxquant_eager")
+    else:
+        compiled = compiler(quantized, example_inputs)
+    return settle_after(compiled) if looks else compiled

@@ -1,0 +1,339 @@
+"""How Inductor lowers the operators of ours that reach it whole."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxquant.numerics import planes
+from fxquant.ops import fake_quantize, quantize, saved
+from fxquant.ops.library import ARITHMETIC, Arithmetic
+from fxquant.ops.marks import MATERIALIZE
+from fxquant.ops.qparams import AFFINE_QPARAMS, AVERAGE_MIN_MAX
+
+aten = torch.ops.aten
+
+_FUSED = (
+    *fake_quantize.FAKE_QUANTIZE,
+    *fake_quantize.BACKWARD,
+    *quantize.QUANTIZE,
+    *quantize.DEQUANTIZE,
+    saved.CLIP_MASK,
+    saved.UNPACK_PLANES,
+)
+
+
+def register_lowerings() -> None:
+    """Tells Inductor, once a process.
+
+    What `MATERIALIZE` gives is a buffer of its own. An update of ranges is stored, without what it is computed from:
+    as a node for each operation, Inductor stores every value that is a function of a range, once the range is updated
+    in place: 26 buffers a site, each of which it schedules and generates code for. Fake-quants are expressions that
+    fuse with their neighbours.
+    """
+    from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.11, 2.13 and 2.15
+
+    if MATERIALIZE in lowerings:
+        return
+    register_lowering(MATERIALIZE, type_promotion_kind=None)(_materialized)
+    register_lowering(AVERAGE_MIN_MAX, type_promotion_kind=None)(_averaged)
+    stored = functools.partial(_lowered, ARITHMETIC[AFFINE_QPARAMS], store=True)
+    register_lowering(AFFINE_QPARAMS, type_promotion_kind=None)(stored)
+    for op in _FUSED:
+        register_lowering(op, type_promotion_kind=None)(functools.partial(_lowered, ARITHMETIC[op]))
+    register_lowering(saved.PACK_PLANES, type_promotion_kind=None)(_packed)
+    _keep_dtype_rules()
+
+
+def _keep_dtype_rules() -> None:
+    """Inductor's rules of dtypes are one object a process, which it fills anew for each operation that it generates.
+
+    That is 76 µs an operation, 14,000 times in a compile of four layers of a transformer. Here it is filled where a
+    table that it is made from grew.
+    """
+    from torch._inductor import utils  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.codegen import common  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.11, 2.13 and 2.15
+
+    fill, filled = DtypePropagationOpsHandler.__init__, [0, 0, 0]
+
+    @functools.wraps(fill)
+    def fill_once(self: DtypePropagationOpsHandler) -> None:
+        rules, pointwise = utils.op_dtype_propagation_rules, common.pointwise_overrides_data
+        tables = [len(rules), len(pointwise), len(utils.boolean_ops())]
+        if tables != filled or not vars(self):
+            fill(self)
+            filled[:] = tables
+
+    DtypePropagationOpsHandler.__init__ = fill_once  # type: ignore[method-assign]
+
+
+def _materialized(x: Any, rows: int = 0) -> Any:
+    """A buffer of its own, for those that read the result; others may read the expression that fills it."""
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+
+    if isinstance(x.data, ir.StorageBox) and isinstance(x.data.data, ir.Pointwise):
+        load, sizes = x.make_loader(), list(x.get_size())
+        x = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=load, ranges=sizes)
+    x.realize()
+    if rows:
+        _loop_apart(x.data.data, lambda: [list(range(rows))])
+    return x
+
+
+def _merged(buffer: Any) -> list[list[int]]:
+    """The dimensions of a buffer that share a loop; none where its loops are in another order."""
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+
+    if not isinstance(buffer, ir.ComputedBuffer):  # an expression, if Inductor was told to unroll such sums
+        return []
+    (loops, _), _ = buffer.simplify_and_reorder()
+    groups: list[list[int]] = [[] for _ in loops]
+    dims = [d for d, size in enumerate(buffer.get_size()) if size != 1]
+    for size, group in zip(loops, groups, strict=True):
+        while dims and math.prod(buffer.get_size()[d] for d in group) != size:
+            group.append(dims.pop(0))
+    found = [math.prod(buffer.get_size()[d] for d in group) for group in groups]
+    return groups if found == list(loops) and not dims else []
+
+
+def _loop_apart(buffer: Any, groups: Callable[[], list[list[int]]]) -> None:
+    """Keeps each of these groups of neighbouring dimensions of a computed buffer in a loop apart from other dimensions.
+
+    They are asked for once layouts are final.
+
+    Inductor makes one loop of all dimensions that no index tells apart, and its C++ fuses loops of equal ranges only:
+    with a reduction over the others it would not.
+    """
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+
+    if not isinstance(buffer, ir.ComputedBuffer):
+        return
+    simplify = buffer.simplify_and_reorder
+
+    def apart(extra_indexing_constraints: Any = None, recompute_sizes_body_func: Any = None) -> Any:
+        if extra_indexing_constraints is None and recompute_sizes_body_func is None:
+            (sizes, _), body, (index, _) = buffer.get_default_sizes_body()  # without dimensions of size 1
+            there = {d: number for number, d in enumerate(d for d, size in enumerate(buffer.get_size()) if size != 1)}
+            kept = [[there[d] for d in group if d in there] for group in groups()]
+            linear = [functools.reduce(lambda i, d: i * sizes[d] + index[d], group, sympy.S.Zero) for group in kept]
+            constraints = getattr(ir, "ExtraIndexingConstraints", lambda *pair: pair)  # a tuple before torch 2.15
+            extra_indexing_constraints = constraints(body.var_ranges, linear)
+        return simplify(extra_indexing_constraints, recompute_sizes_body_func)
+
+    buffer.simplify_and_reorder = apart  # type: ignore[method-assign]
+
+
+def _averaged(low: Any, high: Any, minimum: Any, maximum: Any, constant: float) -> tuple[Any, ...]:
+    """The new range, written into the state at once where the graph would copy it there anyway, and reads it no more.
+
+    Else two buffers more a site, and two copies.
+    """
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+
+    new_low, new_high = _lowered(ARITHMETIC[AVERAGE_MIN_MAX], low, high, minimum, maximum, constant)
+    alike = all(
+        (new.get_dtype(), list(new.get_size())) == (old.get_dtype(), list(old.get_size()))
+        for new, old in ((new_low, minimum), (new_high, maximum))
+    )
+    if not alike or maximum.get_name() in new_low.get_read_names() or not _is_only_updated():
+        new_low.realize()
+        new_high.realize()
+        return new_low, new_high
+    for new, old in ((new_high, maximum), (new_low, minimum)):  # in this order: the new maximum reads the old minimum
+        ir.MutationLayoutSHOULDREMOVE.realize_into(new.data, old.data, unsafe_alias=True)
+    return minimum, maximum
+
+
+def _is_only_updated() -> bool:
+    """Whether the state is an input that the graph reads for this update alone, and then overwrites with it.
+
+    Nor may the new range leave the graph, which would hand out the state itself: but for the state, only scale and zero
+    point are computed from it.
+    """
+    from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
+
+    current: Any = V.graph.current_node
+    items = {user.args[1]: user for user in current.users}
+    for position, state in enumerate(current.args[2:4]):
+        new, others = items.get(position), [user for user in state.users if user is not current]
+        if new is None or state.op != "placeholder" or len(others) != 1 or others[0].args != (state, new):
+            return False
+        if others[0].target is not aten.copy_.default:
+            return False
+        if not all(user is others[0] or user.target is AFFINE_QPARAMS for user in new.users):
+            return False
+    return True
+
+
+def _lowered(arithmetic: Arithmetic, *args: Any, store: bool = False, **kwargs: Any) -> Any:
+    """What a function of tensors and numbers lowers to, operation by operation, of which Inductor sees no nodes.
+
+    ``store``: each result is a buffer, which results behind it read.
+    """
+    from torch._inductor.lowering import lowerings  # private; tried on 2.11, 2.13 and 2.15
+
+    body = _traced(arithmetic, tuple(_described(a) for a in args), tuple(kwargs.items()))
+    tensors = iter([_read_once(a) for a in args if _is_tensor(a)])
+    values: dict[fx.Node, Any] = {}
+    stored = body.output_node().all_input_nodes if store else ()
+    for node in body.nodes:
+        if node.op == "placeholder":
+            values[node] = next(tensors)
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], values.__getitem__)
+        elif isinstance(node.meta.get("val"), torch.SymInt):
+            values[node] = node.meta["val"].node.expr
+        else:
+            given, named = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = fx.node.map_aggregate(lowerings[node.target](*given, **named), _read_once)
+            if node in stored:
+                values[node].realize()
+    raise AssertionError("a traced graph ends in its output")
+
+
+def _read_once(value: Any) -> Any:
+    """The same value; where one loop reads it several times, at one index, the expression is evaluated once.
+
+    Inductor evaluates an expression anew for each reader, and what it reads for each of those: the code that it
+    generates has each operation once, but takes as long to generate as there are paths.
+    """
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+
+    if not isinstance(value, ir.TensorBox) or not isinstance(value.data, ir.StorageBox):
+        return value
+    loop = value.data.data
+    if type(loop) is not ir.Pointwise or isinstance(loop.inner_fn, _Once):
+        return value
+    once = _Once(loop.inner_fn)
+    return ir.Pointwise.create(device=loop.device, dtype=loop.dtype, inner_fn=once, ranges=loop.ranges)
+
+
+class _Once:
+    """An expression by its index, remembered while the same handler of operations is in charge."""
+
+    def __init__(self, evaluate: Callable[[Any], Any]) -> None:
+        self.evaluate = evaluate
+        self.handler: Any = None
+        self.known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, index: Any) -> Any:
+        from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
+
+        handler, key = V.get_ops_handler(), tuple(index)
+        if handler is not self.handler:
+            self.handler, self.known = handler, {}
+        if key not in self.known:
+            self.known[key] = self.evaluate(index)
+        return self.known[key]
+
+
+def _packed(values: Any, bits: int, dim: int) -> Any:
+    """Masks as a loop over the planes; unrolled, the compiler would meet their dozen operations eight times."""
+    from torch._inductor import ir  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.lowering import lowerings  # private; tried on 2.11, 2.13 and 2.15
+    from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
+
+    if values.get_dtype() != torch.bool:
+        return _lowered(ARITHMETIC[saved.PACK_PLANES], values, bits, dim)
+    # In the order of memory, so that the loops of the sum, which follow what they read, are those of the bytes.
+    current: Any = V.graph.current_node
+    strides = current.args[0].meta["val"].stride()
+    order = list(reversed(ir.get_fill_order(strides, V.graph.sizevars.shape_env)))
+    dim = order.index(dim)
+    total = _lowered(planes.sum_masks, lowerings[aten.permute.default](values, order), dim)
+    packed = _lowered(planes.as_bytes, total)
+    packed.realize()
+    _loop_apart(packed.data.data, lambda: _merged(total.data.data))
+    return lowerings[aten.permute.default](packed, [order.index(d) for d in range(len(order))])
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "get_size")
+
+
+def _described(value: Any) -> Any:
+    """A tensor by what its arithmetic can depend on, numbers as they are."""
+    if not _is_tensor(value):
+        return value
+    sizes = tuple(int(size) if size.is_number else size for size in map(sympy.sympify, value.get_size()))
+    return sizes, value.get_dtype(), value.get_device()
+
+
+def _traced(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
+    from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11, 2.13 and 2.15
+
+    of_any_size = _traced_for_all(arithmetic, tuple(map(_of_any_size, described)), named)
+    if of_any_size is not None:
+        return of_any_size
+    shapes = [d[0] for d in described if isinstance(d, tuple)]
+    if all(isinstance(size, int) for shape in shapes for size in shape):
+        return _traced_once(arithmetic, described, named)
+    # A symbol means what its graph says: bodies of open sizes are shared within a graph, and go with it.
+    bodies = _OPEN.setdefault(V.graph, {})
+    key = arithmetic, described, named
+    if key not in bodies:
+        environment = V.graph.sizevars.shape_env
+        bodies[key] = _trace(*key, FakeTensorMode(shape_env=environment), environment)
+    return bodies[key]
+
+
+_OPEN: WeakKeyDictionary[Any, dict[tuple[Any, ...], fx.Graph]] = WeakKeyDictionary()
+_CUT = (planes.sum_masks, ARITHMETIC[saved.PACK_PLANES], ARITHMETIC[saved.UNPACK_PLANES])  # into planes of a known size
+
+
+def _of_any_size(value: Any) -> Any:
+    """A tensor with 2 in the place of every size that is not 0 or 1, which broadcast."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(size if isinstance(size, int) and size < 2 else 2 for size in value[0]), *value[1:]
+
+
+@functools.cache
+def _traced_for_all(
+    arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]
+) -> fx.Graph | None:
+    """The graph that serves tensors of all sizes, as most do; None where it holds one."""
+    if arithmetic in _CUT:
+        return None
+    body = _traced_once(arithmetic, described, named)
+    lists = [a for node in body.nodes if node.op != "output" for a in node.args if isinstance(a, list)]
+    return body if {size for sizes in lists for size in sizes} <= {1, -1} else None
+
+
+@functools.cache
+def _traced_once(arithmetic: Arithmetic, described: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> fx.Graph:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private; tried on 2.11, 2.13 and 2.15
+
+    return _trace(arithmetic, described, named, FakeTensorMode())
+
+
+def _trace(
+    arithmetic: Arithmetic,
+    described: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+    mode: Any,
+    symbols: Any = None,
+) -> fx.Graph:
+    from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.11, 2.13 and 2.15
+
+    def size_of(size: Any) -> Any:
+        return size if isinstance(size, int) else symbols.create_symintnode(size, hint=None)
+
+    def on_tensors(*tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        return arithmetic(*(next(given) if isinstance(d, tuple) else d for d in described), **dict(named))
+
+    with mode:
+        shown = [d for d in described if isinstance(d, tuple)]
+        fakes = [torch.empty([size_of(s) for s in shape], dtype=dtype, device=on) for shape, dtype, on in shown]
+        return make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes).graph

@@ -1,0 +1,66 @@
+"""The backends' options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fxquant.errors import InvalidArgument
+from fxquant.passes.joint.use_integer_matmul import IntegerMatmul
+from fxquant.spec.recipes import Recipe, get_recipe
+from fxquant.targets.profiles import get_profile
+
+_OPTIONS = ("recipe", "target", "inductor", "integer_matmul", "save_quantized", "reuse_weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    recipe: Recipe | None
+    target: str
+    given: tuple[str, ...]
+    integers: IntegerMatmul
+    save_quantized: bool
+    reuse_weights: bool
+
+    @property
+    def joint(self) -> dict[str, Any]:
+        """What `joint_passes` is told."""
+        return {"integers": self.integers, "save_quantized": self.save_quantized}
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None) -> Options:
+        found = dict(options or {})
+        unknown = sorted(found.keys() - set(_OPTIONS))
+        if unknown:
+            raise InvalidArgument(
+                f"options must be among {', '.join(map(repr, _OPTIONS))}: got {', '.join(map(repr, unknown))}. "
+                "Inductor's own settings go into options={'inductor': {...}}."
+            )
+        given = tuple(repr(name) for name in ("recipe", "target") if name in found)
+        target = str(found.get("target", "onnxruntime"))
+        get_profile(target)
+        recipe = found.get("recipe", "int8")
+        integers = found.get("integer_matmul", False)
+        if integers not in (True, False, "auto"):
+            raise InvalidArgument(f"options['integer_matmul'] must be True, False or 'auto': got {integers!r}.")
+        save = found.get("save_quantized", True)
+        if not isinstance(save, bool):
+            raise InvalidArgument(f"options['save_quantized'] must be True or False: got {save!r}.")
+        reuse = found.get("reuse_weights", False)
+        if not isinstance(reuse, bool):
+            raise InvalidArgument(f"options['reuse_weights'] must be True or False: got {reuse!r}.")
+        if reuse and integers is not False:
+            raise InvalidArgument(
+                f"options['reuse_weights'] must be False where options['integer_matmul'] is {integers!r}: got True. "
+                "Weights are kept as floats, and those products are taken of codes: leave one of the two out."
+            )
+        chosen = None if recipe is None else get_recipe(recipe)
+        return cls(
+            recipe=chosen,
+            target=target,
+            given=given,
+            integers=integers,
+            save_quantized=save,
+            reuse_weights=reuse,
+        )

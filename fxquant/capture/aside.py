@@ -1,0 +1,85 @@
+"""Running and compiling a user's model without a trace on it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def in_compiled_region() -> bool:
+    """Whether plain Python is running inside a torch.compile call, that is, Dynamo left this frame eager."""
+    if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:  # private; tried on 2.13 and 2.15
+        return True  # also where it is False: behind the recompile limit
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:  # under torch.compiler.disable there is no callback, but the call can be seen
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Runs a block and puts buffers, attributes, training flags and random state back, whatever the block did."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    own = [(module, type(module), dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    devices = list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, kind, attributes, registered in own:
+            if type(module) is kind:  # a lazy module has become what it stood for
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                module._buffers.clear()
+                module._buffers.update(registered)
+
+
+@contextlib.contextmanager
+def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> Iterator[Callable[..., Any]]:
+    """``torch.compile(model, backend=backend)`` that leaves no trace on the model or in recompile counts."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not before torch 2.13
+        options["isolate_recompiles"] = True
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    # Private; tried on 2.13 and 2.15: the wrapper's, which passes what is set on it to the model.
+    mark = "_is_torch_compile"
+    marked = mark in vars(model)
+    try:
+        with torch._dynamo.config.patch(limits):
+            yield torch.compile(model, backend=backend, **options)
+    finally:
+        if not marked:
+            vars(model).pop(mark, None)
+
+
+def own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
+    """The function once more, with a code object of its own under ``name``.
+
+    Dynamo counts recompiles, learns dynamic sizes and gives up per code object and its name: of modules that share
+    one, each new class would bring the recompile limit nearer, and one that cannot be traced would leave all eager.
+    """
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,193 @@
+"""A Dynamo graph as an ATen training graph.
+
+Nodes are functional-style ATen calls (`aten.conv2d`, `aten.linear`, `aten.batch_norm` …) with ``val`` (fake value),
+``nn_module_stack`` and ``stack_trace`` in their meta. Touches private torch API; each use says on which
+versions it was tried.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext  # private; tried on 2.13 and 2.15
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph  # private; tried on 2.13 and 2.15
+from torch._higher_order_ops.utils import reenter_make_fx  # private; tried on 2.13 and 2.15
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap  # private; tried on 2.13 and 2.15
+from torch._ops import HigherOrderOperator
+from torch.fx.experimental import proxy_tensor
+
+from fxquant.capture.aside import compiled_aside
+from fxquant.graph.edit import copied, without_dead_nodes
+from fxquant.passes.captured.silence_bodies import silence
+from fxquant.passes.dynamo.outline_transforms import has_transforms, outline_transforms
+from fxquant.plan.positions import tell_calls_apart
+
+
+class _Retrace(fx.Interpreter):
+    """Runs a Dynamo graph under make_fx, keeping whole what must not be traced through."""
+
+    def __init__(self, gm: fx.GraphModule, inline_checkpoints: bool = False) -> None:
+        super().__init__(outline_transforms(copied(gm)) if has_transforms(gm) else gm)
+        self.inline_checkpoints = inline_checkpoints
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is tag_activation_checkpoint:
+            if self.inline_checkpoints:
+                return self._inline(args)
+            return self._keep(target, args, kwargs, 1, _Retrace(args[0]).run)
+        if target is invoke_subgraph:  # a region that is compiled once for all its calls: each has sites of its own
+            return _Retrace(args[0], self.inline_checkpoints).run(*args[2:])
+        if target is wrap:
+            return self._keep(target, args, kwargs, 1)
+        if isinstance(target, HigherOrderOperator) and target.name() == "autograd_function_apply":
+            return self._keep(target, args, kwargs, 2)
+        return super().call_function(target, args, kwargs)
+
+    def _inline(self, args: tuple[Any, ...]) -> Any:
+        """Dissolves a checkpointed body, marking the nodes it makes with a region of their own."""
+        mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13 and 2.15
+        if mode is None:  # a body of a body, run for its values
+            return _Retrace(args[0], inline_checkpoints=True).run(*args[1:])
+        graph = mode.tracer.graph
+        before = len(graph.nodes)
+        value = _Retrace(args[0], inline_checkpoints=True).run(*args[1:])
+        for node in list(graph.nodes)[before:]:
+            node.meta.setdefault("region", f"checkpoint{before}")
+        return value
+
+    def _keep(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        bodies: int,
+        retraced: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Records one call with its nested graphs as submodules.
+
+        A checkpointed body is ``retraced`` to ATen, since it holds sites. The two bodies of a custom
+        autograd.Function, and the body of a `torch.func` transform, stay as Dynamo wrote them: tracing through
+        the first would drop its backward, and values inside the second are wrapped.
+        """
+        mode = proxy_tensor.get_proxy_mode()  # private; tried on 2.13 and 2.15
+        operands = args[bodies:]
+        run = retraced or functools.partial(target, *args[:bodies])
+        if mode is None:  # in a body that is run for its values
+            return run(*operands, **({} if retraced else kwargs))
+        tracer: Any = mode.tracer
+        with proxy_tensor.disable_proxy_modes_tracing():
+            value = run(*operands, **({} if retraced else kwargs))
+        proxies = []
+        for body in args[:bodies]:
+            if retraced:
+                meta = body.meta
+                body = without_dead_nodes(reenter_make_fx(retraced)(*operands))
+                body.meta.update(meta)
+            name = tracer.get_fresh_qualname("nested_graph")
+            tracer.root.register_module(name, body)
+            proxies.append(tracer.create_proxy("get_attr", name, (), {}))
+        proxies += torch.utils._pytree.tree_map(tracer.unwrap_proxy, tuple(operands))
+        call = tracer.create_proxy("call_function", target, tuple(proxies), kwargs)
+        return proxy_tensor.track_tensor_tree(value, call, constant=None, tracer=tracer)
+
+
+def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], context: TracingContext) -> list[Any]:
+    """Dynamo's own fake values for the real inputs, with their symbolic sizes."""
+    mode = context.fake_mode
+    assert mode is not None, "Dynamo sets a fake mode while it compiles"
+    fakes: list[Any] = []
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        if not isinstance(value, torch.Tensor):
+            fakes.append(node.meta.get("example_value", value))
+            continue
+        argument = node.meta.get("grapharg")
+        fakes.append(
+            mode.from_tensor(
+                value,
+                symbolic_context=context.tensor_to_context.get(value),
+                source=argument.source if argument is not None else None,
+            )
+        )
+    return fakes
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpoints: bool = False) -> fx.GraphModule:
+    """The Dynamo graph ``gm`` as an ATen training graph; ``gm`` is left as it was.
+
+    Must run inside a torch.compile backend: Dynamo's fake mode and symbolic shapes are used. Placeholders keep
+    their order; see `_describe_placeholders` for what they carry. ``inline_checkpoints`` dissolves checkpointed
+    bodies, for planning: their nodes are told apart by ``meta["region"]``.
+    """
+    context = TracingContext.get()
+    fakes = _fake_inputs(gm, example_inputs, context)
+    assert context.fake_mode is not None
+    with context.fake_mode, torch.fx.traceback.preserve_node_meta():
+        traced = proxy_tensor.make_fx(_Retrace(gm, inline_checkpoints).run, pre_dispatch=True)(*fakes)
+    _describe_placeholders(gm, traced, example_inputs)
+    _keep_static_inputs(gm, traced)
+    silence(traced)
+    tell_calls_apart(traced)
+    return without_dead_nodes(traced)
+
+
+def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Sets ``source`` (Dynamo's path to the value) and ``state`` (a parameter, buffer or other trainable leaf)."""
+    olds, news = ([n for n in g.graph.nodes if n.op == "placeholder"] for g in (gm, traced))
+    for old, new, value in zip(olds, news, example_inputs, strict=True):
+        argument = old.meta.get("grapharg")
+        source = ""
+        if argument is not None and argument.source is not None:
+            name = argument.source.name
+            source = name if isinstance(name, str) else name()  # a method before torch 2.13
+        trainable = isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
+        new.meta["source"] = source
+        new.meta["state"] = trainable or "._parameters[" in source or "._buffers[" in source
+
+
+def _keep_static_inputs(gm: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Keeps what AOTAutograd reads off a graph of Dynamo's: which inputs stay at their address, and all sources.
+
+    Without it no input is known to be a parameter or buffer: CUDA graphs would copy each of them in every step, and
+    refuse a graph that updates a buffer.
+    """
+    if "dynamo_compile_id" not in gm.meta:  # a graph of somebody else's; private, as all here; tried on 2.13 and 2.15
+        return
+    from torch._dynamo.source import ConstantSource
+
+    olds, news = (g.graph.find_nodes(op="placeholder") for g in (gm, traced))
+    for old, new in zip(olds, news, strict=True):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+        new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})
+    constants = {name: ConstantSource(name) for name, _ in traced.named_buffers(remove_duplicate=False)}
+    traced._param_name_to_source = {**getattr(gm, "_param_name_to_source", {}), **constants}  # type: ignore[assignment]
+    traced.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
+
+
+def dynamo_graphs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.GraphModule]:
+    """Every graph that Dynamo makes of one call, retraced to ATen with checkpointed bodies inlined.
+
+    The model really runs, op by op; see `untouched`. Errors of the model come through unchanged. A graph's
+    ``meta["parameters"]`` holds the ids of the parameters that it reads, ``meta["runs"]`` how often the call ran it.
+    """
+    graphs: list[fx.GraphModule] = []
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        found = capture(gm, example_inputs, inline_checkpoints=True)
+        found.meta["parameters"] = {id(v) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
+        found.meta["runs"] = 0
+        graphs.append(found)
+
+        def run(*inputs: Any) -> Any:
+            found.meta["runs"] += 1
+            return gm.forward(*inputs)
+
+        return run
+
+    with torch.enable_grad(), compiled_aside(model, record, dynamic=False) as compiled:
+        compiled(*args, **kwargs)
+    return graphs

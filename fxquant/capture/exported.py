@@ -1,0 +1,73 @@
+"""A module under torch.export as an ATen training graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+
+from fxquant.graph.edit import without_dead_nodes
+from fxquant.passes.captured.silence_bodies import silence
+from fxquant.passes.dynamo.dissolve_exported import dissolve_exported
+from fxquant.passes.dynamo.outline_transforms import outline_transforms
+from fxquant.plan.positions import tell_calls_apart
+
+
+def exported_graph(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> fx.GraphModule:
+    """The model under torch.export as an ATen training graph that keeps the model's calling convention.
+
+    Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
+    of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
+    """
+    with _as_deployed():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    dissolve_exported(gm)
+    outline_transforms(gm)
+    silence(gm)
+    _call_by_first_path(gm, model)
+    tell_calls_apart(gm)
+    first = next(iter(gm.graph.nodes))
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr" and node is not first:
+            first.prepend(node)
+    return without_dead_nodes(gm)
+
+
+def _call_by_first_path(gm: fx.GraphModule, model: torch.nn.Module) -> None:
+    """In ``nn_module_stack``, a module that has several paths gets the first, by which the plan knows it."""
+    first: dict[int, str] = {}
+    names = {path: first.setdefault(id(m), path) for path, m in model.named_modules(remove_duplicate=False)}
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any(names.get(path, path) != path for path, _ in stack.values()):
+            node.meta["nn_module_stack"] = {k: (names.get(path, path), kind) for k, (path, kind) in stack.items()}
+
+
+@contextlib.contextmanager
+def _as_deployed() -> Iterator[None]:
+    """Inside, autocast and regions that are compiled once for all their calls are what they enclose."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(self: torch.autocast) -> Any:
+        wanted, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = wanted
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", enter_disabled),
+        mock.patch("torch._higher_order_ops.invoke_subgraph.invoke_subgraph_placeholder", call),
+    ):
+        yield

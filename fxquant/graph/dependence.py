@@ -1,0 +1,90 @@
+"""What a value depends on, shares memory with, and when it is changed in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxquant.graph.kinds import kind_of, operands
+from fxquant.graph.moves import AGNOSTIC, DROPOUT
+from fxquant.graph.nodes import is_bind, is_state, packet
+
+aten = torch.ops.aten
+
+
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on parameters, buffers and constants only: what weights may be."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op == "placeholder" and is_state(node)):
+            found.add(node)
+            continue
+        inputs = node.all_input_nodes if node.op == "call_function" and not is_bind(node) else []
+        if found.issuperset(inputs) and (inputs or packet(node) is aten.full):
+            found.add(node)
+    return found
+
+
+def weight_computations(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
+    """The constants that nothing but weights, and buffers, are computed from: what parametrizations run.
+
+    A deployed model holds their results; a product among them is none of its products.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in constants and all(user in found or _reads_as_weight(user, node) for user in node.users):
+            found.add(node)
+    return found
+
+
+def _reads_as_weight(user: fx.Node, value: fx.Node) -> bool:
+    kind = kind_of(user)
+    reading = [name for name, operand in operands(user).items() if operand is value]
+    return kind is not None and kind.weight is not None and reading == [kind.weight]
+
+
+def same_views(graph: fx.Graph, constants: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Constant → the first node that holds the same view of the same tensor: ``w.t()`` written twice is one."""
+    seen: dict[tuple[object, ...], fx.Node] = {}
+    first: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in constants:
+            is_view = packet(node) in AGNOSTIC and len(node.all_input_nodes) == 1
+            base = first[node.all_input_nodes[0]] if is_view else node
+            first[node] = seen.setdefault((node.target, base, repr(node.args[1:])), node) if is_view else node
+    return first
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether the node's value may be a view of its first operand (or that operand itself)."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True  # an item of several results, or a nested graph
+    return packet(node) in DROPOUT or any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors that are read again after they, or a view of them, were changed in place."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, fx.Node] = {}
+    changes: dict[fx.Node, list[int]] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        memory[node] = memory[inputs[0]] if shares_memory(node) and inputs else node
+        for changed in _changes(node):
+            changes.setdefault(memory[changed], []).append(order[node])
+    found = set()
+    for node in graph.nodes:
+        after = next((i for i in changes.get(memory[node], ()) if i > order[node]), None)
+        if after is not None and any(order[user] > after for user in node.users):
+            found.add(node)
+    return found
+
+
+def _changes(node: fx.Node) -> list[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    return [a for a, write in zip(node.args, written, strict=False) if write and isinstance(a, fx.Node)]

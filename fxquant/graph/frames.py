@@ -1,0 +1,65 @@
+"""Module frames: which call of which module a node stands in, and the user's line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+
+_BOUND = re.compile(r"\.forward(?:\.__self__)?\.module(?=\.|$)")
+_MEMBER = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
+_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+_CALL = re.compile(r"@\d+")
+
+
+def normalize_path(path: str) -> str:
+    """Dynamo's or export's spelling of a module path as dotted names: ``L['self'].module.a[0]`` → ``….a.0``."""
+    root = _ROOT.match(path)
+    head, tail = (root.group(), path[root.end() :]) if root else ("", path)
+    tail = _BOUND.sub("", tail)
+    tail = _MEMBER.sub(lambda m: "." + (m.group(1) or m.group(2) or m.group(3)), tail)
+    return head + _CALL.sub("", tail)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One call of one module as a graph shows it: ``key`` tells calls apart, ``path`` modules."""
+
+    key: str
+    path: str
+
+
+def frames(node: fx.Node) -> tuple[Frame, ...]:
+    """The module calls around a node, outermost first; empty for code of the compiled frame itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = (Frame(key, normalize_path(path)) for key, (path, _) in stack.items())
+    return tuple(frame for frame in found if frame.path)
+
+
+def relative(path: str, owner: str) -> str:
+    """``path`` as seen from ``owner`` (its own path: the empty string)."""
+    return path[len(owner) :].lstrip(".") if path.startswith(owner) else path
+
+
+def root_path(graph: fx.Graph) -> str:
+    """The path prefix of the frame that was compiled, as module paths inside it spell it."""
+    for node in graph.nodes:
+        source = node.meta.get("source", "") if node.op == "placeholder" else ""
+        head = re.split(r"\._(?:modules|parameters|buffers)\[", source, maxsplit=1)
+        if len(head) == 2:
+            return normalize_path(head[0])
+    return ""
+
+
+_LIBRARIES = (str(Path(inspect.getfile(torch)).parent), str(Path(__file__).parents[1]))
+
+
+def user_line(node: fx.Node) -> str:
+    """``file:line`` of the innermost code that made the node and is neither torch's nor ours; else empty."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [line for line in lines if not line[0].startswith(_LIBRARIES)]
+    return "{}:{}".format(*own[-1]) if own else ""

@@ -1,0 +1,42 @@
+"""What a node of an ATen graph is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.ops.marks import BIND
+
+
+def packet(node: fx.Node) -> Any:
+    """The node's OpOverloadPacket, or its target where it is no ATen call."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the node's value is one floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The single user of a node, None if there are more or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_bind(node: fx.Node) -> bool:
+    """Whether the node marks the frame of an owner."""
+    return node.op == "call_function" and node.target is BIND
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether a placeholder holds a parameter or buffer; capture marks those."""
+    return bool(node.meta.get("state"))
+
+
+def call_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The call_function nodes in order."""
+    return (node for node in graph.nodes if node.op == "call_function")

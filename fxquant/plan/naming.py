@@ -1,0 +1,99 @@
+"""From placements on nodes to sites on owners."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from fxquant.graph.frames import user_line
+from fxquant.graph.lift import Operand
+from fxquant.graph.nodes import is_bind
+from fxquant.plan.plan import Declined, Edge, LocalSite, Site
+from fxquant.plan.positions import edges_of, enclosing, positions
+from fxquant.plan.solver import Placement
+
+
+class Naming:
+    """Turns placements on nodes into sites on owners."""
+
+    def __init__(self, gm: fx.GraphModule, sites: dict[tuple[str, tuple[Edge, ...]], Site]) -> None:
+        self.sites = sites
+        self.places = {(position[0], node): position for position, node in positions(gm).items()}
+        self.root = next((enclosing(node, "")[0].path for node in gm.graph.nodes), "")
+        self.taken: dict[str, set[str]] = {}  # names, by owner
+        for site in sites.values():
+            self.taken.setdefault(site.owner, set()).add(site.local.name)
+        self.starts: dict[tuple[str, str | None], str] = {}
+        for node in gm.graph.nodes:
+            if is_bind(node):
+                frame = enclosing(node, self.root)[-1]
+                # Later binds in a frame are of modules whose forward was called by name, which begins no frame.
+                self.starts.setdefault((frame.key, node.meta.get("region")), str(node.args[0]))
+
+    def add(self, placed: Placement, declined: list[Declined]) -> None:
+        first = placed.edges[0][0]
+        owner = self._owner(placed.edges)
+        if owner is None or self._is_of_repeated_module(placed):
+            parts = self._parts(placed)
+            for part in parts if len(parts) > 1 else ():
+                self.add(part, declined)
+            if len(parts) > 1:
+                return
+        if owner is None:
+            where = " → ".join(frame.path for frame in enclosing(first, self.root)[1:]) or "the model's forward"
+            declined.append(
+                Declined(
+                    where=first.name,
+                    reason=f"a graph break or checkpoint lies between it and the start of {where}",
+                    source=user_line(first),
+                )
+            )
+            return
+        key, path = owner
+        edges = edges_of(self.places, key, placed.edges)
+        if (path, edges) in self.sites:
+            return  # another call of the same module: one quantizer serves both
+        taken = self.taken.setdefault(path, set())
+        local = LocalSite(name=_name(edges[0], taken), role=placed.role, spec=placed.spec, edges=edges)
+        taken.add(local.name)
+        self.sites[path, edges] = Site(
+            owner=path, local=local, reason=placed.reason, source=user_line(first), matrix=placed.matrix
+        )
+
+    def _is_of_repeated_module(self, placed: Placement) -> bool:
+        """Whether calls of one module read the weight, maybe as many as its input is long: each has its own site."""
+        owners = [self._owner((edge,)) for edge in placed.edges]
+        return placed.role == "weight" and len({owner and owner[1] for owner in owners}) == 1 < len(set(owners))
+
+    def _parts(self, placed: Placement) -> list[Placement]:
+        """One placement for each owner: quantizers of their own, which see the same tensor and find the same range."""
+        groups: dict[tuple[object, object], list[Operand]] = {}
+        for edge in placed.edges:
+            groups.setdefault((self._owner((edge,)), edge[0].meta.get("region")), []).append(edge)
+        return [dataclasses.replace(placed, edges=tuple(edges)) for edges in groups.values()]
+
+    def _owner(self, operands: tuple[Operand, ...]) -> tuple[str, str] | None:
+        """Call key and path of the innermost module whose frame starts in this graph and runs all the operators."""
+        nodes = [node for node, _ in operands]
+        regions = {node.meta.get("region") for node in nodes}
+        if len(regions) > 1:
+            return None
+        region = next(iter(regions))
+        shared = set.intersection(*({frame.key for frame in enclosing(node, self.root)} for node in nodes))
+        for frame in reversed(enclosing(nodes[0], self.root)):
+            if frame.key in shared and (frame.key, region) in self.starts:
+                return frame.key, self.starts[frame.key, region]
+        return None
+
+
+def _name(edge: Edge, taken: set[str]) -> str:
+    """``weight`` where the owner itself runs the operator, else with the operator's place in it."""
+    own = not edge.path and edge.ordinal == 0 and edge.kind in ("conv", "linear", "embedding")
+    if own and edge.operand not in taken:
+        return edge.operand
+    prefix = edge.path.replace(".", "_") + "_" if edge.path else ""
+    name = f"{prefix}{edge.kind}{edge.ordinal}_{edge.operand}"
+    while name in taken:
+        name += "_"
+    return name

@@ -1,0 +1,160 @@
+"""From a plan's edges to the operators of a graph in hand, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxquant.graph.bodies import execution_order
+from fxquant.graph.frames import Frame, frames, normalize_path, relative, root_path
+from fxquant.graph.kinds import kind_of
+from fxquant.graph.lift import Operand
+from fxquant.graph.nodes import is_bind
+from fxquant.plan.plan import Edge, LocalSite
+from fxquant.plan.site_lists import registered
+
+# Of an operator: (its owner's call, the module that runs it as seen from there, kind, ordinal).
+Position = tuple[str, str, str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundSite:
+    """A local site found in a graph: its operands there, its mode, and the nodes that hold its state.
+
+    ``owner`` is the owner's path below the compiled frame: the plan's own where the whole model was captured.
+    ``group`` is as in `fxquant.ops.binding.bind`.
+    """
+
+    site: LocalSite
+    owner: str
+    edges: tuple[Operand, ...]
+    mode: int
+    state: tuple[fx.Node, ...]
+    bind: fx.Node
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A bound site none of whose operators are in the graph."""
+
+    site: LocalSite
+    bind: fx.Node
+
+
+def tell_calls_apart(gm: fx.GraphModule) -> None:
+    """Gives every call that begins with a bind a key of its own in ``nn_module_stack``.
+
+    Dynamo numbers calls by the expression that reached the module: two ways to it, and two calls have one key.
+    """
+    begun: dict[str, object] = {}
+    current: dict[str, str] = {}
+    for node in execution_order(gm):
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            continue
+        if is_bind(node):
+            key = next(reversed(stack))
+            if key in begun and begun[key] == node.args[0]:
+                current[key] = f"{current.get(key, key)}+"
+            begun.setdefault(key, node.args[0])
+        if not current.keys().isdisjoint(stack):
+            node.meta["nn_module_stack"] = {current.get(key, key): module for key, module in stack.items()}
+
+
+def enclosing(node: fx.Node, root: str) -> tuple[Frame, ...]:
+    """The calls around a node with the compiled frame itself first, under the key ``""``."""
+    return (Frame("", root), *frames(node))
+
+
+def modules_around(gm: fx.GraphModule) -> Callable[[fx.Node], tuple[tuple[str, Any], ...]]:
+    """Gives, for a node, path and class of each module around it, outermost first; the model itself is ``""``.
+
+    Where `prepare` has put marks, they hold the paths; a graph that begins inside a module has no other way to know.
+    """
+    root = root_path(gm.graph)
+    marked: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if is_bind(node):
+            marked.setdefault(enclosing(node, root)[-1].key, str(node.args[0]))
+    base = marked.get("", "")
+
+    def around(node: fx.Node) -> tuple[tuple[str, Any], ...]:
+        found: list[tuple[str, Any]] = [("", None)] + ([(base, None)] if base else [])
+        stack = node.meta.get("nn_module_stack") or {}
+        for key, (path, kind) in stack.items():
+            below = relative(normalize_path(path), root)
+            if path:
+                found.append((marked.get(key) or ".".join(filter(None, (base, below))), kind))
+        return tuple(found)
+
+    return around
+
+
+def positions(gm: fx.GraphModule) -> dict[Position, fx.Node]:
+    """Every operator that placement knows, under its position in each call around it."""
+    root = root_path(gm.graph)
+    counts: dict[tuple[str, str, str], int] = {}
+    found: dict[Position, fx.Node] = {}
+    for node in execution_order(gm):
+        kind = kind_of(node)
+        if kind is None:
+            continue
+        around = enclosing(node, root)
+        for frame in around:
+            place = (frame.key, relative(around[-1].path, frame.path), kind.name)
+            ordinal = counts.get(place, 0)
+            counts[place] = ordinal + 1
+            found[(*place, ordinal)] = node
+    return found
+
+
+def edges_of(places: dict[tuple[str, fx.Node], Position], call: str, operands: tuple[Operand, ...]) -> tuple[Edge, ...]:
+    """The operands as edges of one call; ``places`` is `positions` the other way round, by call and node."""
+    edges = []
+    for node, operand in operands:
+        _, path, kind, ordinal = places[call, node]
+        edges.append(Edge(path=path, kind=kind, ordinal=ordinal, operand=operand))
+    return tuple(edges)
+
+
+def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
+    """The sites that the bind nodes of a graph and its nested bodies stand for, outermost owners first."""
+    index = positions(gm)
+    root = root_path(gm.graph)
+    found: list[BoundSite] = []
+    missing: list[Missing] = []
+    binds = [node for node in execution_order(gm) if is_bind(node)]
+    binds.sort(key=lambda node: len(enclosing(node, root)))
+    taken: set[tuple[fx.Node, str]] = set()
+    for bind in binds:
+        key, modes, state, group = (*bind.args, None)[:4]
+        frame = enclosing(bind, root)[-1]
+        rest = list(state)  # type: ignore[arg-type]
+        for site, mode in zip(registered(str(key)), modes, strict=True):  # type: ignore[arg-type]
+            mine = tuple(rest.pop(0) for _ in range(2 if site.spec.range.stateful else 0))
+            operands = []
+            for edge in site.edges:
+                node = index.get((frame.key, edge.path, edge.kind, edge.ordinal))
+                if node is not None and node.graph is bind.graph and (node, edge.operand) not in taken:
+                    operands.append((node, edge.operand))
+            taken.update(operands)
+            if operands:
+                owner = relative(frame.path, root)
+                found.append(
+                    BoundSite(
+                        site=site,
+                        owner=owner,
+                        edges=tuple(operands),
+                        mode=int(mode),
+                        state=mine,
+                        bind=bind,
+                        group=group,  # type: ignore[arg-type]
+                    )
+                )
+            else:
+                missing.append(Missing(site=site, bind=bind))
+    return found, missing

@@ -1,0 +1,50 @@
+"""Where a weight can have a scale per group of consecutive values, and why not elsewhere."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxquant.graph.kinds import Kind, kind_of, operands
+from fxquant.spec.quant_spec import QuantSpec
+from fxquant.targets.profiles import Profile
+
+_KINDS = frozenset({"linear", "matmul", "embedding"})
+
+
+def matrix_of(node: fx.Node, name: str) -> tuple[int, int] | None:
+    """Channel axis and length of a channel of an operator's weight, None where groups have no one axis to run along.
+
+    Channels are the outputs of a product, ``[N, K]`` or ``[K, N]``, and the rows of an embedding.
+    """
+    kind, weight = kind_of(node), operands(node)[name].meta["val"]
+    if kind is None or kind.name not in _KINDS or kind.weight != name or weight.dim() != 2:
+        return None
+    axis = 0 if kind.weight_axis is None else kind.weight_axis % 2
+    length = weight.shape[1 - axis]
+    return (axis, int(length)) if isinstance(length, int) else None
+
+
+def why_not_grouped(node: fx.Node, name: str, spec: QuantSpec, profile: Profile) -> str | None:
+    """Why an operator's weight cannot have this format, per group; None if it can."""
+    kind, weight = kind_of(node), operands(node)[name].meta["val"]
+    assert kind is not None
+    matrix = matrix_of(node, name)
+    if matrix is None:
+        return _why_no_matrix(kind, name, weight.dim(), spec)
+    axis, length = matrix
+    if length % spec.group_size:  # type: ignore[operator]
+        return f"groups of {spec.group_size} must divide the {length} values of a channel"
+    channels = weight.shape[axis]
+    if profile.even_groups and channels % 2:
+        return f"{profile.name} packs the codes of two channels in a byte, and its {channels} channels are odd"
+    return None
+
+
+def _why_no_matrix(kind: Kind, name: str, dims: int, spec: QuantSpec) -> str:
+    if kind.name in _KINDS:
+        return f"groups of {spec.group_size} are for matrices, and this weight has {dims} dimensions"
+    return (
+        f"groups of {spec.group_size} run along the one axis of a matrix that a product sums over, and the weight of "
+        f"{kind.name} has another form: give it a format per channel, fxquant.Rule(kind={kind.name!r}, "
+        f"operand={name!r}, spec=QuantSpec(bits={spec.bits}, narrow={spec.narrow}, axis=0, range=CurrentTensor()))"
+    )

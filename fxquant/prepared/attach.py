@@ -1,0 +1,45 @@
+"""A plan, its quantizers and the forwards that bind them, put on a model and taken off again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxquant.errors import UnsupportedModel
+from fxquant.plan.plan import Plan
+from fxquant.prepared.bound_forward import BoundForward, bound_forward
+from fxquant.prepared.quantizer import ATTRIBUTE, QuantizerSet, owners
+from fxquant.prepared.root import Root
+
+
+def detach(model: nn.Module) -> None:
+    """Undoes `attach`, however far it came."""
+    for _, module, _ in list(owners(model)):
+        bound = bound_forward(module)
+        if bound is not None:
+            del module.__dict__["forward"]
+            if bound.inner is not None:
+                module.__dict__["forward"] = bound.inner
+            bound.release()
+        delattr(module, ATTRIBUTE)
+    root = model.__dict__.get(Root.SLOT)
+    if root is not None:
+        root.detach()
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Puts a plan, its quantizers and the forwards that bind them on a model; `detach` undoes it."""
+    by_owner = plan.owners()
+    modules = dict(model.named_modules())
+    for path in by_owner:
+        if hasattr(modules[path], ATTRIBUTE):
+            raise UnsupportedModel(
+                f"{path or 'model'} must not have an attribute {ATTRIBUTE!r} of its own: fxquant keeps state there. "
+                "Rename it."
+            )
+    Root(model, plan).attach()
+    devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}
+    for path, sites in by_owner.items():
+        locals_ = tuple(site.local for site in sites)
+        modules[path].add_module(ATTRIBUTE, QuantizerSet(locals_).to(devices[path]))
+        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_, plan.target).method

@@ -1,0 +1,49 @@
+"""Marks that show where the frame of each module begins, while `prepare` looks at the graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.capture.aside import own_code
+from fxquant.ops.marks import bind
+
+
+class _Marker:
+    """A forward that only says which module's frame begins, while `prepare` looks at the graphs."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        self.module, self.path = module, path
+        self.inner = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            bind(self.path, [], [])
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def frame_marks(model: nn.Module) -> Iterator[None]:
+    """Inside, Dynamo's graphs show with a bind node where the frame of each module begins."""
+    markers = [
+        _Marker(module, path)
+        for path, module in model.named_modules()
+        if type(module).forward is not nn.Module.forward and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    for marker in markers:
+        call = own_code(_Marker.__call__, f"marker of {marker.path}")
+        marker.module.__dict__["forward"] = types.MethodType(call, marker)
+    try:
+        yield
+    finally:
+        for marker in markers:
+            del marker.module.__dict__["forward"]
+            if marker.inner is not None:
+                marker.module.__dict__["forward"] = marker.inner

@@ -1,0 +1,31 @@
+"""`sync_ranges`: over which processes ranges are reduced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+from fxquant.prepared.bound_forward import bound_forward
+from fxquant.prepared.quantizer import owners
+from fxquant.prepared.root import require_plan, unwrap
+
+
+def sync_ranges(model: nn.Module, group: ProcessGroup | None = None, *, enabled: bool = True) -> None:
+    """Says over which processes a prepared model's activation ranges are reduced in training.
+
+    Without this call: over all of them, where ``torch.distributed`` is initialized with more than one. Each compiled
+    graph that updates ranges then holds one ``all_reduce``, of the extremes of every tensor, so all ranks keep the
+    ranges of the global batch. Every rank must so run the same graphs equally often. Where they do not, as in pipeline
+    parallelism, name the ``group`` of ranks that do, or set ``enabled=False``: each rank then keeps its own.
+
+    Calibration and evaluation reduce nothing. Graphs compiled before are compiled again at their next call.
+    """
+    require_plan(model, "sync_ranges")
+    name = None if group is None else str(group.group_name)
+    for _, module, _ in owners(unwrap(model)):
+        bound = bound_forward(module)
+        if bound is not None:
+            bound.group = name if enabled else ""

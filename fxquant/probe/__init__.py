@@ -1,0 +1,1 @@
+"""A prepared model run with a look at each site; ranges from data."""

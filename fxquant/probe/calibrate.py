@@ -1,0 +1,97 @@
+"""Post-training calibration: ranges from data, without training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.backend.entry import fxquant_eager
+from fxquant.capture.aside import compiled_aside, evaluating
+from fxquant.errors import InvalidArgument, NotQuantizedWarning
+from fxquant.prepared.quantizer import Quantizer, quantizers
+from fxquant.prepared.root import require_plan, unwrap
+from fxquant.spec.mode import Mode
+from fxquant.support.progress import track
+
+M = TypeVar("M", bound=nn.Module)
+Method = Literal["max", "moving_average"]
+_MODES = {"max": Mode.EXTEND, "moving_average": Mode.FOLLOW}
+
+
+def calibrate(model: M, data: Iterable[Any], *, method: Method = "max", progress: bool = True) -> M:
+    """Sets every activation range of a prepared model from ``data``, evaluated in float; returns the model.
+
+    Args:
+        data: batches; each a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        method: ``"max"`` spans the extremes of everything seen; ``"moving_average"`` follows the batches as
+            training does.
+        progress: draw a bar on a terminal.
+
+    What was in the ranges before is forgotten; after an error it is back. BatchNorm statistics, modes and weights
+    stay. Raises InvalidArgument for an unprepared model, no data, or an unknown method.
+    """
+    require_plan(model, "calibrate")
+    if method not in _MODES:
+        raise InvalidArgument(f"method must be one of {', '.join(map(repr, _MODES))}: got {method!r}.")
+    plain = unwrap(model)
+    found = [(key, q) for key, q in quantizers(plain) if q.stateful]
+    kept = [(q.min_val.clone(), q.max_val.clone(), q.resolved) for _, q in found]
+    try:
+        batches = _observe(plain, data, _MODES[method], progress)
+        if not batches:
+            raise InvalidArgument("data must hold at least one batch: got none.")
+    except BaseException:
+        for (_, q), (low, high, resolved) in zip(found, kept, strict=True):
+            q.min_val.copy_(low)
+            q.max_val.copy_(high)
+            q.resolved = resolved
+        raise
+    unseen = [key for key, q in found if not q.settle()]
+    if unseen:
+        warnings.warn(
+            f"{len(unseen)} sites saw no data in calibration: {', '.join(unseen[:5])}. The batches did not run them.",
+            NotQuantizedWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _observe(model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool) -> int:
+    every = [q for _, q in quantizers(model)]
+    for quantizer in every:
+        _start(quantizer, mode)
+    count = 0
+    try:
+        with evaluating(model), torch.no_grad(), compiled_aside(model, fxquant_eager) as step:
+            for batch in track(data, "calibrating", show=progress):
+                args, kwargs = batch_arguments(batch)
+                step(*args, **kwargs)
+                count += 1
+    finally:
+        for quantizer in every:
+            quantizer.calibrating = None
+    return count
+
+
+def _start(quantizer: Quantizer, mode: Mode) -> None:
+    quantizer.calibrating = mode
+    if quantizer.stateful:
+        quantizer.resolved = False
+        quantizer.min_val.fill_(float("nan"))
+        quantizer.max_val.fill_(float("nan"))
+
+
+def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise InvalidArgument(
+        f"each batch of data must be a tensor, a tuple of arguments or a mapping: got {type(batch).__name__}."
+    )

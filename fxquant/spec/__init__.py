@@ -1,0 +1,27 @@
+"""What a user may ask for: formats, ranges, rules, recipes; plain data."""
+
+from fxquant.spec.mode import Mode
+from fxquant.spec.quant_spec import ROUNDINGS, QuantSpec, Rounding
+from fxquant.spec.ranges import RANGES, CurrentTensor, Fixed, MovingAverage, Range, get_range
+from fxquant.spec.recipes import RECIPES, Recipe, get_recipe
+from fxquant.spec.rules import Rule, first_layer, last_layer, skip
+
+__all__ = [
+    "RANGES",
+    "RECIPES",
+    "ROUNDINGS",
+    "CurrentTensor",
+    "Fixed",
+    "Mode",
+    "MovingAverage",
+    "QuantSpec",
+    "Range",
+    "Recipe",
+    "Rounding",
+    "Rule",
+    "first_layer",
+    "get_range",
+    "get_recipe",
+    "last_layer",
+    "skip",
+]

@@ -1,0 +1,24 @@
+"""`Mode`: what a site does in a compiled graph."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Mode(enum.IntEnum):
+    """What a site does in a compiled graph; part of the guards, so changing it recompiles.
+
+    OFF leaves the tensor float; STATIC quantizes with the stored range; RESOLVE does too, but takes the tensor's
+    own range where none is stored; TRAIN updates the range first; EXTEND and FOLLOW only observe, for
+    calibration by extremes and by moving average. DELAYED quantizes with the stored range and updates it afterwards;
+    FIRST does too, but takes the tensor's own range where none is stored.
+    """
+
+    OFF = 0
+    STATIC = 1
+    RESOLVE = 2
+    TRAIN = 3
+    EXTEND = 4
+    FOLLOW = 5
+    DELAYED = 6
+    FIRST = 7

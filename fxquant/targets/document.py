@@ -1,0 +1,111 @@
+"""Reading an ONNX file: its nodes, who makes and who reads each value, constants as arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxquant.errors import ExportError
+from fxquant.support.require import require
+
+if TYPE_CHECKING:
+    import onnx
+
+
+ModelPath = str | os.PathLike[str]
+
+
+def load_model(path: ModelPath) -> onnx.ModelProto:
+    """The model without its external data, with the model's own functions inlined.
+
+    Raises ``ExportError`` where there is no such file or it is not an ONNX model.
+    """
+    try:
+        model: onnx.ModelProto = require("onnx").load(os.fspath(path), load_external_data=False)
+    except Exception as error:  # protobuf's parse error has no public name
+        raise ExportError(f"{os.fspath(path)} must be an ONNX model: got {error}") from error
+    if model.functions:
+        model = require("onnx.inliner").inline_local_functions(model)
+    return model
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of the graph in order, each followed by those of its branches and loop bodies."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from all_nodes(body)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """Who makes and who reads each value of ``model``; external tensors are looked for in ``folder``.
+
+    One namespace for all scopes: ONNX forbids a body to reuse a name of the graph around it.
+    """
+
+    model: onnx.ModelProto
+    folder: str
+
+    @cached_property
+    def producer(self) -> dict[str, onnx.NodeProto]:
+        return {name: node for node in all_nodes(self.model.graph) for name in node.output if name}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        found: dict[str, list[onnx.NodeProto]] = {}
+        for node in all_nodes(self.model.graph):
+            for name in node.input:
+                found.setdefault(name, []).append(node)
+        return found
+
+    @cached_property
+    def initializers(self) -> dict[str, onnx.TensorProto]:
+        found = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        for name, node in self.producer.items():
+            if node.op_type == "Constant":
+                found.update((name, a.t) for a in node.attribute if a.name == "value")
+        return found
+
+    @cached_property
+    def constants(self) -> frozenset[str]:
+        """Values that no graph input reaches."""
+        found = set(self.initializers) | {tensor.values.name for tensor in self.model.graph.sparse_initializer}
+        for node in self.model.graph.node:  # in topological order, as the standard asks
+            if all(name in found for name in node.input if name) and not any(a.HasField("g") for a in node.attribute):
+                found.update(node.output)
+        return frozenset(found)
+
+    @cached_property
+    def outputs(self) -> frozenset[str]:
+        return frozenset(output.name for output in self.model.graph.output)
+
+    def array(self, node: onnx.NodeProto, index: int) -> Any:
+        """The numpy array fed to ``node`` at ``index``, ``None`` where there is none or it is computed."""
+        tensor = self.initializers.get(node.input[index]) if index < len(node.input) else None
+        return None if tensor is None else require("onnx.numpy_helper").to_array(tensor, base_dir=self.folder)
+
+    def code_type(self, node: onnx.NodeProto) -> str | None:
+        """ONNX's name (``"UINT8"``) for the codes that a QuantizeLinear writes or a DequantizeLinear reads.
+
+        ``None`` where the graph alone does not tell.
+        """
+        names = require("onnx").TensorProto.DataType.Name
+        for index in (2, 0) if node.op_type == "DequantizeLinear" else (2,):
+            tensor = self.initializers.get(node.input[index]) if index < len(node.input) else None
+            if tensor is not None:
+                return str(names(tensor.data_type))
+        if node.op_type == "DequantizeLinear":
+            source = self.producer.get(node.input[0])
+            return self.code_type(source) if source is not None and source.op_type == "QuantizeLinear" else None
+        dtype = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
+        return str(names(dtype)) if dtype else "UINT8" if len(node.input) < 3 else None
+
+
+def folder_of(path: ModelPath) -> str:
+    return str(Path(path).absolute().parent)

@@ -1,0 +1,171 @@
+"""Running an exported model in onnxruntime on the CPU: its outputs, its codes, its speed.
+
+Nothing here changes the file: what needs another graph works on a copy in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxquant.errors import ExportError, InvalidArgument
+from fxquant.support.require import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime
+from fxquant.targets.document import ModelPath, Wiring, folder_of, load_model
+
+Feeds = Mapping[str, "np.ndarray"]
+
+# numpy has no 2- or 4-bit integers, so onnxruntime cannot hand them out: a Cast to the name on the right can.
+_WIDER = {"INT4": "INT8", "UINT4": "UINT8", "INT2": "INT8", "UINT2": "UINT8"}
+
+
+def session(
+    model: ModelPath | bytes,
+    *,
+    optimize: bool,
+    threads: int | None = None,
+    optimized_path: ModelPath | None = None,
+    config: Mapping[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
+    """A quiet session on the CPU, with every graph optimization or with none.
+
+    ``threads`` is the size of the pool inside a node, ``None`` for onnxruntime's choice. ``optimized_path``
+    receives the graph that will run. ``config`` holds further session entries: a model in bytes finds its
+    external data through ``data_folder``. Raises ``ExportError`` where onnxruntime refuses the model.
+    """
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized_path is not None:
+        options.optimized_model_filepath = os.fspath(optimized_path)
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        subject = "The model" if isinstance(model, bytes) else os.fspath(model)
+        raise ExportError(f"{subject} must load in onnxruntime {ort.__version__}: got {error}") from error
+
+
+def data_folder(path: ModelPath) -> dict[str, str]:
+    """The session entry that lets a model given as bytes find the external data beside ``path``."""
+    return {"session.model_external_initializers_file_folder_path": str(Path(path).absolute().parent)}
+
+
+def run_outputs(path: ModelPath, feeds: Feeds, *, optimize: bool) -> list[np.ndarray]:
+    """The model's outputs, in the graph's order.
+
+    Raises ``ExportError`` where the model does not load or a node fails while it runs (that it loads is no
+    proof: fused per-channel activations fail only then), ``InvalidArgument`` for feeds of other names.
+    """
+    return _run(session(path, optimize=optimize), None, feeds)
+
+
+def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """What every activation QuantizeLinear of the graph gives, by the keys of ``quantize_outputs``.
+
+    ``also`` names those that are known to be activations though no input reaches them, as position embeddings.
+    Runs without optimizations, so that each Q is one node and its arithmetic the standard's. Integers of 2 or
+    4 bits come widened to 8; float8 codes come as their bits in uint8. Raises as ``run_outputs``.
+    """
+    onnx = require("onnx")
+    model = load_model(path)
+    wiring = Wiring(model=model, folder=folder_of(path))
+    shown = {output.name for output in model.graph.output}
+    names: dict[str, str] = {}
+    for label, value in _quantize_outputs(wiring, also).items():
+        wider = _WIDER.get(wiring.code_type(wiring.producer[value]) or "")
+        names[label] = f"{value}::codes" if wider else value
+        if wider:
+            to = onnx.TensorProto.DataType.Value(wider)
+            model.graph.node.append(onnx.helper.make_node("Cast", [value], [names[label]], to=to))
+        if names[label] not in shown:  # onnxruntime infers the type of an output that states none
+            model.graph.output.append(onnx.ValueInfoProto(name=names[label]))
+    if not names:
+        return {}
+    built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
+    return dict(zip(names, _run(built, list(names.values()), feeds), strict=True))
+
+
+def quantize_outputs(path: ModelPath) -> dict[str, str]:
+    """Label → value name of each activation QuantizeLinear's output, in graph order; the label is that name.
+
+    A Q whose input hangs on constants alone belongs to a weight and is left out; so is one inside a branch or
+    a loop body, whose values nobody outside can read.
+    """
+    return _quantize_outputs(Wiring(model=load_model(path), folder=folder_of(path)), ())
+
+
+def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, threads: int = 1) -> dict[str, float]:
+    """Median seconds of one run of each model, all optimized, one after the other in every round.
+
+    Each model is warmed up first, and the order turns with the rounds. Raises as
+    ``run_outputs``, and ``InvalidArgument`` for ``rounds`` below 1.
+    """
+    if rounds < 1:
+        raise InvalidArgument(f"rounds must be at least 1: got {rounds}.")
+    # Idle pools that spin would take the cores from the model being timed.
+    still = {"session.intra_op.allow_spinning": "0"}
+    sessions = {k: session(path, optimize=True, threads=threads, config=still) for k, path in paths.items()}
+    for built in sessions.values():
+        for _ in range(3):
+            _run(built, None, feeds)
+    seconds: dict[str, list[float]] = {key: [] for key in sessions}
+    order = list(sessions)
+    for _ in range(rounds):
+        for key in order:
+            start = time.perf_counter()
+            sessions[key].run(None, feeds)
+            seconds[key].append(time.perf_counter() - start)
+        order = order[1:] + order[:1]
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def integer_dot_support(cpuinfo: ModelPath = "/proc/cpuinfo") -> str | None:
+    """``None`` when the CPU has dot products of 8-bit integers, else a sentence that says what is missing."""
+    need = "integer kernels are faster than float ones only with 8-bit dot products"
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:
+        return f"Unknown CPU features, no {os.fspath(cpuinfo)} here: {need} (VNNI on x86, asimddp on Arm)."
+    features = {k.strip(): set(v.split()) for k, _, v in (line.partition(":") for line in lines)}
+    if "flags" in features:
+        if features["flags"] & {"avx512_vnni", "avx_vnni"}:
+            return None
+        return f"This CPU has neither avx512_vnni nor avx_vnni: {need}, and u8×s8 sums can saturate without."
+    if "Features" in features:
+        return None if "asimddp" in features["Features"] else f"This CPU has no asimddp: {need}."
+    return f"Unknown CPU features, {os.fspath(cpuinfo)} lists none: {need} (VNNI on x86, asimddp on Arm)."
+
+
+def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
+    return {
+        node.output[0]: node.output[0]
+        for node in wiring.model.graph.node
+        if node.op_type == "QuantizeLinear"
+        and (node.input[0] not in wiring.constants or node.output[0].partition("@")[0] in also)
+    }
+
+
+def _run(built: onnxruntime.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[np.ndarray]:
+    wanted = [value.name for value in built.get_inputs()]
+    if set(wanted) != set(feeds):
+        raise InvalidArgument(f"feeds must name the model's inputs {wanted}: got {list(feeds)}.")
+    options = require("onnxruntime").RunOptions()
+    options.log_severity_level = 4
+    try:
+        return list(built.run(names, dict(feeds), options))
+    except Exception as error:  # as in session
+        raise ExportError(f"The model must run in onnxruntime: got {error}") from error

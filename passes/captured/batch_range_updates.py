@@ -1,0 +1,154 @@
+"""The ranges that a graph observed are updated at its end, and over all ranks at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxquant.graph.bodies import is_checkpoint, nested_graphs
+from fxquant.graph.edit import call, item
+from fxquant.ops import qparams
+from fxquant.passes.base import Pass, PassResult
+
+aten = torch.ops.aten
+_GROUP = "fxquant.range_group"
+
+
+def mark_observation(average: fx.Node, group: str) -> None:
+    """Says that ``average``, an `average_min_max` whose results are copied into the state, is to be done at the end.
+
+    ``group`` names the process group whose ranks take part; ``""`` for this process alone.
+    """
+    average.meta[_GROUP] = group
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """Extremes of one tensor, and the state that they go into."""
+
+    low: fx.Node
+    high: fx.Node
+    state: tuple[fx.Node, fx.Node]
+    constant: float
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRangeUpdates(Pass):
+    """``new = average_min_max(low, high, min, max, c); min ← new[0]; max ← new[1]`` moves to the end of its graph.
+
+    Whatever else reads a range in the graph so reads the one at entry, and waits for no extreme. The update is a few
+    operations on single elements, which a compiler does where the reduction to ``low`` and ``high`` ends. Extremes
+    that checkpointed bodies observed become results of theirs, and count with the graph around them. A range whose
+    tensor is observed twice in a graph moves twice.
+
+    Observations with a process group are first reduced over it, in one ``all_reduce`` a graph::
+
+        both = all_reduce(nan_to_num(cat(−lows, highs), inf), "max");  low_i = −both[i];  high_i = both[N + i]
+
+    NaN counts as infinite there, so that all ranks leave a range alone for which one of them met a non-finite value.
+    A range that is updated *before* it is used has then been quantized with this rank's own average, from which a
+    second use in the graph goes on; what is kept is the average with the reduced extremes.
+    """
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Rewrites ``gm``, with what its checkpointed bodies observed, and other nested bodies for themselves."""
+        found = _collect(gm)
+        _update(gm.graph, found)
+        return len(found)
+
+
+def _collect(gm: fx.GraphModule) -> list[_Observation]:
+    """Takes the updates out of a graph, in order; those of bodies that cannot hand them out end these bodies."""
+    found: list[_Observation] = []
+    latest: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is qparams.AVERAGE_MIN_MAX and _GROUP in node.meta:
+            found.append(_take(node, latest))
+        for body in nested_graphs(gm, node):
+            inner = _collect(body)
+            if inner and is_checkpoint(node) and isinstance(node.meta["val"], (tuple, list)):
+                found += _hand_out(node, body, inner)
+            else:
+                _update(body.graph, inner)
+    return found
+
+
+def _take(average: fx.Node, latest: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> _Observation:
+    """Takes one update out; its average stays where something is quantized with it, and goes on from the latest."""
+    low, high, minimum, maximum, constant = average.args
+    results = sorted(average.users, key=lambda got: got.args[1])  # type: ignore[arg-type, return-value]
+    for user in [user for got in results for user in got.users if user.target is aten.copy_.default]:
+        user.graph.erase_node(user)
+    group = average.meta.pop(_GROUP)
+    if any(got.users for got in results):
+        average.args = (low, high, *latest.get(minimum, (minimum, maximum)), constant)  # type: ignore[arg-type]
+        latest[minimum] = results[0], results[1]  # type: ignore[index]
+    else:
+        for unused in (*results, average):
+            unused.graph.erase_node(unused)
+    return _Observation(low, high, (minimum, maximum), constant, group)  # type: ignore[arg-type]
+
+
+def _hand_out(node: fx.Node, body: fx.GraphModule, inner: Sequence[_Observation]) -> list[_Observation]:
+    """Extremes of a checkpointed body as results of the node that runs it."""
+    extremes = [extreme for one in inner for extreme in (one.low, one.high)]
+    output = body.graph.output_node()
+    given = tuple(output.args[0])  # type: ignore[arg-type]
+    output.args = ((*given, *extremes),)
+    node.meta["val"] = (*node.meta["val"], *(extreme.meta["val"] for extreme in extremes))
+    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+    outside = dict(zip(inputs, node.args[1:], strict=True))
+    found, after = [], node.next
+    for number, one in enumerate(inner):
+        first = len(given) + 2 * number
+        with node.graph.inserting_before(after):
+            low, high = item(node.graph, node, first), item(node.graph, node, first + 1)
+        state = outside[one.state[0]], outside[one.state[1]]
+        found.append(_Observation(low, high, state, one.constant, one.group))
+    return found
+
+
+def _update(graph: fx.Graph, found: Sequence[_Observation]) -> None:
+    """Puts the updates in front of the graph's output, those of one group and device behind one reduction."""
+    together: dict[tuple[str, object], list[_Observation]] = {}
+    for one in found:
+        together.setdefault((one.group, one.low.meta["val"].device), []).append(one)
+    with graph.inserting_before(graph.output_node()):
+        for (group, _), members in together.items():
+            latest: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
+            for one in _reduced(graph, members, group) if group else members:
+                old = latest.get(one.state, one.state)
+                new = call(graph, qparams.AVERAGE_MIN_MAX, one.low, one.high, *old, one.constant, like=one.low)
+                latest[one.state] = item(graph, new, 0), item(graph, new, 1)
+            for state, values in latest.items():
+                for tensor, value in zip(state, values, strict=True):
+                    call(graph, aten.copy_.default, tensor, value, like=value)
+
+
+def _reduced(graph: fx.Graph, members: Sequence[_Observation], group: str) -> list[_Observation]:
+    """The same with minimum and maximum over all ranks, as one maximum of ``(−low…, high…)``."""
+    count, like = len(members), members[-1].low
+    lows = call(graph, aten.cat.default, [one.low for one in members], like=like)
+    lows = call(graph, aten.neg.default, lows, like=like)
+    both = call(graph, aten.cat.default, [lows, *(one.high for one in members)], like=like)
+    both = call(graph, aten.nan_to_num.default, both, math.inf, math.inf, -math.inf, like=like)
+    collectives = torch.ops._c10d_functional
+    sent = call(graph, collectives.all_reduce.default, both, "max", group, like=like)
+    both = call(graph, collectives.wait_tensor.default, sent, like=like)
+    reduced = []
+    for number, one in enumerate(members):
+        low, high = _element(graph, both, number), _element(graph, both, count + number)
+        low = call(graph, aten.neg.default, low, like=like)
+        reduced.append(_Observation(low, high, one.state, one.constant, one.group))
+    return reduced
+
+
+def _element(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    return call(graph, aten.slice.Tensor, node, 0, index, index + 1, like=node)

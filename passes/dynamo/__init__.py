@@ -1,0 +1,1 @@
+"""Passes on what Dynamo or torch.export wrote, before it is captured."""

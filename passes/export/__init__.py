@@ -1,0 +1,1 @@
+"""Passes on the evaluation graph on its way to a file."""

@@ -1,0 +1,1 @@
+"""Passes on AOTAutograd's joint graph of forward and backward."""

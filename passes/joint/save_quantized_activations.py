@@ -1,0 +1,291 @@
+"""What backward needs of a quantized activation is kept as codes and a packed clip mask, not as floats."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph.edit import call
+from fxquant.graph.nodes import packet
+from fxquant.ops import fake_quantize, quantize, saved
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.joint.joint import Joint, is_moving, is_pointwise
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+_MARK = "fxquant.saved_as_codes"
+
+# By name: Inductor's own, which its decompositions make, is there only once Inductor is loaded.
+_POOLS = frozenset(
+    {
+        *("aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.adaptive_max_pool2d"),
+        *("aten.adaptive_max_pool3d", "prims._low_memory_max_pool_with_offsets"),
+    }
+)
+
+_FEW = 1024  # elements: of fewer, kept in float, nothing is said
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveQuantizedActivations(Pass):
+    """Joint graph of forward and backward, before it is partitioned::
+
+        y  = fake_quantize(x)                      y  = fake_quantize(x)
+        …  = op(y)                                 …  = op(y)
+        dw = op'(dy, y)                      →     dw = op'(dy, dequantize(q)),   q = quantize(x), saved
+        dx = fake_quantize'(dy, x)                 dx = dy · unpack(m),           m = pack(clip_mask(x)), saved
+
+    A byte and an eighth are kept instead of a float. Codes of up to four bits are packed too. The bits of every
+    gradient stay what they were.
+
+    Left alone is an input that backward has anyway, or computes from such values element by element: a LayerNorm's or
+    BatchNorm's result, a GELU or ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
+    regions hold, read or give, and what has a scale per channel. Masks of other operators, as a ReLU's, are
+    packed where no float is kept that gives them.
+
+    What a max pool picks of quantized values has their codes, and is kept as those too, by the scale it came with::
+
+        p  = max_pool(fake_quantize(x))        →   p is read in backward as dequantize(q), q = quantize(p), saved
+
+    not in half types, where a code may round to the value of the next.
+    """
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Rewrites the graph itself; bodies of nested operators have joint graphs of their own."""
+        joint = Joint(gm.graph)
+        if not joint.tangents:
+            return 0
+        masks = [node for node in joint.only_backward() if _is_mask(node, joint)]
+        wanted = joint.wanted(skip=set(masks).__contains__)
+        kept = joint.kept(wanted)
+        sites = [node for node in joint.forward if node.target is fake_quantize.PER_TENSOR]
+        done = sum(self._save(joint, site, site in wanted, result) for site in sites if site.args[0] not in kept)
+        done += sum(_save_picked(joint, node) for node in joint.forward if node in wanted and _is_pick(node))
+        return done + sum(_pack_mask(mask) for mask in masks if mask not in kept)
+
+    def _save(self, joint: Joint, site: fx.Node, read: bool, result: PassResult) -> int:
+        """Rewrites one site, whose result backward reads or not."""
+        source = site.args[0]
+        assert isinstance(source, fx.Node)
+        gradients = [user for user in source.users if _is_gradient_of(user, site)]
+        value, bits = source.meta["val"], _bits(site)
+        if _is_in_region(site) or _is_of_region(source) or not (gradients or read):
+            return 0
+        if bits > 16:
+            self.decline(result, site, f"its codes have {bits} bits, which float32 does not hold")
+            return 0
+        if _width(bits) + 1 >= 8 * value.element_size():
+            self.decline(result, site, f"its codes of {bits} bits and a mask are no smaller than {value.dtype}")
+            return 0
+        dim = plane_dim(value)
+        if dim is None:
+            if not all(isinstance(size, int) for size in value.shape) or value.numel() >= _FEW:
+                reason = f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
+                self.decline(result, site, reason)
+            return 0
+        site.meta[_MARK] = True
+        behind = _Behind(joint.graph, site)
+        if read:
+            _read_codes(joint, site, behind.codes(bits, dim))
+        if gradients:
+            mask = behind.mask(dim)
+            for gradient in gradients:
+                _read_mask(gradient, mask, dim)
+        return 1
+
+
+def _save_picked(joint: Joint, node: fx.Node) -> int:
+    """Rewrites what a max pool made, if that has codes."""
+    site = _grid_of(node)
+    if site is None or _is_in_region(node) or not _is_read_behind(joint, node):
+        return 0
+    value, bits = node.meta["val"], _bits(site)
+    dim = plane_dim(value)
+    if value.element_size() < 4 or bits > 16 or (dim is None and _width(bits) < 8):
+        return 0
+    behind = _Behind(joint.graph, site, node)
+    _read_codes(joint, node, behind.codes(bits, 0 if dim is None else dim))
+    return 1
+
+
+def _is_pick(node: fx.Node) -> bool:
+    """Whether a node is the result of a max pool, not its indices."""
+    pool = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
+    return isinstance(pool, fx.Node) and _is_pool(pool)
+
+
+def _is_pool(node: fx.Node) -> bool:
+    return str(packet(node)) in _POOLS
+
+
+def _grid_of(node: fx.Node) -> fx.Node | None:
+    """The fake-quant whose codes a node's values have: picked, moved, or joined from results of one scale."""
+    if node.target is fake_quantize.PER_TENSOR:
+        return node
+    if packet(node) is aten.cat:
+        parts: Any = node.args[0]
+        found = [_grid_of(part) for part in parts]
+        alike = all(each is not None and _same_grid(each, found[0]) for each in found)
+        site = found[0] if alike else None
+    elif is_moving(node) or _is_pool(node):
+        assert isinstance(node.args[0], fx.Node)
+        site = _grid_of(node.args[0])
+    else:
+        return None
+    value = node.meta["val"]
+    cast = site is not None and isinstance(value, Tensor) and value.dtype != site.meta["val"].dtype
+    return None if cast else site
+
+
+def _same_grid(site: fx.Node, other: fx.Node | None) -> bool:
+    return other is not None and site.args[1:] == other.args[1:] and site.kwargs == other.kwargs
+
+
+def _is_read_behind(joint: Joint, node: fx.Node) -> bool:
+    """Whether backward reads a value of forward, perhaps moved, other than to make codes of it."""
+    readers = [user for user in node.users if user.target is not quantize.QUANTIZE_TENSOR]
+    return any(user not in joint.forward or (is_moving(user) and _is_read_behind(joint, user)) for user in readers)
+
+
+def is_saved_as_codes(site: fx.Node) -> bool:
+    """Whether backward reads nothing of a fake-quant node itself."""
+    return _MARK in site.meta
+
+
+def _is_gradient_of(node: fx.Node, site: fx.Node) -> bool:
+    same = node.target in fake_quantize.BACKWARD and node.args[1:] == site.args
+    return same and node.kwargs.get("rounding") == site.kwargs.get("rounding")
+
+
+def _is_of_region(node: fx.Node) -> bool:
+    """Whether a node is, perhaps moved since, what a region of the user's gives: backward has that from it again."""
+    while "recompute" not in node.meta and is_moving(node):
+        node = node.all_input_nodes[0]
+    return "recompute" in node.meta
+
+
+def _is_in_region(node: fx.Node) -> bool:
+    """Whether a node is the user's to recompute, or is read, perhaps moved first, by one that is."""
+    if "recompute" in node.meta:
+        return True
+    return any("recompute" in user.meta or (is_moving(user) and _is_in_region(user)) for user in node.users)
+
+
+def _bits(site: fx.Node) -> int:
+    _, _, _, low, high = site.args
+    assert isinstance(low, int) and isinstance(high, int)
+    return (high - low).bit_length()
+
+
+def _width(bits: int) -> int:
+    """Bits that a code takes: 2 or 4 packed, else whole bytes."""
+    return next(width for width in (2, 4, 8, 16, 32) if bits <= width)
+
+
+def plane_dim(value: Tensor) -> int | None:
+    """The dimension to pack along: the outermost in memory that is known to be a multiple of 8."""
+    found = [d for d, size in enumerate(value.shape) if isinstance(size, int) and size and size % 8 == 0]
+    return max(found, key=lambda d: (_known(value, d), -d), default=None)
+
+
+def _known(value: Tensor, dim: int) -> float:
+    stride: int | torch.SymInt = value.stride(dim)
+    return stride if isinstance(stride, int) else float("inf")
+
+
+class _Behind:
+    """Makes nodes one behind the other: of a site's input, or of other values that lie on the site's grid."""
+
+    def __init__(self, graph: fx.Graph, site: fx.Node, values: fx.Node | None = None) -> None:
+        self.graph, self.site, self.last = graph, site, values or site
+        self.args = (values or site.args[0], *site.args[1:])
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            self.last = call(self.graph, op, *args, like=self.site, **kwargs)
+        return self.last
+
+    def codes(self, bits: int, dim: int) -> fx.Node:
+        """Codes that are saved, and dequantized again."""
+        source, scale, point, low, high = self.args
+        assert isinstance(source, fx.Node) and isinstance(low, int) and isinstance(high, int)
+        packed, rounding = _width(bits) < 8, self.site.kwargs.get("rounding", "reciprocal")
+        codes = self.call(quantize.QUANTIZE_TENSOR, *self.args, _dtype(low, high), rounding=rounding)
+        if packed:
+            # From 0, as a plane holds them.
+            shifted = self.call(aten.sub.Scalar, codes, low)
+            planes = self.call(saved.PACK_PLANES, shifted, _width(bits), dim)
+            codes = self.call(aten.add.Scalar, self.call(saved.UNPACK_PLANES, planes, _width(bits), dim), low)
+        return self.call(quantize.DEQUANTIZE_TENSOR, codes, scale, point, dtype=source.meta["val"].dtype)
+
+    def mask(self, dim: int) -> fx.Node:
+        """The packed clip mask, which is saved."""
+        rounding = self.site.kwargs.get("rounding", "reciprocal")
+        mask = self.call(saved.CLIP_MASK, *self.args, rounding=rounding)
+        return self.call(saved.PACK_PLANES, mask, 1, dim)
+
+
+def _dtype(low: int, high: int) -> torch.dtype:
+    fitting = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
+    return next(d for d in fitting if torch.iinfo(d).min <= low and high <= torch.iinfo(d).max)
+
+
+def _read_codes(joint: Joint, node: fx.Node, replacement: fx.Node) -> None:
+    """Backward reads ``replacement`` instead of ``node``, and of what forward moved from it, the like of it."""
+    for user in list(node.users):
+        if user not in joint.forward and user.target is not quantize.QUANTIZE_TENSOR:
+            user.replace_input_with(node, replacement)
+        elif user in joint.forward and is_moving(user):
+            with joint.graph.inserting_after(user):
+                moved = joint.graph.node_copy(user, lambda n: replacement if n is node else n)
+            _read_codes(joint, user, moved)
+            if not moved.users:
+                joint.graph.erase_node(moved)
+
+
+def _read_mask(gradient: fx.Node, packed: fx.Node, dim: int) -> None:
+    """``fake_quantize'(dy, x)``  →  ``dy · unpack(packed)``, a product as in `numerics.affine`."""
+    graph, grad = gradient.graph, gradient.args[0]
+    assert isinstance(grad, fx.Node)
+    with graph.inserting_before(gradient):
+        mask = _unpacked(graph, packed, dim, like=gradient)
+        factor = call(graph, prims.convert_element_type.default, mask, grad.meta["val"].dtype, like=gradient)
+        result = call(graph, aten.mul.Tensor, grad, factor, like=gradient)
+    gradient.replace_all_uses_with(result)
+    graph.erase_node(gradient)
+
+
+def _unpacked(graph: fx.Graph, packed: fx.Node, dim: int, like: fx.Node) -> fx.Node:
+    bits = call(graph, saved.UNPACK_PLANES, packed, 1, dim, like=like)
+    return call(graph, aten.ne.Scalar, bits, 0, like=like)
+
+
+def _is_mask(node: fx.Node, joint: Joint) -> bool:
+    """Whether a node of backward is a mask that is a function of forward's values alone."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or not is_pointwise(node) or "recompute" in node.meta:
+        return False
+    if node in joint.behind_tangents or not any(user in joint.behind_tangents for user in node.users):
+        return False
+    # Not one that this pass has unpacked.
+    return not any(source.target in saved.BACKWARD for source in node.all_input_nodes)
+
+
+def _pack_mask(mask: fx.Node) -> int:
+    dim = plane_dim(mask.meta["val"])
+    if dim is None:
+        return 0
+    users, graph = list(mask.users), mask.graph
+    with graph.inserting_after(mask):
+        packed = call(graph, saved.PACK_PLANES, mask, 1, dim, like=mask)
+    with graph.inserting_after(packed):
+        bits = call(graph, saved.UNPACK_PLANES, packed, 1, dim, like=mask)
+    with graph.inserting_after(bits):
+        unpacked = call(graph, aten.ne.Scalar, bits, 0, like=mask)
+    for user in users:
+        user.replace_input_with(mask, unpacked)
+    return 1

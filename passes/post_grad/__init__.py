@@ -1,0 +1,1 @@
+"""Passes on Inductor's graphs, after partitioning."""
