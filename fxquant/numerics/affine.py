@@ -19,8 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from fxquant.numerics.division import reciprocal
-from fxquant.spec.quant_spec import Rounding
+from fxquant.numerics.division import Rounding, reciprocal
 
 # torch's per-channel kernels cast the code to int64 before they clamp; what does not fit becomes INT64_MIN.
 _INT64_END = 2.0**63

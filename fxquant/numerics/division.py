@@ -7,8 +7,15 @@ for correct rounding leaves approximate.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+
+Rounding = Literal["reciprocal", "divide"]
+"""How a value is brought to codes: ONNX QuantizeLinear's ``x / scale``, or torch's ``x · (1 / scale)``."""
+
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 
 def divide_by_number(tensor: Tensor, number: float) -> Tensor:

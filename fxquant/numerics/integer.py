@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxquant.numerics.affine import codes_per_channel, codes_per_tensor, dequantize, per_channel_view, rounded
-from fxquant.spec.quant_spec import Rounding
+from fxquant.numerics.division import Rounding
 
 
 def quantize_per_tensor(

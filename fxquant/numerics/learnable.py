@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.affine import clamp_code, per_channel_view, rounded
-from fxquant.numerics.division import divide_by_number, reciprocal
-from fxquant.spec.quant_spec import Rounding
+from fxquant.numerics.division import Rounding, divide_by_number, reciprocal
 
 # torch's per-channel kernels cast the code to int64; what does not fit becomes its lowest value.
 _INT64_END = 2.0**63

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics import affine
-from fxquant.numerics.division import divide_by_number, reciprocal
-from fxquant.spec.quant_spec import Rounding
+from fxquant.numerics.division import Rounding, divide_by_number, reciprocal
 
 # 6.1e-5 in float32, about the smallest normal float16: torch raises smaller scales to it.
 SMALLEST_SCALE = 6.0999998822808266e-05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.spec.quant_spec import ROUNDINGS
+from fxquant.numerics.division import ROUNDINGS
 
 _SCALAR_TYPES = {
     torch.float32: "Float",

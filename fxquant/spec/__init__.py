@@ -1,7 +1,8 @@
 """What a user may ask for: formats, ranges, rules, recipes; plain data."""
 
+from fxquant.numerics.division import ROUNDINGS, Rounding
 from fxquant.spec.mode import Mode
-from fxquant.spec.quant_spec import ROUNDINGS, QuantSpec, Rounding
+from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import RANGES, CurrentTensor, Fixed, MovingAverage, Range, get_range
 from fxquant.spec.recipes import RECIPES, Recipe, get_recipe
 from fxquant.spec.rules import Rule, first_layer, last_layer, skip

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from fxquant.errors import InvalidArgument
+from fxquant.numerics.division import ROUNDINGS, Rounding
 from fxquant.spec.ranges import RANGE_KINDS, CurrentTensor, Fixed, MovingAverage, Range
-
-Rounding = Literal["reciprocal", "divide"]
-ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 
 @dataclass(frozen=True, kw_only=True)
