@@ -13,7 +13,7 @@ from fxquant.backend.reports import compile_reports
 from fxquant.numerics import integer
 from fxquant.ops.integer_matmul import multiplies_exactly
 from tests.gpu.harness import bits
-from tests.models.nets import Mlp, grads, prepared, step
+from tests.nets import Mlp, grads, prepared, step
 
 TOO_SMALL = "CUDA multiplies integers of more than 16 rows and sizes that are multiples of 8 only"
 

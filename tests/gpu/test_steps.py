@@ -14,7 +14,7 @@ from fxquant import ops
 from fxquant.prepared.quantizer import quantizers
 from tests.gpu.harness import assert_same_bits, kernels, no_sync
 from tests.gpu.test_training import NETS, WIDTH, compiled, each_net, made
-from tests.models.nets import Convs, grads, kept_bytes, prepared
+from tests.nets import Convs, grads, kept_bytes, prepared
 
 Run = Callable[[Tensor], Tensor]
 

@@ -20,7 +20,7 @@ import fxquant
 from fxquant.backend.reports import compile_reports
 from fxquant.prepared.quantizer import quantizers
 from tests.gpu.harness import bits
-from tests.models.nets import Block, ConvNet, Mlp, grads, prepared
+from tests.nets import Block, ConvNet, Mlp, grads, prepared
 
 WIDTH = 16
 

@@ -23,7 +23,7 @@ from fxquant.__main__ import main
 from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.report.cost import BATCH, Bytes, Cost, cost
-from tests.models.nets import ConvNet, Mlp, ranges
+from tests.nets import ConvNet, Mlp, ranges
 
 
 class Layer(nn.Module):
