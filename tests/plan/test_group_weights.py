@@ -31,7 +31,7 @@ from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import INT4_WEIGHT_ONLY, Recipe
 from fxquant.spec.rules import Rule
 from fxquant.targets.profiles import GENERIC
-from tests.models import oracle
+from tests.backend import oracle
 from tests.nets import Mlp, grads
 from tests.passes.graphs import apply, captured, evaluate, untouched
 
