@@ -17,7 +17,6 @@ from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.captured.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.captured.quantize_bias import QuantizeBias
 from fxquant.passes.captured.sink_weights import SinkWeights
-from fxquant.passes.captured.unify_scales import UnifyScales
 from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.joint.tag_recompute import TagRecompute
@@ -41,7 +40,6 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
         InsertFakeQuantize(recipe=recipe, profile=profile, stateless=stateless),
         FoldBatchNorm(),
         FoldTrainingBatchNorm(),
-        UnifyScales(profile=profile),
         EliminateRedundantFakeQuantize(),
         QuantizeBias(profile=profile),
         BatchRangeUpdates(),

@@ -26,7 +26,6 @@ from fxquant.report.forecast import Operation, Place, absolute, expected_kernel,
 from fxquant.report.operators import Captured, Operator, capture_operators
 from fxquant.support.table import short, table
 from fxquant.targets.expected import FLOAT
-from fxquant.targets.profiles import get_profile
 
 _WIDTH = 120  # of the printed tables
 _LINES = 3  # that a cell of them may take
@@ -40,7 +39,7 @@ class Row:
         key: its name in the model; role: "weight", "activation" or "output"; spec: its format.
         operators: the operands that read it (``layer1.conv1.conv0.input``); for an output, whose result it is.
         kernels: for each of them, what its operator is expected to become on the target, or ``"float: …"`` and why.
-        shares: other sites on the same tensor (known where `explain` got inputs), or of the same scale.
+        shares: other sites on the same tensor; known where `explain` got inputs.
         range, status, reason, source: see `explain`.
     """
 
@@ -161,7 +160,7 @@ def explain(
     declines = dict.fromkeys(str(decline) for report in reports for decline in report.declines)
     return Explanation(
         plan=plan,
-        rows=_rows(model, plan, found, _shares(plan, captured)),
+        rows=_rows(model, plan, found, captured.same_tensor if captured else {}),
         declined=plan.declined,
         coverage=coverage(captured, plan) if captured else None,
         compile_declines=tuple(declines),
@@ -201,22 +200,6 @@ def _rows(
             )
         )
     return tuple(rows)
-
-
-def _shares(plan: Plan, captured: Captured | None) -> dict[str, tuple[str, ...]]:
-    """Site key → other sites of its tensor, and those that a concat gives the same scale."""
-    groups = [[key, *others] for key, others in captured.same_tensor.items()] if captured else []
-    if get_profile(plan.target).joins_scale:
-        concats: dict[Place, list[str]] = {}
-        for site in plan.sites:
-            for place in (place_of(absolute(site, edge)) for edge in site.local.edges if edge.kind == "cat"):
-                concats.setdefault(place, []).append(site.key)
-        groups += concats.values()
-    found: dict[str, dict[str, None]] = {}
-    for group in groups:
-        for key in group:
-            found.setdefault(key, {}).update(dict.fromkeys(other for other in group if other != key))
-    return {key: tuple(others) for key, others in found.items()}
 
 
 def _graphs(

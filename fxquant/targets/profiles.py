@@ -24,7 +24,6 @@ class Profile:
         needs_output: kinds that run as integers only if their output is quantized too.
         fuses: activations that the runtime fuses into a kind of ``needs_output`` before that quantizer.
         skips: kinds of ``hard`` that an Add behind them fuses into: of that Add only the other operand is quantized.
-        joins_scale: whether a concat's operands and result must share one scale.
         symmetric: activations have zero point 0, in signed codes.
         symmetric_operands: operands (``"matmul.rhs"``) that have, where other activations need not. A matmul with a
             weight counts as linear.
@@ -50,7 +49,6 @@ class Profile:
     needs_output: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset({"relu", "relu6"})
     skips: frozenset[str] = frozenset()
-    joins_scale: bool = False
     symmetric: bool = False
     symmetric_operands: frozenset[str] = frozenset()
     zero_based_operands: frozenset[str] = frozenset()

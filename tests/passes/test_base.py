@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxquant.errors import InvariantViolated
 from fxquant.graph.bodies import all_graphs
 from fxquant.passes.base import Pass, PassResult, run_all
-from fxquant.passes.captured.unify_scales import UnifyScales
+from fxquant.passes.captured.quantize_bias import QuantizeBias
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from fxquant.spec.ranges import CurrentTensor
@@ -94,7 +94,6 @@ def test_result_adds_up() -> None:
 
 
 def test_uuid_follows_name_options_and_sources() -> None:
-    wide = UnifyScales(profile=ONNXRUNTIME)
     lines = [
         p.uuid()
         for r in (INT8, W4A8, INT8.with_range(CurrentTensor()))
@@ -103,15 +102,15 @@ def test_uuid_follows_name_options_and_sources() -> None:
     inserts = {line for line in lines if line.startswith("InsertFakeQuantize")}
     assert len(inserts) == 3
     assert all(line.endswith(source_digest()) for line in lines)
-    behind = (*joint_passes(), *post_grad_passes(), wide)
+    behind = (*joint_passes(), *post_grad_passes(), QuantizeBias(profile=ONNXRUNTIME))
     assert len({p.uuid() for p in behind}) == len(behind)
     assert LowerFakeQuantize(decompositions=lambda: {}).uuid() == LowerFakeQuantize().uuid()
 
 
 def test_uuid_is_the_same_in_every_process() -> None:
     code = (
-        "from fxquant.passes.unify_scales import UnifyScales; from fxquant.profiles import ONNXRUNTIME;"
-        "print(UnifyScales(profile=ONNXRUNTIME).uuid())"
+        "from fxquant.passes.captured.quantize_bias import QuantizeBias; from fxquant.profiles import ONNXRUNTIME;"
+        "print(QuantizeBias(profile=ONNXRUNTIME).uuid())"
     )
     lines = {
         subprocess.run(

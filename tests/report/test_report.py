@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -16,8 +15,7 @@ import fxquant
 from fxquant.errors import InvalidArgument
 from fxquant.report import Explanation, sqnr
 from fxquant.support.table import megabytes, table
-from fxquant.targets.profiles import ONNXRUNTIME, PROFILES
-from tests.report.nets import FLAT, IMAGE, Forked, Residual
+from tests.report.nets import FLAT, Forked
 
 
 class Net(nn.Module):
@@ -116,13 +114,6 @@ linear_1  its weight: Rule(path='b', operand='weight', spec=None)  nets.py:XX"""
     assert sites["b.input"]["kernels"] == (
         "float: its weight is not quantized (Rule(path='b', operand='weight', spec=None))",
     )
-
-
-def test_operands_of_a_concat_share_a_scale_where_the_target_joins_them(monkeypatch):
-    monkeypatch.setitem(PROFILES, "onnxruntime", dataclasses.replace(ONNXRUNTIME, joins_scale=True))
-    rows = {row.key: row for row in fxquant.explain(fxquant.prepare(Residual(), (IMAGE,))).rows}
-    assert rows["cat0_operand1"].shares == ("body_conv0_input",)
-    assert rows["body_conv0_input"].operators == ("body.conv0.input", "add0.rhs", "cat0.operand0")
 
 
 def test_a_table_fits_120_columns_and_shortens_nothing_in_the_dict():
