@@ -12,7 +12,10 @@ from fxquant import ops, tensor_quant
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
 MODELOPT = TEXT.split("## ModelOpt's tensor_quant")[1].split("\n## ")[0]
-POINTERS = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)
+POINTER = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+POINTERS = POINTER.findall(TEXT)
+DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+POINTED = sorted({(name, *pointer) for name, text in DOCUMENTS.items() for pointer in POINTER.findall(text)})
 
 
 @pytest.mark.parametrize("name", [*ops.__all__, *tensor_quant.__all__])
@@ -25,8 +28,8 @@ def test_every_name_of_modelopt_s_that_is_described_is_there(name: str) -> None:
     assert name in tensor_quant.__all__
 
 
-@pytest.mark.parametrize(("path", "name"), POINTERS, ids=lambda value: str(value).rsplit("/", 1)[-1])
-def test_every_deviation_has_its_test(path: str, name: str) -> None:
+@pytest.mark.parametrize(("document", "path", "name"), POINTED, ids=lambda value: str(value).rsplit("/", 1)[-1])
+def test_what_a_document_points_to_is_there(document: str, path: str, name: str) -> None:
     assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -54,3 +57,14 @@ def test_the_cost_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) -> No
     shown = capsys.readouterr().out
     assert shown.startswith("one training step, recipe 'int8' for onnxruntime, batch 4\n")
     assert "*batch" in shown and "bytes saved" in shown
+
+
+def test_the_numerics_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTS["numerics.md"], re.DOTALL)
+    exec(compile(example, "numerics.md", "exec"), {"__name__": "numerics"})
+
+
+def test_every_claim_of_equality_names_its_test() -> None:
+    rows = [line for line in DOCUMENTS["numerics.md"].splitlines() if line.startswith("| ") and "---" not in line]
+    claims = [row for row in rows if not row.endswith("| test |")]
+    assert len(claims) > 20 and all(POINTER.search(row) for row in claims)

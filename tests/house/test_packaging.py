@@ -1,4 +1,4 @@
-"""What is installed is what stands here: sdist and wheel hold every module, nested passes too, and the old names work."""
+"""What is installed is what stands here: sdist and wheel hold every module, nested passes too, and old names."""
 
 from __future__ import annotations
 
