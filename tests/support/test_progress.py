@@ -19,8 +19,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """From here on; pytest puts its own stream in place between fixtures and the test."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     return stream
@@ -42,28 +42,35 @@ def test_without_a_terminal_nothing_is_written(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == ("", "")
 
 
-def test_rich_draws_a_bar(terminal: Terminal) -> None:
+def test_rich_draws_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = on_terminal(monkeypatch)
     assert list(track(iter([1, 2]), "counting")) == [1, 2]
     assert "counting" in terminal.getvalue()
 
 
-def test_without_rich_it_counts(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_rich_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     without_rich(monkeypatch)
+    terminal = on_terminal(monkeypatch)
     assert list(track("abc", "counting")) == ["a", "b", "c"]
     assert terminal.getvalue() == "\rcounting 1\rcounting 2\rcounting 3\n"
 
 
-def test_nothing_to_count_writes_no_line(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_count_writes_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     without_rich(monkeypatch)
+    terminal = on_terminal(monkeypatch)
     assert list(track([], "counting")) == [] and terminal.getvalue() == ""
 
 
-def test_it_can_be_left_out(terminal: Terminal) -> None:
+def test_it_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
     assert list(track([1], "counting", show=False)) == [1] and terminal.getvalue() == ""
 
 
-def test_an_interrupt_comes_through(terminal: Terminal) -> None:
+def test_an_interrupt_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_terminal(monkeypatch)
+
     def interrupted() -> Any:
         yield 1
         raise KeyboardInterrupt
