@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from fxquant.errors import InvariantViolated
-from fxquant.ops.fake_quantize import FAKE_QUANTIZE
+from fxquant.graph.meta import site_of
+from fxquant.graph.views import FakeQuant
 
 
 def check_invariants(gm: fx.GraphModule, when: str) -> None:
@@ -17,29 +18,29 @@ def check_invariants(gm: fx.GraphModule, when: str) -> None:
     - scale and zero point of a site are float32 and an integer (the op itself allows others to those who call it).
     """
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in FAKE_QUANTIZE:
+        site = FakeQuant.of(node)
+        if site is None:
             continue
-        _check_value(node, when)
-        scale, zero_point = node.args[1:3]
-        if isinstance(scale, fx.Node) and scale.target in FAKE_QUANTIZE:
+        _check_value(site, when)
+        if FakeQuant.of(site.scale) is not None:
             raise InvariantViolated(f"{when}: the scale of {node.name} must not be fake-quantized itself.")
-        if "site" not in node.meta:
+        if site_of(node) is None:
             continue
-        found = _tensor(scale)
+        found = _tensor(site.scale)
         if found is not None and found.dtype != torch.float32:
             raise InvariantViolated(f"{when}: the scale of {node.name} must be float32: got {found.dtype}.")
-        found = _tensor(zero_point)
+        found = _tensor(site.zero_point)
         if found is not None and found.dtype.is_floating_point:
             raise InvariantViolated(f"{when}: the zero point of {node.name} must be an integer: got {found.dtype}.")
 
 
-def _check_value(node: fx.Node, when: str) -> None:
-    value, origin = _tensor(node), _tensor(node.args[0])
+def _check_value(site: FakeQuant, when: str) -> None:
+    value, origin = _tensor(site.node), _tensor(site.input)
     if value is None or origin is None:
         return
     if value.dtype != origin.dtype or value.shape != origin.shape or not value.is_floating_point():
         raise InvariantViolated(
-            f"{when}: {node.name} must keep shape and floating dtype: got {tuple(value.shape)} {value.dtype} "
+            f"{when}: {site.node.name} must keep shape and floating dtype: got {tuple(value.shape)} {value.dtype} "
             f"from {tuple(origin.shape)} {origin.dtype}."
         )
 

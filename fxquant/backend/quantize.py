@@ -14,7 +14,7 @@ from fxquant.backend.reports import report
 from fxquant.capture.dynamo import capture
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.graph.bodies import execution_order
-from fxquant.graph.nodes import is_bind
+from fxquant.graph.views import Bind
 from fxquant.passes.base import Decline, PassResult, run_all
 from fxquant.passes.pipelines import training_passes
 from fxquant.plan.positions import bound_sites
@@ -31,7 +31,7 @@ def quantize_graph(
     chosen = Options.read(options)
     # Without gradients there is nothing to checkpoint.
     captured = capture(gm, example_inputs, inline_checkpoints=not torch.is_grad_enabled())
-    digests = tuple(str(node.args[0]) for node in execution_order(captured) if is_bind(node))
+    digests = tuple(bind.key for node in execution_order(captured) if (bind := Bind.of(node)) is not None)
     prepared = bool(digests) or of_prepared_model(example_inputs)
     if prepared and chosen.given:
         raise InvalidArgument(

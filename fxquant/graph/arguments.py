@@ -68,6 +68,17 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
 
 
+def argument_at(node: fx.Node, index: int) -> Any:
+    """`argument` by where it stands in the schema: operators of one kind call alike arguments differently."""
+    return argument(node, name_at(node, index))
+
+
+def name_at(node: fx.Node, index: int) -> str:
+    """What the schema calls its argument number ``index``."""
+    assert isinstance(node.target, torch._ops.OpOverload), f"{node.name} calls {node.target}, which has no schema"
+    return list(_places(node.target))[index]
+
+
 def operand(node: fx.Node, name: str) -> fx.Node:
     """An argument that is a node."""
     value = argument(node, name)

@@ -31,6 +31,11 @@ def execution_order(gm: fx.GraphModule) -> Iterator[fx.Node]:
                 yield from execution_order(body)
 
 
+def body_operands(node: fx.Node, body: fx.GraphModule) -> dict[fx.Node, object]:
+    """Placeholder of a checkpointed body → what the node that runs it, ``checkpoint(body, *operands)``, gives it."""
+    return dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
+
+
 def is_transform(node: fx.Node) -> bool:
     """Whether the node is a part that `outline_transforms` has made one call of."""
     return node.op == "call_function" and node.target is wrap

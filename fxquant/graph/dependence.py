@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from fxquant.graph.arguments import named_arguments
 from fxquant.graph.kinds import kind_of, operands
 from fxquant.graph.moves import AGNOSTIC, DROPOUT
 from fxquant.graph.nodes import is_bind, is_state, packet
@@ -49,9 +51,12 @@ def same_views(graph: fx.Graph, constants: set[fx.Node]) -> dict[fx.Node, fx.Nod
     first: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node in constants:
-            is_view = packet(node) in AGNOSTIC and len(node.all_input_nodes) == 1
-            base = first[node.all_input_nodes[0]] if is_view else node
-            first[node] = seen.setdefault((node.target, base, repr(node.args[1:])), node) if is_view else node
+            if packet(node) not in AGNOSTIC or len(node.all_input_nodes) != 1:
+                first[node] = node
+                continue
+            (source,) = node.all_input_nodes
+            how = sorted((name, repr(value)) for name, value in named_arguments(node).items() if value is not source)
+            first[node] = seen.setdefault((node.target, first[source], *how), node)
     return first
 
 
@@ -72,7 +77,7 @@ def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         inputs = node.all_input_nodes
         memory[node] = memory[inputs[0]] if shares_memory(node) and inputs else node
-        for changed in _changes(node):
+        for changed in written_operands(node):
             changes.setdefault(memory[changed], []).append(order[node])
     found = set()
     for node in graph.nodes:
@@ -82,9 +87,11 @@ def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _changes(node: fx.Node) -> list[fx.Node]:
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator's schema says it writes into, those in lists too."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return []
-    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    return [a for a, write in zip(node.args, written, strict=False) if write and isinstance(a, fx.Node)]
+    given = named_arguments(node)
+    written = [given.get(each.name) for each in schema.arguments if each.is_write]
+    return [value for value in tree_leaves(written) if isinstance(value, fx.Node)]

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.graph.fakes import computed
+from fxquant.graph.meta import REGION, copied_meta
 from fxquant.graph.nodes import packet
 
 
@@ -32,9 +33,7 @@ def without_dead_nodes(gm: fx.GraphModule) -> fx.GraphModule:
 def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
     """A new call_function node at the insertion point, with ``val`` computed and the origin of ``like``."""
     node = graph.call_function(op, args, kwargs)
-    for key in ("nn_module_stack", "stack_trace", "region"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
+    node.meta.update(copied_meta(like, "nn_module_stack", "stack_trace", REGION))
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     mode = next((v.fake_mode for v in _tensors((values, like.meta.get("val"))) if hasattr(v, "fake_mode")), None)
     if mode is None:
@@ -61,7 +60,10 @@ def drop_dead_nodes(graph: fx.Graph) -> None:
 
 def mutates(node: fx.Node) -> bool:
     """Whether a node writes into one of its operands."""
-    if packet(node) in (torch.ops.aten.batch_norm, torch.ops.aten.instance_norm):
-        return True  # of the running statistics, which their schemas keep silent about
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return is_normalization(node) or (schema is not None and schema.is_mutable)
+
+
+def is_normalization(node: fx.Node) -> bool:
+    """Whether a node may update running statistics, about which its schema is silent."""
+    return packet(node) in (torch.ops.aten.batch_norm, torch.ops.aten.instance_norm)

@@ -43,15 +43,16 @@ def flops(node: fx.Node) -> int:
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _sized(n.meta["val"]))
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_COUNTS) as counter:
-        node.target(*args, **kwargs)  # type: ignore[operator]
+        assert callable(node.target)
+        node.target(*args, **kwargs)
     return int(counter.get_total_flops())
 
 
 def attention_flops(node: fx.Node) -> tuple[int, int]:
     """Of query · keyᵀ, and of the probabilities · value; torch's counter knows no attention on CPU."""
     read = operands(node)
-    three = [read[name] for name in ("query", "key", "value")] if read else node.args[:3]
-    query, key, value = (_shape(one.meta["val"]) for one in three)  # type: ignore[union-attr]
+    three = [read[name] for name in ("query", "key", "value")] if read else node.all_input_nodes[:3]
+    query, key, value = (_shape(one.meta["val"]) for one in three)
     scores = 2 * math.prod(query[:-1]) * key[-2]
     return scores * query[-1], scores * value[-1]
 

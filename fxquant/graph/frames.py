@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from fxquant.graph.meta import source_of
+
 _BOUND = re.compile(r"\.forward(?:\.__self__)?\.module(?=\.|$)")
 _MEMBER = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
@@ -48,8 +50,7 @@ def relative(path: str, owner: str) -> str:
 def root_path(graph: fx.Graph) -> str:
     """The path prefix of the frame that was compiled, as module paths inside it spell it."""
     for node in graph.nodes:
-        source = node.meta.get("source", "") if node.op == "placeholder" else ""
-        head = re.split(r"\._(?:modules|parameters|buffers)\[", source, maxsplit=1)
+        head = re.split(r"\._(?:modules|parameters|buffers)\[", source_of(node), maxsplit=1)
         if len(head) == 2:
             return normalize_path(head[0])
     return ""

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument, argument_at, name_at, set_argument
 from fxquant.graph.nodes import only_user, packet
+from fxquant.graph.views import BatchNorm
 
 aten = torch.ops.aten
 
@@ -61,7 +63,9 @@ KINDS: dict[Any, Kind] = {
     ),
 }
 
-_RELU6 = frozenset({aten.relu6, aten.hardtanh, aten.clamp})
+_LISTS = ("einsum", "cat")  # kinds whose operands are a list
+_NAMED = {aten.relu: "relu", aten.relu6: "relu6"}
+_BETWEEN = {(0, None): "relu", (0, 6): "relu6"}
 
 
 def kind_of(node: fx.Node) -> Kind | None:
@@ -69,9 +73,9 @@ def kind_of(node: fx.Node) -> Kind | None:
     if node.op != "call_function":
         return None
     kind = KINDS.get(packet(node))
-    if kind is _CONV and packet(node) is aten.convolution and node.args[6]:
+    if kind is _CONV and packet(node) is aten.convolution and argument(node, "transposed"):
         return KINDS[aten.conv_transpose2d]
-    if kind is _ADD and (len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2])):
+    if kind is _ADD and not all(isinstance(argument_at(node, index), fx.Node) for index in (0, 1)):
         return None
     return kind
 
@@ -81,42 +85,34 @@ def operands(node: fx.Node) -> dict[str, fx.Node]:
     kind = kind_of(node)
     if kind is None:
         return {}
-    if kind.name in ("einsum", "cat"):
-        listed = node.args[1] if kind.name == "einsum" else node.args[0]
-        return {f"operand{i}": n for i, n in enumerate(listed) if isinstance(n, fx.Node)}  # type: ignore[arg-type]
-    found = {}
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    for name, index in kind.operands.items():
-        value = node.args[index] if index < len(node.args) else node.kwargs.get(names[index])
-        if isinstance(value, fx.Node):
-            found[name] = value
-    return found
+    if kind.name in _LISTS:
+        listed = argument(node, "tensors")
+        return {f"operand{i}": n for i, n in enumerate(listed) if isinstance(n, fx.Node)}
+    values = {name: argument_at(node, index) for name, index in kind.operands.items()}
+    return {name: value for name, value in values.items() if isinstance(value, fx.Node)}
 
 
 def replace_operand(node: fx.Node, name: str, new: fx.Node) -> None:
     """Puts ``new`` in the place of one operand; the same tensor in another operand stays."""
     kind = kind_of(node)
     assert kind is not None
-    if kind.name in ("einsum", "cat"):
-        index = 1 if kind.name == "einsum" else 0
-        listed = list(node.args[index])  # type: ignore[arg-type]
+    if kind.name in _LISTS:
+        listed = list(argument(node, "tensors"))
         listed[int(name.removeprefix("operand"))] = new
-        node.update_arg(index, listed)
-        return
-    index = kind.operands[name]
-    if index < len(node.args):
-        node.update_arg(index, new)
+        set_argument(node, "tensors", listed)
     else:
-        node.update_kwarg(node.target._schema.arguments[index].name, new)  # type: ignore[union-attr]
+        set_argument(node, name_at(node, kind.operands[name]), new)
 
 
 def activation_name(node: fx.Node) -> str | None:
     """``"relu"`` or ``"relu6"`` for those functions however spelled, else None."""
     name = packet(node) if node.op == "call_function" else None
-    if name is aten.relu or (name in (aten.clamp, aten.clamp_min) and tuple(node.args[1:]) in ((0,), (0, None))):
-        return "relu"
-    if name is aten.relu6 or (name in _RELU6 and tuple(node.args[1:3]) == (0, 6)):
-        return "relu6"
+    if name in _NAMED:
+        return _NAMED[name]
+    if name is aten.clamp_min:
+        return "relu" if argument(node, "min") == 0 else None
+    if name is aten.clamp or name is aten.hardtanh:
+        return _BETWEEN.get((argument_at(node, 1), argument_at(node, 2)))
     return None
 
 
@@ -124,7 +120,8 @@ def unit_end(node: fx.Node, fuses: frozenset[str]) -> fx.Node:
     """Last node of the unit that ``node`` heads: itself, its BatchNorm, its fused activation."""
     end = node
     user = only_user(end)
-    if user is not None and packet(user) is aten.batch_norm and user.args[0] is end:
+    norm = BatchNorm.of(user)
+    if user is not None and norm is not None and norm.input is end:
         end, user = user, only_user(user)
     if user is not None and activation_name(user) in fuses:
         end = user
@@ -133,13 +130,10 @@ def unit_end(node: fx.Node, fuses: frozenset[str]) -> fx.Node:
 
 def bias_of(node: fx.Node) -> fx.Node | None:
     """The bias of a convolution or linear."""
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = argument(node, "bias")
     return bias if isinstance(bias, fx.Node) else None
 
 
 def set_bias(node: fx.Node, bias: fx.Node | None) -> None:
     """Gives a convolution or linear another bias, or none."""
-    if len(node.args) > 2:
-        node.update_arg(2, bias)
-    elif bias is not None or "bias" in node.kwargs:
-        node.update_kwarg("bias", bias)
+    set_argument(node, "bias", bias)

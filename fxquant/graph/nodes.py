@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.graph.meta import STATE
 from fxquant.ops.marks import BIND
 
 
@@ -34,7 +35,13 @@ def is_bind(node: fx.Node) -> bool:
 
 def is_state(node: fx.Node) -> bool:
     """Whether a placeholder holds a parameter or buffer; capture marks those."""
-    return bool(node.meta.get("state"))
+    return bool(node.meta.get(STATE))
+
+
+def results(graph: fx.Graph) -> tuple[Any, ...]:
+    """What a graph gives back."""
+    (values,) = graph.output_node().args
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
 def call_nodes(graph: fx.Graph) -> Iterator[fx.Node]:

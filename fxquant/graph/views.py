@@ -73,6 +73,12 @@ class Item(View):
         return value
 
 
+def items(node: fx.Node) -> list[fx.Node]:
+    """The parts that are taken of a node with several results, in order."""
+    found = [part for user in node.users if (part := Item.of(user)) is not None]
+    return [part.node for part in sorted(found, key=lambda part: part.index)]
+
+
 class _Affine(View):
     """What fake-quants and their gradients read."""
 

@@ -8,10 +8,11 @@ from torch import fx
 
 from fxquant.graph.frames import user_line
 from fxquant.graph.lift import Operand
-from fxquant.graph.nodes import is_bind
+from fxquant.graph.meta import region_of
+from fxquant.graph.views import Bind
+from fxquant.plan.placements import Placement
 from fxquant.plan.plan import Declined, Edge, LocalSite, Site
 from fxquant.plan.positions import edges_of, enclosing, positions
-from fxquant.plan.solver import Placement
 
 
 class Naming:
@@ -26,10 +27,11 @@ class Naming:
             self.taken.setdefault(site.owner, set()).add(site.local.name)
         self.starts: dict[tuple[str, str | None], str] = {}
         for node in gm.graph.nodes:
-            if is_bind(node):
+            bind = Bind.of(node)
+            if bind is not None:
                 frame = enclosing(node, self.root)[-1]
                 # Later binds in a frame are of modules whose forward was called by name, which begins no frame.
-                self.starts.setdefault((frame.key, node.meta.get("region")), str(node.args[0]))
+                self.starts.setdefault((frame.key, region_of(node)), bind.key)
 
     def add(self, placed: Placement, declined: list[Declined]) -> None:
         first = placed.edges[0][0]
@@ -70,13 +72,13 @@ class Naming:
         """One placement for each owner: quantizers of their own, which see the same tensor and find the same range."""
         groups: dict[tuple[object, object], list[Operand]] = {}
         for edge in placed.edges:
-            groups.setdefault((self._owner((edge,)), edge[0].meta.get("region")), []).append(edge)
+            groups.setdefault((self._owner((edge,)), region_of(edge[0])), []).append(edge)
         return [dataclasses.replace(placed, edges=tuple(edges)) for edges in groups.values()]
 
     def _owner(self, operands: tuple[Operand, ...]) -> tuple[str, str] | None:
         """Call key and path of the innermost module whose frame starts in this graph and runs all the operators."""
         nodes = [node for node, _ in operands]
-        regions = {node.meta.get("region") for node in nodes}
+        regions = {region_of(node) for node in nodes}
         if len(regions) > 1:
             return None
         region = next(iter(regions))

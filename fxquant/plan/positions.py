@@ -12,7 +12,7 @@ from fxquant.graph.bodies import execution_order
 from fxquant.graph.frames import Frame, frames, normalize_path, relative, root_path
 from fxquant.graph.kinds import kind_of
 from fxquant.graph.lift import Operand
-from fxquant.graph.nodes import is_bind
+from fxquant.graph.views import Bind
 from fxquant.plan.plan import Edge, LocalSite
 from fxquant.plan.site_lists import registered
 
@@ -50,17 +50,17 @@ def tell_calls_apart(gm: fx.GraphModule) -> None:
 
     Dynamo numbers calls by the expression that reached the module: two ways to it, and two calls have one key.
     """
-    begun: dict[str, object] = {}
+    begun: dict[str, Bind] = {}
     current: dict[str, str] = {}
     for node in execution_order(gm):
         stack = node.meta.get("nn_module_stack")
         if not stack:
             continue
-        if is_bind(node):
+        bind = Bind.of(node)
+        if bind is not None:
             key = next(reversed(stack))
-            if key in begun and begun[key] == node.args[0]:
+            if begun.setdefault(key, bind) is not bind and begun[key].key == bind.key:
                 current[key] = f"{current.get(key, key)}+"
-            begun.setdefault(key, node.args[0])
         if not current.keys().isdisjoint(stack):
             node.meta["nn_module_stack"] = {current.get(key, key): module for key, module in stack.items()}
 
@@ -78,8 +78,9 @@ def modules_around(gm: fx.GraphModule) -> Callable[[fx.Node], tuple[tuple[str, A
     root = root_path(gm.graph)
     marked: dict[str, str] = {}
     for node in gm.graph.nodes:
-        if is_bind(node):
-            marked.setdefault(enclosing(node, root)[-1].key, str(node.args[0]))
+        bind = Bind.of(node)
+        if bind is not None:
+            marked.setdefault(enclosing(node, root)[-1].key, bind.key)
     base = marked.get("", "")
 
     def around(node: fx.Node) -> tuple[tuple[str, Any], ...]:
@@ -127,19 +128,18 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
     root = root_path(gm.graph)
     found: list[BoundSite] = []
     missing: list[Missing] = []
-    binds = [node for node in execution_order(gm) if is_bind(node)]
-    binds.sort(key=lambda node: len(enclosing(node, root)))
+    binds = [bind for node in execution_order(gm) if (bind := Bind.of(node)) is not None]
+    binds.sort(key=lambda bind: len(enclosing(bind.node, root)))
     taken: set[tuple[fx.Node, str]] = set()
     for bind in binds:
-        key, modes, state, group = (*bind.args, None)[:4]
-        frame = enclosing(bind, root)[-1]
-        rest = list(state)  # type: ignore[arg-type]
-        for site, mode in zip(registered(str(key)), modes, strict=True):  # type: ignore[arg-type]
+        frame = enclosing(bind.node, root)[-1]
+        rest = list(bind.state)
+        for site, mode in zip(registered(bind.key), bind.modes, strict=True):
             mine = tuple(rest.pop(0) for _ in range(2 if site.spec.range.stateful else 0))
             operands = []
             for edge in site.edges:
                 node = index.get((frame.key, edge.path, edge.kind, edge.ordinal))
-                if node is not None and node.graph is bind.graph and (node, edge.operand) not in taken:
+                if node is not None and node.graph is bind.node.graph and (node, edge.operand) not in taken:
                     operands.append((node, edge.operand))
             taken.update(operands)
             if operands:
@@ -151,10 +151,10 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                         edges=tuple(operands),
                         mode=int(mode),
                         state=mine,
-                        bind=bind,
-                        group=group,  # type: ignore[arg-type]
+                        bind=bind.node,
+                        group=bind.group,
                     )
                 )
             else:
-                missing.append(Missing(site=site, bind=bind))
+                missing.append(Missing(site=site, bind=bind.node))
     return found, missing

@@ -32,7 +32,8 @@ def why_not_grouped(node: fx.Node, name: str, spec: QuantSpec, profile: Profile)
     if matrix is None:
         return _why_no_matrix(kind, name, weight.dim(), spec)
     axis, length = matrix
-    if length % spec.group_size:  # type: ignore[operator]
+    assert spec.group_size is not None, "asked of formats per group only"
+    if length % spec.group_size:
         return f"groups of {spec.group_size} must divide the {length} values of a channel"
     channels = weight.shape[axis]
     if profile.even_groups and channels % 2:

@@ -15,7 +15,7 @@ from fxquant.graph.bodies import execution_order, nested_graphs
 from fxquant.graph.flops import attention_flops, flops, is_flex_attention, is_product
 from fxquant.graph.frames import user_line
 from fxquant.graph.kinds import kind_of, operands
-from fxquant.graph.moves import passes_values
+from fxquant.graph.moves import CASTS, passes_values
 from fxquant.graph.nodes import is_float, packet
 from fxquant.plan.plan import Plan
 from fxquant.report.forecast import why_float
@@ -24,7 +24,6 @@ from fxquant.support.table import short, table
 
 aten = torch.ops.aten
 _SOFTMAX = frozenset({aten.softmax, aten._softmax, aten._safe_softmax})
-_CASTS = frozenset({aten.to, aten._to_copy, aten.type_as})
 _MOST = 5  # operators in float, or unseen modules, that are printed
 _WIDTH = 120
 HEADER = ("most work in float", "in", "work", "why", "source")
@@ -245,7 +244,7 @@ def _is_second(node: fx.Node, constants: set[fx.Node]) -> bool:
 
 
 def _is_softmax(node: fx.Node) -> bool:
-    while node.op == "call_function" and (passes_values(node) or packet(node) in _CASTS):
+    while node.op == "call_function" and (passes_values(node) or packet(node) in CASTS):
         node = node.all_input_nodes[0]
     return packet(node) in _SOFTMAX
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,12 @@ from fxquant.capture.dynamo import dynamo_graphs
 from fxquant.errors import FxquantError, InvalidArgument
 from fxquant.graph.dependence import changed_in_place, constant_nodes
 from fxquant.graph.frames import user_line
-from fxquant.graph.kinds import kind_of, operands, unit_end
+from fxquant.graph.kinds import bias_of, kind_of, operands, unit_end
 from fxquant.graph.lift import Lifting, Operand, lift
-from fxquant.graph.moves import passes_values
+from fxquant.graph.meta import region_of, source_of
+from fxquant.graph.moves import PARTING, passes_values
 from fxquant.graph.nodes import call_nodes, is_bind, is_state, packet
+from fxquant.graph.views import Bind, Item
 from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import normalizing_passes
 from fxquant.plan.plan import Declined, Plan, Site
@@ -32,8 +33,6 @@ from fxquant.report.forecast import Place, absolute, place_of
 from fxquant.targets.profiles import get_profile
 
 aten = torch.ops.aten
-# Ops that take tensors apart: like those that move values, they are no work worth a large box.
-_PARTS = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.slice, aten.select, aten.unbind})
 
 # Kinds whose kernels have BatchNorm and activation in them, where the target's profile says that it fuses those.
 _FUSING = frozenset({"conv", "conv_transpose", "add"})
@@ -249,11 +248,13 @@ class Reader:
             elif node.op == "output":
                 made = Operator(role="output", label="output", name=node.name, wires=self._wires(node, index))
             elif self._is_shown(node):
-                if node.target is operator.getitem and node.args[0] in index:
-                    index[node] = index[node.args[0]]
+                part = Item.of(node)
+                if part is not None and part.source in index:
+                    index[node] = index[part.source]
                     continue
                 made = Operator(
-                    role="mover" if passes_values(node) or packet(node) in _PARTS else "operator",
+                    # What takes tensors apart is, like what moves values, no work worth a large box.
+                    role="mover" if passes_values(node) or packet(node) in PARTING else "operator",
                     label=label_of(node),
                     name=node.name,
                     module=self.path(node),
@@ -320,15 +321,16 @@ def _locate(gm: fx.GraphModule, plan: Plan) -> dict[Operand, tuple[Site, Place]]
     """Every operand of the graph that a site of the plan serves; outer owners first, as in compiled graphs."""
     starts: dict[tuple[str, Any], str] = {}
     for node in call_nodes(gm.graph):
-        if is_bind(node):
-            starts.setdefault((enclosing(node, "")[-1].key, node.meta.get("region")), str(node.args[0]))
+        bind = Bind.of(node)
+        if bind is not None:
+            starts.setdefault((enclosing(node, "")[-1].key, region_of(node)), bind.key)
     places = positions(gm)
     found: dict[Operand, tuple[Site, Place]] = {}
     for site in sorted(plan.sites, key=lambda site: len(site.owner)):
         for (key, region), path in starts.items():
             for edge in site.local.edges if path == site.owner else ():
                 served = places.get((key, edge.path, edge.kind, edge.ordinal))
-                if served is not None and served.meta.get("region") == region:
+                if served is not None and region_of(served) == region:
                     found.setdefault((served, edge.operand), (site, place_of(absolute(site, edge))))
     return found
 
@@ -343,7 +345,7 @@ def declines_of(declined: Iterable[Declined]) -> dict[tuple[str, str], tuple[str
 
 def _adds_bias(node: fx.Node) -> bool:
     if packet(node) is aten.linear:
-        return (*node.args, *node.kwargs.values(), None)[2] is not None
+        return bias_of(node) is not None
     return packet(node) in (aten.addmm, aten.baddbmm)
 
 
@@ -357,7 +359,7 @@ def label_of(node: fx.Node) -> str:
 
 def _input_name(node: fx.Node, arguments: tuple[str, ...]) -> str:
     """As the user's forward calls it, where Dynamo says so."""
-    named = re.fullmatch(r"L\['(.+?)'\](.*)", node.meta.get("source", ""))
+    named = re.fullmatch(r"L\['(.+?)'\](.*)", source_of(node))
     if named is None:
         return node.name
     name, rest = named.groups()

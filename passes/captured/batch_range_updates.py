@@ -9,21 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph.bodies import is_checkpoint, nested_graphs
+from fxquant.graph.arguments import set_argument
+from fxquant.graph.bodies import body_operands, is_checkpoint, nested_graphs
 from fxquant.graph.edit import call, item
+from fxquant.graph.meta import is_observation, take_observation
+from fxquant.graph.nodes import results
+from fxquant.graph.views import AverageMinMax, items
 from fxquant.ops import qparams
 from fxquant.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
-_GROUP = "fxquant.range_group"
-
-
-def mark_observation(average: fx.Node, group: str) -> None:
-    """Says that ``average``, an `average_min_max` whose results are copied into the state, is to be done at the end.
-
-    ``group`` names the process group whose ranks take part; ``""`` for this process alone.
-    """
-    average.meta[_GROUP] = group
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,9 @@ def _collect(gm: fx.GraphModule) -> list[_Observation]:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is qparams.AVERAGE_MIN_MAX and _GROUP in node.meta:
-            found.append(_take(node, latest))
+        average = AverageMinMax.of(node)
+        if average is not None and is_observation(node):
+            found.append(_take(average, latest))
         for body in nested_graphs(gm, node):
             inner = _collect(body)
             if inner and is_checkpoint(node) and isinstance(node.meta["val"], (tuple, list)):
@@ -80,38 +76,38 @@ def _collect(gm: fx.GraphModule) -> list[_Observation]:
     return found
 
 
-def _take(average: fx.Node, latest: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> _Observation:
+def _take(average: AverageMinMax, latest: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> _Observation:
     """Takes one update out; its average stays where something is quantized with it, and goes on from the latest."""
-    low, high, minimum, maximum, constant = average.args
-    results = sorted(average.users, key=lambda got: got.args[1])  # type: ignore[arg-type, return-value]
-    for user in [user for got in results for user in got.users if user.target is aten.copy_.default]:
+    node, state = average.node, average.state
+    found = _Observation(*average.extremes, state, average.constant, take_observation(node))
+    new_min, new_max = items(node)
+    for user in [user for got in (new_min, new_max) for user in got.users if user.target is aten.copy_.default]:
         user.graph.erase_node(user)
-    group = average.meta.pop(_GROUP)
-    if any(got.users for got in results):
-        average.args = (low, high, *latest.get(minimum, (minimum, maximum)), constant)  # type: ignore[arg-type]
-        latest[minimum] = results[0], results[1]  # type: ignore[index]
+    if new_min.users or new_max.users:
+        for name, value in zip(("min", "max"), latest.get(state[0], state), strict=True):
+            set_argument(node, name, value)
+        latest[state[0]] = new_min, new_max
     else:
-        for unused in (*results, average):
+        for unused in (new_min, new_max, node):
             unused.graph.erase_node(unused)
-    return _Observation(low, high, (minimum, maximum), constant, group)  # type: ignore[arg-type]
+    return found
 
 
 def _hand_out(node: fx.Node, body: fx.GraphModule, inner: Sequence[_Observation]) -> list[_Observation]:
     """Extremes of a checkpointed body as results of the node that runs it."""
     extremes = [extreme for one in inner for extreme in (one.low, one.high)]
-    output = body.graph.output_node()
-    given = tuple(output.args[0])  # type: ignore[arg-type]
-    output.args = ((*given, *extremes),)
+    given = results(body.graph)
+    body.graph.output_node().args = ((*given, *extremes),)
     node.meta["val"] = (*node.meta["val"], *(extreme.meta["val"] for extreme in extremes))
-    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-    outside = dict(zip(inputs, node.args[1:], strict=True))
+    outside = body_operands(node, body)
     found, after = [], node.next
     for number, one in enumerate(inner):
         first = len(given) + 2 * number
         with node.graph.inserting_before(after):
             low, high = item(node.graph, node, first), item(node.graph, node, first + 1)
-        state = outside[one.state[0]], outside[one.state[1]]
-        found.append(_Observation(low, high, state, one.constant, one.group))
+        minimum, maximum = (outside[state] for state in one.state)
+        assert isinstance(minimum, fx.Node) and isinstance(maximum, fx.Node), "state comes in as inputs"
+        found.append(_Observation(low, high, (minimum, maximum), one.constant, one.group))
     return found
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
-from fxquant.graph.bodies import all_graphs, is_checkpoint, nested_graphs
-from fxquant.graph.dependence import shares_memory
-from fxquant.graph.edit import mutates
+from fxquant.graph.arguments import argument
+from fxquant.graph.bodies import all_graphs, body_operands, is_checkpoint, nested_graphs
+from fxquant.graph.dependence import shares_memory, written_operands
+from fxquant.graph.edit import is_normalization, mutates
+from fxquant.graph.meta import site_of, source_of
 from fxquant.graph.moves import AGNOSTIC
 from fxquant.graph.nodes import call_nodes, is_state, packet
 from fxquant.ops import fake_quantize, qparams
@@ -28,7 +29,8 @@ WITHOUT_AUTOCAST = frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS,
 
 def is_weight(node: fx.Node) -> bool:
     """Whether the node is the fake-quant of a weight's site."""
-    return node.target in fake_quantize.FAKE_QUANTIZE and getattr(node.meta.get("site"), "role", "") == "weight"
+    site = site_of(node) if node.target in fake_quantize.FAKE_QUANTIZE else None
+    return site is not None and site.role == "weight"
 
 
 def reasons(gm: fx.GraphModule, inputs: Sequence[Any]) -> Reasons:
@@ -41,7 +43,7 @@ def reasons(gm: fx.GraphModule, inputs: Sequence[Any]) -> Reasons:
 
 def reasons_inside(outer: fx.Node, body: fx.GraphModule, around: Reasons) -> Reasons:
     """Of every node of a checkpointed body, which ``outer`` calls with the operands behind its first."""
-    operands = zip(body.graph.find_nodes(op="placeholder"), outer.args[1:], strict=True)
+    operands = body_operands(outer, body).items()
     known = {node: around[v] if isinstance(v, fx.Node) else f"it depends on {v}" for node, v in operands}
     return _spread(body.graph, known, set(body.graph.nodes) if outer in _switched(outer.graph) else set())
 
@@ -96,7 +98,7 @@ def _why_not_input(node: fx.Node, value: Any, written: set[fx.Node], overlapping
 
 
 def _shown(node: fx.Node) -> str:
-    return str(node.meta.get("source") or node.name)
+    return source_of(node) or node.name
 
 
 def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
@@ -112,18 +114,16 @@ def _changed_by(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     if is_checkpoint(node):
         (body,) = bodies
         written = written_inputs(body)
-        operands = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+        operands = body_operands(node, body).items()
         return [value for inner, value in operands if inner in written and isinstance(value, fx.Node)]
     if any(mutates(n) for body in bodies for each in all_graphs(body) for n in call_nodes(each.graph)):
         return node.all_input_nodes
     if not mutates(node):
         return []
-    schema = node.target._schema  # type: ignore[union-attr]
-    if not schema.is_mutable:  # a normalization, whose schema is silent about its running statistics
-        return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
-    changed = [argument.name for argument in schema.arguments if argument.is_write]
-    given = {**dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)), **node.kwargs}
-    return [v for v in tree_leaves([given.get(name) for name in changed]) if isinstance(v, fx.Node)]
+    if is_normalization(node):  # whose schema is silent about its running statistics
+        statistics = (argument(node, name) for name in ("running_mean", "running_var"))
+        return [value for value in statistics if isinstance(value, fx.Node)]
+    return written_operands(node)
 
 
 def _memory(node: fx.Node) -> fx.Node:

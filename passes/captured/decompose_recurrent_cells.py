@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.edit import call, item
 from fxquant.graph.nodes import call_nodes, packet
+from fxquant.graph.views import Item
 from fxquant.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
@@ -43,11 +45,9 @@ class _Cell:
 
     def __init__(self, node: fx.Node) -> None:
         self.node = node
-        filled: tuple[Any, ...] = (*node.args, *(None,) * (6 - len(node.args)))
-        names = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
-        given: dict[str, Any] = {name: node.kwargs.get(name, value) for name, value in zip(names, filled, strict=True)}
-        self.input, self.state = given["input"], given["hx"]
-        self._weights = {"input": (given["w_ih"], given["b_ih"]), "hidden": (given["w_hh"], given["b_hh"])}
+        self.input, self.state = argument(node, "input"), argument(node, "hx")
+        weights = {name: argument(node, name) for name in ("w_ih", "b_ih", "w_hh", "b_hh")}
+        self._weights = {"input": (weights["w_ih"], weights["b_ih"]), "hidden": (weights["w_hh"], weights["b_hh"])}
 
     def __call__(self, op: Any, *args: Any) -> fx.Node:
         return call(self.node.graph, op, *args, like=self.node)
@@ -106,7 +106,7 @@ def _replace(node: fx.Node, results: list[fx.Node]) -> None:
     if len(results) == 1:
         node.replace_all_uses_with(results[0])
     else:
-        for reader in list(node.users):
-            reader.replace_all_uses_with(results[int(str(reader.args[1]))])
-            node.graph.erase_node(reader)
+        for part in [found for user in node.users if (found := Item.of(user)) is not None]:
+            part.node.replace_all_uses_with(results[part.index])
+            node.graph.erase_node(part.node)
     node.graph.erase_node(node)

@@ -11,9 +11,11 @@ from torch import fx
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.dependence import changed_in_place
 from fxquant.graph.edit import drop_dead_nodes
-from fxquant.graph.moves import is_agnostic
+from fxquant.graph.meta import add_stand_in, site_of
+from fxquant.graph.moves import is_agnostic, unmoved
 from fxquant.graph.nodes import call_nodes
-from fxquant.ops import fake_quantize, qparams
+from fxquant.graph.views import FakeQuant
+from fxquant.ops import qparams
 from fxquant.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
@@ -44,16 +46,16 @@ def _eliminate(graph: fx.Graph) -> int:
     representative = _equal_qparams(graph, changed)
     done = 0
     for node in list(call_nodes(graph)):
-        if node.target not in fake_quantize.FAKE_QUANTIZE or node.args[0] in changed:
+        site = FakeQuant.of(node)
+        if site is None or site.input in changed:
             continue
-        parameters = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[1:])
-        value = node.all_input_nodes[0]
-        key = (node.target, representative.get(value, value), parameters, node.kwargs.get("rounding"))
+        key = (node.target, representative.get(site.input, site.input), _grid(site, representative))
         twin = seen.setdefault(key, node)
-        before = twin if twin is not node else _quantized_before(node, parameters, representative, changed)
+        before = twin if twin is not node else _quantized_before(site, representative, changed)
         if before is not None:
-            if "site" in node.meta:
-                before.meta.setdefault("stands_for", []).append(node.meta["site"].label)
+            own = site_of(node)
+            if own is not None:
+                add_stand_in(before, own.label)
             node.replace_all_uses_with(before)
             graph.erase_node(node)
             done += 1
@@ -62,29 +64,27 @@ def _eliminate(graph: fx.Graph) -> int:
     return done
 
 
+def _grid(site: FakeQuant, representative: dict[fx.Node, fx.Node]) -> tuple[object, ...]:
+    """What tells the grids of two fake-quants apart."""
+    return (*(representative.get(a, a) if isinstance(a, fx.Node) else a for a in site.grid), site.rounding)
+
+
 def _equal_qparams(graph: fx.Graph, changed: set[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Scale and zero point nodes that are the same function of the same nodes, mapped to the first of them."""
     first: dict[tuple[object, ...], fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in call_nodes(graph):
-        if node.target in _PURE and not any(isinstance(a, fx.Node) and a in changed for a in node.args):
-            args = tuple(same.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
-            same[node] = first.setdefault((node.target, str(args), str(node.kwargs)), node)
+        if node.target in _PURE and changed.isdisjoint(node.all_input_nodes):
+            written = fx.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))
+            same[node] = first.setdefault((node.target, str(written)), node)
     return same
 
 
-def _quantized_before(
-    node: fx.Node, parameters: tuple[object, ...], representative: dict[fx.Node, fx.Node], changed: set[fx.Node]
-) -> fx.Node | None:
+def _quantized_before(site: FakeQuant, representative: dict[fx.Node, fx.Node], changed: set[fx.Node]) -> fx.Node | None:
     """The operand, if it is an equally quantized value that was only moved since."""
-    if node.target is fake_quantize.PER_CHANNEL:
+    if site.axis is not None:
         return None  # moving may have moved the channel axis
-    operand = node.args[0]
-    origin = operand
-    while isinstance(origin, fx.Node) and is_agnostic(origin) and origin not in changed:
-        origin = origin.args[0]
-    if not isinstance(origin, fx.Node) or origin.target is not node.target or origin in changed:
+    earlier = FakeQuant.of(unmoved(site.input, lambda node: is_agnostic(node) and node not in changed))
+    if earlier is None or earlier.node.target is not site.node.target or earlier.node in changed:
         return None
-    earlier = tuple(representative.get(a, a) if isinstance(a, fx.Node) else a for a in origin.args[1:])
-    same = earlier == parameters and origin.kwargs.get("rounding") == node.kwargs.get("rounding")
-    return operand if same else None  # type: ignore[return-value]
+    return site.input if _grid(earlier, representative) == _grid(site, representative) else None

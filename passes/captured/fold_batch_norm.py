@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument, argument_at
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.edit import call
 from fxquant.graph.kinds import bias_of, kind_of, operands, replace_operand, set_bias
+from fxquant.graph.moves import COPYING, RESHAPING
 from fxquant.graph.nodes import call_nodes, only_user, packet
-from fxquant.ops import fake_quantize, qparams
+from fxquant.graph.views import BatchNorm, FakeQuant, SymmetricQparams, qparams_of
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.insert_fake_quantize import grouped_value
 
@@ -39,7 +41,7 @@ class FoldBatchNorm(Pass):
             for norm in list(batch_norms(graph, training=False)):
                 found = match(norm)
                 if isinstance(found, str):
-                    self.decline(result, norm, found)
+                    self.decline(result, norm.node, found)
                     continue
                 _rewrite(graph, found)
                 done += 1
@@ -50,17 +52,15 @@ class FoldBatchNorm(Pass):
 class Folding:
     """``norm(move(head(x, quantized)))``, to be folded. ``axis`` holds the output channels of the weight."""
 
-    norm: fx.Node
+    norm: BatchNorm
     head: fx.Node
-    quantized: fx.Node
+    quantized: FakeQuant
     axis: int
 
     @property
     def weight(self) -> fx.Node:
         """The float weight."""
-        weight = self.quantized.args[0]
-        assert isinstance(weight, fx.Node)
-        return weight
+        return self.quantized.input
 
     @property
     def groups(self) -> int:
@@ -72,28 +72,29 @@ class Folding:
     @property
     def commutes(self) -> bool:
         """Whether ``FQ(w·f) = f·FQ(w)``: every output channel has a scale that it shares with no other."""
-        is_per_channel = self.quantized.target is fake_quantize.PER_CHANNEL
-        return is_per_channel and bool(self.quantized.args[3] == self.axis) and self.groups == 1
+        return self.quantized.axis == self.axis and self.groups == 1
 
     @property
     def is_moved(self) -> bool:
         """Whether something stands between head and norm: a transpose, a flatten."""
-        return self.norm.args[0] is not self.head
+        return self.norm.input is not self.head
 
 
-def batch_norms(graph: fx.Graph, *, training: bool) -> list[fx.Node]:
+def batch_norms(graph: fx.Graph, *, training: bool) -> list[BatchNorm]:
     """The BatchNorms of a graph that use statistics of the batch (``training``), or the running ones."""
-    return [n for n in call_nodes(graph) if packet(n) is aten.batch_norm and (n.args[5] is True) == training]
+    found = (BatchNorm.of(node) for node in call_nodes(graph))
+    return [norm for norm in found if norm is not None and norm.training == training]
 
 
-def match(norm: fx.Node) -> Folding | str:
+def match(norm: BatchNorm) -> Folding | str:
     """What can be folded, or why it cannot."""
     head, channels = _head(norm)
     kind = kind_of(head)
-    quantized = None if kind is None or kind.weight is None else operands(head).get(kind.weight)
-    if quantized is not None and grouped_value(quantized) is not None:
+    weight = None if kind is None or kind.weight is None else operands(head).get(kind.weight)
+    if weight is not None and grouped_value(weight) is not None:
         return "the weight before it has a scale per group: it is not folded into"
-    if kind is None or quantized is None or quantized.target not in fake_quantize.FAKE_QUANTIZE:
+    quantized = FakeQuant.of(weight)
+    if kind is None or quantized is None:
         return f"{head.name} before it has no quantized weight"
     if kind.name not in ("conv", "conv_transpose") and packet(head) is not aten.linear:
         return f"{head.name} before it is neither a convolution nor a linear"
@@ -105,60 +106,54 @@ def match(norm: fx.Node) -> Folding | str:
         return f"{head.name} has its channels in another dimension"
     if only_user(head) is None:
         return f"{head.name} is used without its normalization too"
-    if norm.args[3] is None or norm.args[4] is None:
+    if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics to fold"
-    if any(isinstance(a, fx.Node) and a.op == "call_function" for a in norm.args[1:5]):
+    parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if any(each is not None and each.op == "call_function" for each in parameters):
         return "its parameters or statistics are computed in the graph"
     return Folding(norm=norm, head=head, quantized=quantized, axis=kind.weight_axis)
 
 
 def _is_batchless(head: fx.Node) -> bool:
-    weight = head.args[1]
-    assert isinstance(weight, fx.Node)
-    return bool(head.meta["val"].dim() != weight.meta["val"].dim())
+    return bool(head.meta["val"].dim() != operands(head)["weight"].meta["val"].dim())
 
 
-_SAME = frozenset({aten.contiguous, aten.clone})
-_RESHAPING = frozenset({aten.view, aten.reshape, aten.flatten, aten.unflatten, aten._unsafe_view})
-
-
-def _head(norm: fx.Node) -> tuple[fx.Node, int]:
+def _head(norm: BatchNorm) -> tuple[fx.Node, int]:
     """What a BatchNorm normalizes, seen through ops that only move it, and its dimension of channels there."""
-    value, channels = norm.args[0], 1
-    assert isinstance(value, fx.Node)
-    while kind_of(value) is None and len(value.users) == 1 and value.args and isinstance(value.args[0], fx.Node):
-        before = _channels_before(value, value.args[0], channels)
+    value, channels = norm.input, 1
+    while kind_of(value) is None and len(value.users) == 1 and value.all_input_nodes:
+        source = value.all_input_nodes[0]
+        before = _channels_before(value, source, channels)
         if before is None:
             break
-        value, channels = value.args[0], before
+        value, channels = source, before
     return value, channels
 
 
 def _channels_before(node: fx.Node, source: fx.Node, channels: int) -> int | None:
     """The dimension of an op's operand that becomes ``channels`` of its result, whole; None where none does."""
-    name, args = packet(node), node.args
+    name = packet(node)
     shapes = [getattr(n.meta.get("val"), "shape", ()) for n in (node, source)]
     dims = len(shapes[1])
-    if name in _SAME:
+    if name in COPYING:
         return channels
     if name is aten.transpose:
-        one, two = int(args[1]) % dims, int(args[2]) % dims  # type: ignore[arg-type]
+        one, two = (int(argument_at(node, index)) % dims for index in (1, 2))
         return {one: two, two: one}.get(channels, channels)
     if name is aten.permute:
-        return int(args[1][channels]) % dims  # type: ignore[index, arg-type]
+        return int(argument(node, "dims")[channels]) % dims
     behind = len(shapes[0]) - channels
-    if name in _RESHAPING and dims >= behind and list(shapes[0][channels:]) == list(shapes[1][dims - behind :]):
+    if name in RESHAPING and dims >= behind and list(shapes[0][channels:]) == list(shapes[1][dims - behind :]):
         return dims - behind
     return None
 
 
-def is_scaled_by_itself(quantized: fx.Node) -> bool:
-    scale = quantized.args[1]
-    pair = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
-    if not isinstance(pair, fx.Node) or pair.target is not qparams.SYMMETRIC_QPARAMS:
+def is_scaled_by_itself(quantized: FakeQuant) -> bool:
+    """Whether a fake-quant's scale is that of the tensor which it quantizes."""
+    pair = qparams_of(quantized.scale)
+    if not isinstance(pair, SymmetricQparams):
         return False
-    detached = pair.args[0]
-    return isinstance(detached, fx.Node) and packet(detached) is aten.detach and detached.args[0] is quantized.args[0]
+    return packet(pair.input) is aten.detach and pair.input.all_input_nodes == [quantized.input]
 
 
 def own_quantizer(graph: fx.Graph, found: Folding) -> Folding:
@@ -168,36 +163,33 @@ def own_quantizer(graph: fx.Graph, found: Folding) -> Folding:
     with graph.inserting_before(found.head):
         for node in chain:
             copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
-    replace_operand(found.head, "weight", copies[found.quantized])
+    quantized = copies[found.quantized.node]
+    replace_operand(found.head, "weight", quantized)
     for node in reversed(chain):
         if not node.users:
             graph.erase_node(node)
-    return dataclasses.replace(found, quantized=copies[found.quantized])
+    return dataclasses.replace(found, quantized=FakeQuant(quantized))
 
 
-def _chain(quantized: fx.Node) -> list[fx.Node]:
-    scale, zero_point = quantized.args[1], quantized.args[2]
-    assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
-    pair = scale.args[0]
-    assert isinstance(pair, fx.Node)
-    detached = pair.args[0]
-    assert isinstance(detached, fx.Node)
-    return [detached, pair, scale, zero_point, quantized]
+def _chain(quantized: FakeQuant) -> list[fx.Node]:
+    scale, zero_point, pair = quantized.scale, quantized.zero_point, qparams_of(quantized.scale)
+    assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node) and isinstance(pair, SymmetricQparams)
+    return [pair.input, pair.node, scale, zero_point, quantized.node]
 
 
 def fold_weight(graph: fx.Graph, found: Folding) -> tuple[fx.Node, fx.Node]:
     """Puts ``w·f`` before the weight's quantizer; the nodes of ``σ² + eps`` and of f."""
     norm, weight, (detached, *_) = found.norm, found.weight, _chain(found.quantized)
-    _, gamma, _, _, var, _, _, eps = norm.args[:8]
+    like, gamma = norm.node, norm.weight
     with graph.inserting_before(detached):
-        variance = call(graph, aten.add.Scalar, var, eps, like=norm)
-        deviation = call(graph, aten.rsqrt.default, variance, like=norm)
-        factor = deviation if gamma is None else call(graph, aten.mul.Tensor, gamma, deviation, like=norm)
+        variance = call(graph, aten.add.Scalar, norm.running_var, norm.eps, like=like)
+        deviation = call(graph, aten.rsqrt.default, variance, like=like)
+        factor = deviation if gamma is None else call(graph, aten.mul.Tensor, gamma, deviation, like=like)
         folded = call(graph, aten.mul.Tensor, weight, _along_weight(graph, found, factor), like=weight)
         # Under autocast or in half precision the statistics are float32: the weight keeps its own dtype.
         folded = as_dtype(graph, folded, weight.meta["val"].dtype)
     detached.replace_input_with(weight, folded)
-    found.quantized.replace_input_with(weight, folded)
+    found.quantized.node.replace_input_with(weight, folded)
     return variance, factor
 
 
@@ -207,7 +199,7 @@ def _along_weight(graph: fx.Graph, found: Folding, factor: fx.Node) -> fx.Node:
     A transposed convolution's weight is ``[in, out / groups, …]``, and group g of the input channels makes group g
     of the output channels: ``w[i, o]`` gets the factor of channel ``g · out / groups + o``.
     """
-    like, weight, groups = found.norm, found.weight.meta["val"], found.groups
+    like, weight, groups = found.norm.node, found.weight.meta["val"], found.groups
     ones = [1] * (weight.dim() - found.axis - 1)
     if groups == 1:
         return call(graph, aten.view.default, factor, [1] * found.axis + [-1, *ones], like=like)
@@ -223,19 +215,19 @@ def as_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _rewrite(graph: fx.Graph, found: Folding) -> None:
-    if len(found.quantized.users) > 1:
+    if len(found.quantized.node.users) > 1:
         found = own_quantizer(graph, found)
     norm, head, bias = found.norm, found.head, bias_of(found.head)
-    _, _, beta, mean = norm.args[:4]
+    like, beta, mean = norm.node, norm.bias, norm.running_mean
     _, factor = fold_weight(graph, found)
     with graph.inserting_before(head):
         if bias is not None:
-            shifted = call(graph, aten.sub.Tensor, bias, mean, like=norm)
+            shifted = call(graph, aten.sub.Tensor, bias, mean, like=like)
         else:
-            shifted = call(graph, aten.neg.default, mean, like=norm)
-        scaled = call(graph, aten.mul.Tensor, shifted, factor, like=norm)
-        new_bias = scaled if beta is None else call(graph, aten.add.Tensor, scaled, beta, like=norm)
+            shifted = call(graph, aten.neg.default, mean, like=like)
+        scaled = call(graph, aten.mul.Tensor, shifted, factor, like=like)
+        new_bias = scaled if beta is None else call(graph, aten.add.Tensor, scaled, beta, like=like)
         new_bias = as_dtype(graph, new_bias, (head if bias is None else bias).meta["val"].dtype)
     set_bias(head, new_bias)
-    norm.replace_all_uses_with(norm.args[0])  # type: ignore[arg-type]
-    graph.erase_node(norm)
+    like.replace_all_uses_with(norm.input)
+    graph.erase_node(like)

@@ -10,9 +10,10 @@ from torch import fx
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.edit import call, item
 from fxquant.graph.kinds import bias_of, replace_operand, set_bias
+from fxquant.graph.meta import mark_running_statistic
+from fxquant.graph.views import BatchNorm
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.fold_batch_norm import Folding, as_dtype, batch_norms, fold_weight, match, own_quantizer
-from fxquant.passes.joint.save_running_statistics import mark
 
 aten = torch.ops.aten
 
@@ -40,11 +41,11 @@ class FoldTrainingBatchNorm(Pass):
             for norm in batch_norms(graph, training=True):
                 found = match(norm)
                 if isinstance(found, str):
-                    self.decline(result, norm, found)
-                elif not found.commutes and isinstance(norm.args[6], fx.Node):
-                    self.decline(result, norm, "its momentum is computed in the graph")
+                    self.decline(result, norm.node, found)
+                elif not found.commutes and isinstance(norm.momentum, fx.Node):
+                    self.decline(result, norm.node, "its momentum is computed in the graph")
                 elif not found.commutes and found.is_moved:
-                    self.decline(result, norm, f"{found.head.name} has its channels in another dimension")
+                    self.decline(result, norm.node, f"{found.head.name} has its channels in another dimension")
                 elif not found.commutes:
                     _rewrite(graph, found)
                     done += 1
@@ -66,15 +67,15 @@ def _rewrite(graph: fx.Graph, found: Folding) -> None:
     # Behind what stands before the head: a BatchNorm that is called twice reads what its first call has stored.
     found = own_quantizer(graph, found)
     running, _ = fold_weight(graph, found)
-    mark(running)
+    mark_running_statistic(running)
     norm = found.norm
-    with graph.inserting_before(norm):
+    with graph.inserting_before(norm.node):
         batch = _statistics(graph, found, weight)
         result = _corrected(graph, found, batch, running)
         _update(graph, norm, batch)
     set_bias(found.head, None)
-    norm.replace_all_uses_with(result)
-    graph.erase_node(norm)
+    norm.node.replace_all_uses_with(result)
+    graph.erase_node(norm.node)
 
 
 def _statistics(graph: fx.Graph, found: Folding, weight: fx.Node) -> _Batch:
@@ -84,15 +85,15 @@ def _statistics(graph: fx.Graph, found: Folding, weight: fx.Node) -> _Batch:
     value = seen.meta["val"]
     seen = as_dtype(graph, seen, torch.promote_types(value.dtype, torch.float32))
     others = tuple(d for d in range(value.dim()) if d != 1)
-    both = call(graph, aten.var_mean.correction, seen, others, correction=0, like=found.norm)
+    both = call(graph, aten.var_mean.correction, seen, others, correction=0, like=found.norm.node)
     return _Batch(mean=item(graph, both, 1), variance=item(graph, both, 0), seen=seen, others=others)
 
 
 def _corrected(graph: fx.Graph, found: Folding, batch: _Batch, running: fx.Node) -> fx.Node:
     """``head · σ/σ_B + β − γ·(μ_B − b)/σ_B``."""
-    norm, head = found.norm, found.head
-    _, gamma, beta, _, _, _, _, eps = norm.args[:8]
-    variance = call(graph, aten.add.Scalar, batch.variance, eps, like=norm)
+    norm, head = found.norm.node, found.head
+    gamma, beta = found.norm.weight, found.norm.bias
+    variance = call(graph, aten.add.Scalar, batch.variance, found.norm.eps, like=norm)
     inverse = call(graph, aten.rsqrt.default, variance, like=norm)
     ratio = call(graph, aten.mul.Tensor, call(graph, aten.sqrt.default, running, like=norm), inverse, like=norm)
     slope = inverse if gamma is None else call(graph, aten.mul.Tensor, gamma, inverse, like=norm)
@@ -107,15 +108,15 @@ def _corrected(graph: fx.Graph, found: Folding, batch: _Batch, running: fx.Node)
     return as_dtype(graph, result, norm.meta["val"].dtype)
 
 
-def _update(graph: fx.Graph, norm: fx.Node, batch: _Batch) -> None:
+def _update(graph: fx.Graph, norm: BatchNorm, batch: _Batch) -> None:
     """``r ← (1 − momentum)·r + momentum·batch``, with the unbiased variance."""
-    momentum = norm.args[6]
+    like, momentum = norm.node, norm.momentum
     assert isinstance(momentum, int | float)
     # A second reduction, of what has no gradient: sizes may be symbols, by which no correction could be computed.
-    seen = call(graph, aten.detach.default, batch.seen, like=norm)
-    unbiased = call(graph, aten.var.correction, seen, batch.others, correction=1, like=norm)
-    mean = call(graph, aten.detach.default, batch.mean, like=norm)
-    for statistic, new in ((norm.args[3], mean), (norm.args[4], unbiased)):
-        kept = call(graph, aten.mul.Scalar, statistic, 1 - momentum, like=norm)
-        moved = call(graph, aten.add.Tensor, kept, new, alpha=momentum, like=norm)
-        call(graph, aten.copy_.default, statistic, moved, like=norm)
+    seen = call(graph, aten.detach.default, batch.seen, like=like)
+    unbiased = call(graph, aten.var.correction, seen, batch.others, correction=1, like=like)
+    mean = call(graph, aten.detach.default, batch.mean, like=like)
+    for statistic, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        kept = call(graph, aten.mul.Scalar, statistic, 1 - momentum, like=like)
+        moved = call(graph, aten.add.Tensor, kept, new, alpha=momentum, like=like)
+        call(graph, aten.copy_.default, statistic, moved, like=like)

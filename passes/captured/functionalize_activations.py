@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument_at
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.dependence import shares_memory
 from fxquant.graph.nodes import call_nodes
@@ -30,7 +31,7 @@ class FunctionalizeActivations(Pass):
         done = 0
         for node in list(call_nodes(graph)):
             functional = _functional_variant(node)
-            base = node.args[0] if node.args else None
+            base = None if functional is None else argument_at(node, 0)
             if functional is None or not isinstance(base, fx.Node) or base.op != "call_function":
                 continue
             earlier = [user for user in base.users if order[user] < order[node]]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument_at, set_argument
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.dependence import changed_in_place
 from fxquant.graph.edit import call
-from fxquant.graph.nodes import call_nodes
-from fxquant.ops import fake_quantize
+from fxquant.graph.nodes import call_nodes, only_user
+from fxquant.graph.views import FakeQuant
 from fxquant.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
@@ -28,8 +29,6 @@ _VIEWS = {
     aten.flatten.using_ints: aten.flatten.using_ints,
     aten.unflatten.int: aten.unflatten.int,
 }
-
-_PER_TENSOR = (fake_quantize.PER_TENSOR, fake_quantize.PER_TENSOR_SCALAR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +51,24 @@ def _hoist(graph: fx.Graph) -> int:
     order = {node: index for index, node in enumerate(graph.nodes)}
     done = 0
     for node in list(call_nodes(graph)):
-        if node.target in _PER_TENSOR and node not in changed:
-            while _hoist_one(graph, node, order):
+        site = FakeQuant.of(node)
+        if site is not None and site.axis is None and node not in changed:
+            while _hoist_one(graph, site, order):
                 done += 1
     return done
 
 
-def _hoist_one(graph: fx.Graph, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    user = next(iter(node.users), None)
-    if user is None or len(node.users) > 1 or user.target not in _VIEWS or user.args[0] is not node:
+def _hoist_one(graph: fx.Graph, site: FakeQuant, order: dict[fx.Node, int]) -> bool:
+    node = site.node
+    user = only_user(node)
+    if user is None or user.target not in _VIEWS or argument_at(user, 0) is not node:
         return False
     if any(order[source] > order[node] for source in user.all_input_nodes):
         return False  # a size that is computed only later
     with graph.inserting_before(node):
-        view = call(graph, _VIEWS[user.target], node.args[0], *user.args[1:], like=user, **user.kwargs)
-    node.args = (view, *node.args[1:])
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: site.input if n is node else n)
+        view = call(graph, _VIEWS[user.target], *args, like=user, **kwargs)
+    set_argument(node, "input", view)
     node.meta["val"] = user.meta["val"]
     user.replace_all_uses_with(node)
     graph.erase_node(user)

@@ -14,11 +14,11 @@ from fxquant.graph.dependence import changed_in_place
 from fxquant.graph.edit import call, item
 from fxquant.graph.kinds import operands, replace_operand, unit_end
 from fxquant.graph.lift import Lifting, Operand, lift
+from fxquant.graph.meta import mark_observation
 from fxquant.graph.moves import passes_values
 from fxquant.graph.nodes import is_bind, is_float, packet
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.captured.batch_range_updates import mark_observation
 from fxquant.plan.exceptions import Exceptions, weighted
 from fxquant.plan.plan import Role
 from fxquant.plan.positions import bound_sites, modules_around

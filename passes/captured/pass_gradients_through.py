@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxquant.graph.arguments import set_argument
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.nodes import call_nodes
-from fxquant.ops import fake_quantize
+from fxquant.graph.views import FakeQuant
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.fold_batch_norm import is_scaled_by_itself
 
@@ -28,9 +29,8 @@ class PassGradientsThrough(Pass):
 
 
 def _mark(node: fx.Node) -> bool:
-    if node.target not in (fake_quantize.PER_TENSOR, fake_quantize.PER_CHANNEL) or node.kwargs.get("pass_through"):
+    site = FakeQuant.of(node)
+    if site is None or site.has_numbers or site.pass_through or not is_scaled_by_itself(site):
         return False
-    if not is_scaled_by_itself(node):
-        return False
-    node.kwargs = {**node.kwargs, "pass_through": True}
+    set_argument(node, "pass_through", True)
     return True

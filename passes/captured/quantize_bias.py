@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from fxquant.graph.edit import call
 from fxquant.graph.kinds import bias_of, kind_of, operands, set_bias
 from fxquant.graph.moves import passes_values, unmoved
 from fxquant.graph.nodes import call_nodes
-from fxquant.ops import fake_quantize
+from fxquant.graph.views import FakeQuant
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.passes.base import Pass, PassResult
 from fxquant.targets.profiles import Profile
@@ -50,14 +51,13 @@ def _quantize(node: fx.Node) -> bool:
 
 def _scales(conv: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Of input and weight, where both are quantized, the weight per output channel or as a whole."""
-    source, weight = unmoved(operands(conv)["input"], passes_values), operands(conv)["weight"]
-    if source.target is not fake_quantize.PER_TENSOR or weight.target not in fake_quantize.FAKE_QUANTIZE:
+    source = FakeQuant.of(unmoved(operands(conv)["input"], passes_values))
+    weight = FakeQuant.of(operands(conv)["weight"])
+    if source is None or weight is None or source.axis is not None or weight.axis not in (None, 0):
         return None
-    if weight.target is fake_quantize.PER_CHANNEL and weight.args[3] != 0:
-        return None
-    found = source.args[1], weight.args[1]
-    return found if all(isinstance(scale, fx.Node) and _is_float32(scale) for scale in found) else None  # type: ignore[return-value]
+    ours, its = source.scale, weight.scale
+    return (ours, its) if _is_float32(ours) and _is_float32(its) else None
 
 
-def _is_float32(scale: fx.Node) -> bool:
-    return bool(scale.meta["val"].dtype == torch.float32)
+def _is_float32(scale: fx.Node | float) -> TypeGuard[fx.Node]:
+    return isinstance(scale, fx.Node) and scale.meta["val"].dtype == torch.float32

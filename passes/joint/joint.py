@@ -2,79 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Iterator
 
-import sympy
-import torch
 from torch import fx
 
 from fxquant.graph.edit import mutates
-from fxquant.graph.nodes import packet
+from fxquant.graph.elementwise import is_pointwise, is_small
+from fxquant.graph.moves import is_moving
+from fxquant.graph.views import FakeQuantBackward
 from fxquant.ops import fake_quantize
-
-aten = torch.ops.aten
-
-_MOVES = frozenset(
-    {
-        *(
-            aten.view,
-            aten.reshape,
-            aten._unsafe_view,
-            aten.permute,
-            aten.transpose,
-            aten.t,
-            aten.expand,
-            aten.unsqueeze,
-        ),
-        *(aten.squeeze, aten.alias, aten.detach, aten.clone, aten.select, aten.slice, aten.unbind, aten.split),
-        *(aten.split_with_sizes, aten.flatten, aten.unflatten, torch.ops.prims.convert_element_type, aten._to_copy),
-    }
-)
-
-# Dearer than to write a float and read it again.
-_HEAVY = frozenset(
-    {
-        *("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "digamma", "elu", "erf", "erfc"),
-        *(
-            "erfinv",
-            "exp",
-            "exp2",
-            "expm1",
-            "gelu",
-            "hardswish",
-            "lgamma",
-            "log",
-            "log10",
-            "log1p",
-            "log2",
-            "mish",
-            "pow",
-        ),
-        *("sigmoid", "silu", "sin", "sinh", "softplus", "tan", "tanh"),
-    }
-)
-
-_SYMBOL = 64  # the size that a symbolic dimension is taken for where sizes are compared
-_SMALLER = 16
-
-
-def is_moving(node: fx.Node) -> bool:
-    """Whether a node hands on its first operand's values: a view, a copy, a cast, or a part of several."""
-    if node.op != "call_function":
-        return False
-    return node.target is operator.getitem or packet(node) in _MOVES
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether a node computes element by element."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
-def is_heavy(node: fx.Node) -> bool:
-    """Whether a pointwise node costs more than to store its result."""
-    return is_pointwise(node) and packet(node).__name__ in _HEAVY
 
 
 class Joint:
@@ -133,32 +69,11 @@ class Joint:
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
-    if node.target in fake_quantize.BACKWARD:
-        return [source for source in node.all_input_nodes if source is not node.args[1]]
-    return node.all_input_nodes
+    gradient = FakeQuantBackward.of(node)
+    return [source for source in node.all_input_nodes if gradient is None or source is not gradient.input]
 
 
 def _is_cheap(node: fx.Node, found: set[fx.Node]) -> bool:
     if not is_moving(node) and not is_pointwise(node):
         return False
     return all(source in found or is_small(source, node) for source in node.all_input_nodes)
-
-
-def is_small(source: fx.Node, node: fx.Node) -> bool:
-    """Whether a value, as a mean per channel, is worth no thought beside the one that it is for."""
-    of_source, of_node = elements(source), elements(node)
-    return of_source is not None and of_node is not None and of_source * _SMALLER <= of_node
-
-
-def elements(node: fx.Node) -> int | None:
-    """How many a node's tensor has, for comparisons: without a look at what a symbolic size is."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return None  # several tensors
-    return math.prod(size if isinstance(size, int) else _supposed(size) for size in value.shape)
-
-
-def _supposed(size: torch.SymInt) -> int:
-    """Each symbol for itself: ``16·s0`` rows are as many as ``s0`` times 16."""
-    expression = size.node.expr
-    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, sympy.Integer(_SYMBOL))))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxquant.graph.arguments import argument
 from fxquant.graph.edit import call
+from fxquant.graph.elementwise import is_pointwise
+from fxquant.graph.meta import mark_saved_as_codes
+from fxquant.graph.moves import is_moving
 from fxquant.graph.nodes import packet
+from fxquant.graph.views import FakeQuant, FakeQuantBackward, Item
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.joint.joint import Joint, is_moving, is_pointwise
+from fxquant.passes.joint.joint import Joint
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-_MARK = "fxquant.saved_as_codes"
 
 # By name: Inductor's own, which its decompositions make, is there only once Inductor is loaded.
 _POOLS = frozenset(
@@ -62,35 +65,35 @@ class SaveQuantizedActivations(Pass):
         masks = [node for node in joint.only_backward() if _is_mask(node, joint)]
         wanted = joint.wanted(skip=set(masks).__contains__)
         kept = joint.kept(wanted)
-        sites = [node for node in joint.forward if node.target is fake_quantize.PER_TENSOR]
-        done = sum(self._save(joint, site, site in wanted, result) for site in sites if site.args[0] not in kept)
+        sites = [site for node in joint.forward if (site := _site(node)) is not None]
+        done = sum(self._save(joint, site, site.node in wanted, result) for site in sites if site.input not in kept)
         done += sum(_save_picked(joint, node) for node in joint.forward if node in wanted and _is_pick(node))
         return done + sum(_pack_mask(mask) for mask in masks if mask not in kept)
 
-    def _save(self, joint: Joint, site: fx.Node, read: bool, result: PassResult) -> int:
+    def _save(self, joint: Joint, site: FakeQuant, read: bool, result: PassResult) -> int:
         """Rewrites one site, whose result backward reads or not."""
-        source = site.args[0]
-        assert isinstance(source, fx.Node)
-        gradients = [user for user in source.users if _is_gradient_of(user, site)]
+        source = site.input
+        readers = (FakeQuantBackward.of(user) for user in source.users)
+        gradients = [each for each in readers if each is not None and _is_gradient_of(each, site)]
         value, bits = source.meta["val"], _bits(site)
-        if _is_in_region(site) or _is_of_region(source) or not (gradients or read):
+        if _is_in_region(site.node) or _is_of_region(source) or not (gradients or read):
             return 0
         if bits > 16:
-            self.decline(result, site, f"its codes have {bits} bits, which float32 does not hold")
+            self.decline(result, site.node, f"its codes have {bits} bits, which float32 does not hold")
             return 0
         if _width(bits) + 1 >= 8 * value.element_size():
-            self.decline(result, site, f"its codes of {bits} bits and a mask are no smaller than {value.dtype}")
+            self.decline(result, site.node, f"its codes of {bits} bits and a mask are no smaller than {value.dtype}")
             return 0
         dim = plane_dim(value)
         if dim is None:
             if not all(isinstance(size, int) for size in value.shape) or value.numel() >= _FEW:
                 reason = f"no dimension of its {list(value.shape)} is a multiple of 8: it is saved in float"
-                self.decline(result, site, reason)
+                self.decline(result, site.node, reason)
             return 0
-        site.meta[_MARK] = True
+        mark_saved_as_codes(site.node)
         behind = _Behind(joint.graph, site)
         if read:
-            _read_codes(joint, site, behind.codes(bits, dim))
+            _read_codes(joint, site.node, behind.codes(bits, dim))
         if gradients:
             mask = behind.mask(dim)
             for gradient in gradients:
@@ -114,35 +117,38 @@ def _save_picked(joint: Joint, node: fx.Node) -> int:
 
 def _is_pick(node: fx.Node) -> bool:
     """Whether a node is the result of a max pool, not its indices."""
-    pool = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
-    return isinstance(pool, fx.Node) and _is_pool(pool)
+    part = Item.of(node)
+    return part is not None and part.index == 0 and _is_pool(part.source)
 
 
 def _is_pool(node: fx.Node) -> bool:
     return str(packet(node)) in _POOLS
 
 
-def _grid_of(node: fx.Node) -> fx.Node | None:
+def _site(node: fx.Node) -> FakeQuant | None:
+    """The view of a fake-quant with one scale, in a tensor."""
+    return FakeQuant.of(node) if node.target is fake_quantize.PER_TENSOR else None
+
+
+def _grid_of(node: fx.Node) -> FakeQuant | None:
     """The fake-quant whose codes a node's values have: picked, moved, or joined from results of one scale."""
     if node.target is fake_quantize.PER_TENSOR:
-        return node
+        return FakeQuant(node)
     if packet(node) is aten.cat:
-        parts: Any = node.args[0]
-        found = [_grid_of(part) for part in parts]
+        found = [_grid_of(part) for part in argument(node, "tensors")]
         alike = all(each is not None and _same_grid(each, found[0]) for each in found)
         site = found[0] if alike else None
     elif is_moving(node) or _is_pool(node):
-        assert isinstance(node.args[0], fx.Node)
-        site = _grid_of(node.args[0])
+        site = _grid_of(node.all_input_nodes[0])
     else:
         return None
     value = node.meta["val"]
-    cast = site is not None and isinstance(value, Tensor) and value.dtype != site.meta["val"].dtype
+    cast = site is not None and isinstance(value, Tensor) and value.dtype != site.node.meta["val"].dtype
     return None if cast else site
 
 
-def _same_grid(site: fx.Node, other: fx.Node | None) -> bool:
-    return other is not None and site.args[1:] == other.args[1:] and site.kwargs == other.kwargs
+def _same_grid(site: FakeQuant, other: FakeQuant | None) -> bool:
+    return other is not None and site.has_grid_of(other) and site.pass_through == other.pass_through
 
 
 def _is_read_behind(joint: Joint, node: fx.Node) -> bool:
@@ -151,14 +157,8 @@ def _is_read_behind(joint: Joint, node: fx.Node) -> bool:
     return any(user not in joint.forward or (is_moving(user) and _is_read_behind(joint, user)) for user in readers)
 
 
-def is_saved_as_codes(site: fx.Node) -> bool:
-    """Whether backward reads nothing of a fake-quant node itself."""
-    return _MARK in site.meta
-
-
-def _is_gradient_of(node: fx.Node, site: fx.Node) -> bool:
-    same = node.target in fake_quantize.BACKWARD and node.args[1:] == site.args
-    return same and node.kwargs.get("rounding") == site.kwargs.get("rounding")
+def _is_gradient_of(gradient: FakeQuantBackward, site: FakeQuant) -> bool:
+    return gradient.input is site.input and gradient.has_grid_of(site)
 
 
 def _is_of_region(node: fx.Node) -> bool:
@@ -175,10 +175,8 @@ def _is_in_region(node: fx.Node) -> bool:
     return any("recompute" in user.meta or (is_moving(user) and _is_in_region(user)) for user in node.users)
 
 
-def _bits(site: fx.Node) -> int:
-    _, _, _, low, high = site.args
-    assert isinstance(low, int) and isinstance(high, int)
-    return (high - low).bit_length()
+def _bits(site: FakeQuant) -> int:
+    return (site.quant_max - site.quant_min).bit_length()
 
 
 def _width(bits: int) -> int:
@@ -200,32 +198,31 @@ def _known(value: Tensor, dim: int) -> float:
 class _Behind:
     """Makes nodes one behind the other: of a site's input, or of other values that lie on the site's grid."""
 
-    def __init__(self, graph: fx.Graph, site: fx.Node, values: fx.Node | None = None) -> None:
-        self.graph, self.site, self.last = graph, site, values or site
-        self.args = (values or site.args[0], *site.args[1:])
+    def __init__(self, graph: fx.Graph, site: FakeQuant, values: fx.Node | None = None) -> None:
+        self.graph, self.site, self.last = graph, site, values or site.node
+        self.values = values or site.input
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_after(self.last):
-            self.last = call(self.graph, op, *args, like=self.site, **kwargs)
+            self.last = call(self.graph, op, *args, like=self.site.node, **kwargs)
         return self.last
 
     def codes(self, bits: int, dim: int) -> fx.Node:
         """Codes that are saved, and dequantized again."""
-        source, scale, point, low, high = self.args
-        assert isinstance(source, fx.Node) and isinstance(low, int) and isinstance(high, int)
-        packed, rounding = _width(bits) < 8, self.site.kwargs.get("rounding", "reciprocal")
-        codes = self.call(quantize.QUANTIZE_TENSOR, *self.args, _dtype(low, high), rounding=rounding)
-        if packed:
+        site, low = self.site, self.site.quant_min
+        dtype = _dtype(low, site.quant_max)
+        codes = self.call(quantize.QUANTIZE_TENSOR, self.values, *site.grid, dtype, rounding=site.rounding)
+        if _width(bits) < 8:
             # From 0, as a plane holds them.
             shifted = self.call(aten.sub.Scalar, codes, low)
             planes = self.call(saved.PACK_PLANES, shifted, _width(bits), dim)
             codes = self.call(aten.add.Scalar, self.call(saved.UNPACK_PLANES, planes, _width(bits), dim), low)
-        return self.call(quantize.DEQUANTIZE_TENSOR, codes, scale, point, dtype=source.meta["val"].dtype)
+        wanted = self.values.meta["val"].dtype
+        return self.call(quantize.DEQUANTIZE_TENSOR, codes, site.scale, site.zero_point, dtype=wanted)
 
     def mask(self, dim: int) -> fx.Node:
         """The packed clip mask, which is saved."""
-        rounding = self.site.kwargs.get("rounding", "reciprocal")
-        mask = self.call(saved.CLIP_MASK, *self.args, rounding=rounding)
+        mask = self.call(saved.CLIP_MASK, self.values, *self.site.grid, rounding=self.site.rounding)
         return self.call(saved.PACK_PLANES, mask, 1, dim)
 
 
@@ -247,16 +244,16 @@ def _read_codes(joint: Joint, node: fx.Node, replacement: fx.Node) -> None:
                 joint.graph.erase_node(moved)
 
 
-def _read_mask(gradient: fx.Node, packed: fx.Node, dim: int) -> None:
+def _read_mask(gradient: FakeQuantBackward, packed: fx.Node, dim: int) -> None:
     """``fake_quantize'(dy, x)``  →  ``dy · unpack(packed)``, a product as in `numerics.affine`."""
-    graph, grad = gradient.graph, gradient.args[0]
-    assert isinstance(grad, fx.Node)
-    with graph.inserting_before(gradient):
-        mask = _unpacked(graph, packed, dim, like=gradient)
-        factor = call(graph, prims.convert_element_type.default, mask, grad.meta["val"].dtype, like=gradient)
-        result = call(graph, aten.mul.Tensor, grad, factor, like=gradient)
-    gradient.replace_all_uses_with(result)
-    graph.erase_node(gradient)
+    node, grad = gradient.node, gradient.grad
+    graph = node.graph
+    with graph.inserting_before(node):
+        mask = _unpacked(graph, packed, dim, like=node)
+        factor = call(graph, prims.convert_element_type.default, mask, grad.meta["val"].dtype, like=node)
+        result = call(graph, aten.mul.Tensor, grad, factor, like=node)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _unpacked(graph: fx.Graph, packed: fx.Node, dim: int, like: fx.Node) -> fx.Node:

@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph.meta import is_running_statistic
 from fxquant.passes.base import Pass, PassResult
-
-_MARK = "fxquant.running_statistic"
-
-
-def mark(node: fx.Node) -> None:
-    """Marks a node of the captured graph that reads a buffer which the graph updates later."""
-    # `custom` is what AOTAutograd hands on to the nodes that it makes of this one.
-    node.meta["custom"] = {**node.meta.get("custom", {}), _MARK: True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +23,7 @@ class SaveRunningStatistics(Pass):
         """Sets ``meta["recompute"]``."""
         done = 0
         for node in gm.graph.nodes:
-            wanted = node.op == "call_function" and _MARK in node.meta.get("custom", {})
+            wanted = node.op == "call_function" and is_running_statistic(node)
             if wanted and node.meta.get("recompute") != CheckpointPolicy.MUST_SAVE:
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
                 done += 1

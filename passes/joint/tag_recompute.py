@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph.meta import is_saved_as_codes
 from fxquant.graph.nodes import packet
-from fxquant.ops import fake_quantize
+from fxquant.graph.views import FakeQuant, Item
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.joint.save_quantized_activations import is_saved_as_codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +30,17 @@ class TagRecompute(Pass):
         """Sets ``meta["recompute"]``."""
         done = 0
         for node in gm.graph.nodes:
-            if node.op != "call_function" or node.target not in fake_quantize.FAKE_QUANTIZE:
+            site = FakeQuant.of(node)
+            if site is None:
                 continue
-            for parameter in (node.args[1], node.args[2]):
+            for parameter in (site.scale, site.zero_point):
                 if isinstance(parameter, fx.Node) and packet(parameter) is torch.ops.aten.full:
                     done += _tag(parameter, CheckpointPolicy.MUST_RECOMPUTE, override=False)
                 elif isinstance(parameter, fx.Node) and parameter.op != "placeholder":
                     done += _tag(parameter, CheckpointPolicy.MUST_SAVE, override=True)
-                    if parameter.target is operator.getitem:  # the partitioner looks at the op with several results
-                        done += _tag(parameter.args[0], CheckpointPolicy.MUST_SAVE, override=True)  # type: ignore[arg-type]
+                    part = Item.of(parameter)
+                    if part is not None:  # the partitioner looks at the op with several results
+                        done += _tag(part.source, CheckpointPolicy.MUST_SAVE, override=True)
             # Codes share their arithmetic with the fake-quant, and must not be recomputed.
             if not is_saved_as_codes(node):
                 done += _tag(node, CheckpointPolicy.MUST_RECOMPUTE, override=False)

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxquant.graph.arguments import argument, argument_at, has_argument
 from fxquant.graph.edit import call
+from fxquant.graph.moves import CASTING, KEEPING, SHAPING, TURNING, ZEROS
 from fxquant.graph.nodes import packet
+from fxquant.graph.views import AffineQparams, Convolution, FakeQuant, qparams_of
 from fxquant.numerics import integer
-from fxquant.ops.fake_quantize import FAKE_QUANTIZE, PER_CHANNEL, PER_TENSOR
+from fxquant.ops.fake_quantize import PER_CHANNEL
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION, LONGEST_SUM, multiplies_exactly
-from fxquant.ops.qparams import AFFINE_QPARAMS, SYMMETRIC_QPARAMS
 from fxquant.ops.quantize import QUANTIZE_CHANNEL, QUANTIZE_TENSOR
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.joint.product_times import Problem, times
 
 IntegerMatmul = bool | Literal["auto"]
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 # product → where its operands and its bias stand
 _PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
@@ -34,15 +36,10 @@ _PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     aten.convolution.default: (0, 1, 2),
 }
 
-_CASTS = (aten._to_copy, prims.convert_element_type)
-_SAME = (aten.clone, aten.contiguous, aten.alias, aten.detach)
-_TURNS = (aten.t, aten.transpose, aten.permute)
-_SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.squeeze, aten.unsqueeze)
-_MOVES = (*_SAME, *_TURNS, *_SHAPES)
+_SEEN_THROUGH = KEEPING | TURNING | SHAPING | CASTING
 
 # What new nodes take over: the partitioner reads the tags, and whose checkpoint region they lie in.
 _KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
-_ZEROS = (aten.zeros, aten.zeros_like, aten.new_zeros)
 
 # The integer product must be this much faster, so that noise in the times does not choose it where nothing is gained.
 _MARGIN = 1.1
@@ -56,14 +53,18 @@ class _Operand:
     where the zero point is known to be 0.
     """
 
-    source: fx.Node
+    quant: FakeQuant
     moves: tuple[fx.Node, ...]
     axis: int | None
     zero: fx.Node | None
 
     @property
+    def source(self) -> fx.Node:
+        return self.quant.node
+
+    @property
     def limits(self) -> tuple[int, int]:
-        return self.source.args[-2:]  # type: ignore[return-value]
+        return self.quant.quant_min, self.quant.quant_max
 
 
 class _Declined(Exception):
@@ -97,7 +98,7 @@ class UseIntegerMatmul(Pass):
             if node.op != "call_function" or node.target not in _PRODUCTS or _is_backward(node):
                 continue
             first, second, _ = _PRODUCTS[node.target]
-            operands = tuple(_origin(node.args[i]) for i in (first, second))
+            operands = tuple(_origin(argument_at(node, index)) for index in (first, second))
             if not all(_is_fake_quantize(source) for source, _ in operands):
                 continue
             try:
@@ -134,44 +135,45 @@ def _is_fake_quantize(node: fx.Node) -> bool:
 def _origin(value: Any) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """The node whose values an operand holds, and what moves them, from there on."""
     moves: list[fx.Node] = []
-    while value.op == "call_function" and packet(value) in (*_MOVES, *_CASTS) and value.meta["val"].is_floating_point():
-        if not isinstance(value.args[0], fx.Node) or not value.args[0].meta["val"].is_floating_point():
+    while value.op == "call_function" and packet(value) in _SEEN_THROUGH and value.meta["val"].is_floating_point():
+        source = argument_at(value, 0)
+        if not isinstance(source, fx.Node) or not source.meta["val"].is_floating_point():
             break
         moves.append(value)
-        value = value.args[0]
+        value = source
     return value, tuple(reversed(moves))
 
 
 def _operand(source: fx.Node, moves: tuple[fx.Node, ...]) -> _Operand:
-    if source.target not in FAKE_QUANTIZE:
+    quant = FakeQuant.of(source)
+    if quant is None:
         raise _Declined(f"{packet(source)} is no affine quantizer")
-    if source.target not in (PER_TENSOR, PER_CHANNEL):
+    if not isinstance(quant.zero_point, fx.Node):
         raise _Declined(f"the scale of {source.name} is a number")
     if source.meta["val"].dtype == torch.float64:
         raise _Declined(f"{source.name} is float64")
-    if source.args[2].meta["val"].is_floating_point():  # type: ignore[union-attr]
+    if quant.zero_point.meta["val"].is_floating_point():
         raise _Declined(f"the zero point of {source.name} is no integer")
-    axis = _axis_behind(source, moves) if source.target is PER_CHANNEL else None
-    found = _Operand(source, moves, axis, None if _is_zero(source.args[2]) else source.args[2])  # type: ignore[arg-type]
+    axis = None if quant.axis is None else _axis_behind(source, quant.axis, moves)
+    found = _Operand(quant, moves, axis, None if _is_zero(quant.zero_point) else quant.zero_point)
     low, high = found.limits
     if low < -128 or high > 255 or (low < 0 and high > 127):
         raise _Declined(f"the codes of {source.name} have more than 8 bits: [{low}, {high}]")
     return found
 
 
-def _axis_behind(source: fx.Node, moves: Sequence[fx.Node]) -> int:
-    """The dimension that the channels of a fake-quant have behind what moves them."""
-    axis: Any = source.args[3]
+def _axis_behind(source: fx.Node, axis: int, moves: Sequence[fx.Node]) -> int:
+    """The dimension that the channels of a fake-quant, its ``axis``, have behind what moves them."""
     for node in moves:
         name, dims = packet(node), node.meta["val"].dim()
         if name is aten.t or name is aten.transpose:
-            pair = (0, dims - 1) if name is aten.t else _turned(node.args[1:3], dims)
+            pair = (0, dims - 1) if name is aten.t else _turned([argument_at(node, i) for i in (1, 2)], dims)
             axis = pair[1 - pair.index(axis)] if axis in pair else axis
         elif name is aten.permute:
-            axis = _turned(node.args[1], dims).index(axis)
-        elif name not in (*_SAME, *_CASTS):
+            axis = _turned(argument(node, "dims"), dims).index(axis)
+        elif name not in KEEPING | CASTING:
             raise _Declined(f"{node.name} moves the channels of {source.name}")
-    return int(axis)
+    return axis
 
 
 def _turned(dims: Any, count: int) -> tuple[int, ...]:
@@ -183,22 +185,20 @@ def _is_zero(point: Any) -> bool:
     if not isinstance(point, fx.Node) or point.op != "call_function":
         return False
     if packet(point) is aten.full or packet(point) is aten.full_like:
-        return bool(point.args[1] == 0)
-    made = point.args[0] if packet(point) not in _ZEROS and point.args else None
-    if not isinstance(made, fx.Node):
-        return packet(point) in _ZEROS
-    if packet(point) in (*_SAME, *_SHAPES):
-        return _is_zero(made)
-    if made.target is AFFINE_QPARAMS:
-        return made.args[4] is True and int(made.args[2]) < 0  # type: ignore[arg-type]
-    return made.target is SYMMETRIC_QPARAMS
+        return bool(argument(point, "fill_value") == 0)
+    if packet(point) in KEEPING | SHAPING:
+        return _is_zero(argument_at(point, 0))
+    made = qparams_of(point)
+    if isinstance(made, AffineQparams):
+        return made.symmetric is True and made.quant_min < 0
+    return packet(point) in ZEROS or made is not None
 
 
 def _check(node: fx.Node, lhs: _Operand, rhs: _Operand) -> None:
     """Raises _Declined for products that no integer kernel does."""
     if packet(node) in (aten.bmm, aten.baddbmm):
         raise _Declined("torch has no product of batches of integer matrices")
-    if any(node.kwargs.get(factor, 1) != 1 for factor in ("alpha", "beta")):
+    if any(has_argument(node, factor) and argument(node, factor) != 1 for factor in ("alpha", "beta")):
         raise _Declined("it is scaled by alpha or beta")
     is_conv = node.target is aten.convolution.default
     outer = (None, 0) if is_conv else (0, 1)
@@ -206,7 +206,7 @@ def _check(node: fx.Node, lhs: _Operand, rhs: _Operand) -> None:
         if operand.axis is not None and operand.axis != allowed:
             raise _Declined(f"{operand.source.name} has a scale per channel of a dimension that is summed over")
     _check_sizes(node, lhs)
-    if is_conv and node.args[6]:
+    if is_conv and Convolution(node).transposed:
         raise _Declined("torch has no transposed convolution of integers")
     if is_conv and (rhs.zero is not None or rhs.limits[1] > 127):
         raise _Declined("the zero point of its weight may be other than 0")
@@ -215,8 +215,14 @@ def _check(node: fx.Node, lhs: _Operand, rhs: _Operand) -> None:
         raise _Declined(why_not)
 
 
+def _multiplied(node: fx.Node) -> tuple[Tensor, Tensor]:
+    """The fake values of a product's operands."""
+    first, second, _ = _PRODUCTS[node.target]
+    return _value(argument_at(node, first)), _value(argument_at(node, second))
+
+
 def _check_sizes(node: fx.Node, lhs: _Operand) -> None:
-    x, w = (node.args[i].meta["val"] for i in _PRODUCTS[node.target][:2])  # type: ignore[union-attr]
+    x, w = _multiplied(node)
     summed = w.shape[1:] if node.target is aten.convolution.default else w.shape[:1]
     if not all(isinstance(size, int) for size in (*summed, *w.shape)):
         raise _Declined("the length of its sums is symbolic")
@@ -244,17 +250,20 @@ def _capability(node: fx.Node, lhs: _Operand) -> tuple[str, str, bool]:
 
 
 def _problem(node: fx.Node, lhs: _Operand) -> Problem:
-    x, w = (node.args[i].meta["val"] for i in _PRODUCTS[node.target][:2])  # type: ignore[union-attr]
-    convolution = None
-    if node.target is aten.convolution.default:
-        convolution = (*(tuple(map(_hint, node.args[i])) for i in (3, 4, 5)), node.args[8])  # type: ignore[arg-type]
+    x, w = _multiplied(node)
+    convolution, conv = None, Convolution.of(node)
+    if conv is not None:
+        stride, padding, dilation = (
+            tuple(map(_hint, argument(node, name))) for name in ("stride", "padding", "dilation")
+        )
+        convolution = stride, padding, dilation, conv.groups
     return Problem(
         lhs=tuple(map(_hint, x.shape)),
         rhs=tuple(w.shape),
         dtype=x.dtype,
         device=str(x.device),
         signed=_is_signed(node, lhs),
-        convolution=convolution,  # type: ignore[arg-type]
+        convolution=convolution,
     )
 
 
@@ -287,7 +296,7 @@ class _Rewriter:
         """The codes where the operand has its values, and their zero point."""
         code, zero = self._codes(operand, signed)
         for node in operand.moves:
-            if packet(node) not in _CASTS:
+            if packet(node) not in CASTING:
                 code = self._call(node.target, code, *node.args[1:], like=node, **node.kwargs)
         return code, zero
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument, argument_at, has_argument, set_argument
 from fxquant.graph.edit import call
 from fxquant.graph.nodes import packet
 from fxquant.passes.base import Pass, PassResult
@@ -30,30 +31,34 @@ class KeepDivisions(Pass):
         for node in list(gm.graph.nodes):
             if node.op == "placeholder" or any(source in variable for source in node.all_input_nodes):
                 variable.add(node)
-            if _divides_elsewhere(node) and node.args[1] not in variable and not _is_kept(node):
-                _keep(gm.graph, node)
+            both = _divided_elsewhere(node)
+            if both is not None and both[1] not in variable and not _is_kept(*both):
+                _keep(node, *both)
                 done += 1
         return done
 
 
-def _divides_elsewhere(node: fx.Node) -> bool:
-    """Whether a node is a plain quotient of two floating tensors on another device than a CPU."""
-    if packet(node) not in (aten.div, aten.true_divide) or node.kwargs.get("rounding_mode"):
-        return False
-    if len(node.args) != 2 or not all(isinstance(operand, fx.Node) for operand in node.args):
-        return False
-    dividend = node.args[0].meta["val"]  # type: ignore[union-attr]
-    return isinstance(dividend, torch.Tensor) and dividend.is_floating_point() and dividend.device.type != "cpu"
+def _divided_elsewhere(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Both operands of a plain quotient of two floating tensors on another device than a CPU, None of other nodes."""
+    if packet(node) not in (aten.div, aten.true_divide):
+        return None
+    if has_argument(node, "rounding_mode") and argument(node, "rounding_mode"):
+        return None
+    dividend, divisor = argument_at(node, 0), argument_at(node, 1)
+    if not isinstance(dividend, fx.Node) or not isinstance(divisor, fx.Node):
+        return None
+    value = dividend.meta["val"]
+    elsewhere = isinstance(value, torch.Tensor) and value.is_floating_point() and value.device.type != "cpu"
+    return (dividend, divisor) if elsewhere else None
 
 
-def _is_kept(node: fx.Node) -> bool:
-    dividend, divisor = node.args
-    return packet(divisor) is aten.where and divisor.args[1] is dividend  # type: ignore[arg-type, union-attr]
+def _is_kept(dividend: fx.Node, divisor: fx.Node) -> bool:
+    return divisor.target is aten.where.self and argument(divisor, "self") is dividend
 
 
-def _keep(graph: fx.Graph, node: fx.Node) -> None:
-    dividend, divisor = node.args
+def _keep(node: fx.Node, dividend: fx.Node, divisor: fx.Node) -> None:
+    graph = node.graph
     with graph.inserting_before(node):
         unknown = call(graph, aten.isnan.default, dividend, like=node)
         kept = call(graph, aten.where.self, unknown, dividend, divisor, like=node)
-    node.args = (dividend, kept)
+    set_argument(node, "other", kept)

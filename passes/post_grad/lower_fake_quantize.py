@@ -12,11 +12,11 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph.meta import mark_masked_gradient
 from fxquant.graph.nodes import call_nodes
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.ops.library import ARITHMETIC
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.post_grad.materialize_shared import mark_masked_gradient
 
 _OPS = (
     *fake_quantize.FAKE_QUANTIZE,

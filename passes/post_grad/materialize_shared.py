@@ -8,23 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument, has_argument
 from fxquant.graph.edit import call
+from fxquant.graph.elementwise import elements, is_heavy, is_pointwise, is_small
+from fxquant.graph.meta import is_masked_gradient
+from fxquant.graph.moves import is_moving
 from fxquant.graph.nodes import packet
 from fxquant.ops import fake_quantize, quantize
 from fxquant.ops.marks import MATERIALIZE
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.joint.joint import elements, is_heavy, is_moving, is_pointwise, is_small
 
 aten = torch.ops.aten
 _EXTREMES = (aten.amin, aten.amax)
 _FAKE_QUANTS = (*fake_quantize.FAKE_QUANTIZE, *fake_quantize.BACKWARD, *quantize.DEQUANTIZE)
-_MASKED = "fxquant.masked_gradient"
 _FEW = 1024  # elements: fewer stay in cache, however often they are read
-
-
-def mark_masked_gradient(node: fx.Node) -> None:
-    """Says that ``node`` is a gradient times a clip mask, both computed from tensors in memory."""
-    node.meta[_MASKED] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,7 @@ class MaterializeShared(Pass):
         for node in list(gm.graph.nodes):
             if is_heavy(node) or (_is_elementwise(node) and any(source in dear for source in node.all_input_nodes)):
                 dear.add(node)
-            if _is_shared(node) and (_MASKED in node.meta or _is_worth_it(node, dear)):
+            if _is_shared(node) and (is_masked_gradient(node) or _is_worth_it(node, dear)):
                 _materialize(gm.graph, node, is_dear=node in dear)
                 done += 1
         return done
@@ -125,9 +122,9 @@ def _rows(node: fx.Node) -> int:
     """How many dimensions of ``node`` a normalization leaves: all before those that it takes its mean over."""
     rank = node.meta["val"].dim()
     for each in (*node.users, *(behind for user in node.users for behind in user.users)):
-        if packet(each) in (aten.var_mean, aten.mean) and len(each.args) > 1:
-            dims = each.args[1]
-            assert isinstance(dims, (list, tuple))
+        is_mean = packet(each) in (aten.var_mean, aten.mean) and has_argument(each, "dim")
+        dims = argument(each, "dim") if is_mean else None
+        if isinstance(dims, (list, tuple)):
             left = rank - len(dims)
-            return left if sorted(int(d) % rank for d in dims) == list(range(left, rank)) else 0  # type: ignore[arg-type]
+            return left if sorted(int(d) % rank for d in dims) == list(range(left, rank)) else 0
     return 0

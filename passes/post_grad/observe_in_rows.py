@@ -8,21 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument, has_argument
 from fxquant.graph.edit import call
+from fxquant.graph.elementwise import elements, is_pointwise
+from fxquant.graph.moves import ALL_ONCE, is_moving
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.ops.marks import MATERIALIZE
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.joint.joint import elements, is_moving, is_pointwise
 
 aten = torch.ops.aten
 _EXTREMES = (aten.amin, aten.amax)
 _STATISTICS = (aten.var_mean, aten.mean, aten.sum, aten.amax)
-
-# Each gives all elements of its operand, once.
-_VIEWS = (
-    *(aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.transpose, aten.t),
-    *(aten.squeeze, aten.unsqueeze, aten.alias, aten.clone),
-)
 
 _COLUMNS = 64  # of fewer, a loop a row is no gain
 
@@ -56,7 +52,7 @@ def _is_of_everything(node: fx.Node) -> bool:
 
 def _split(graph: fx.Graph, node: fx.Node) -> int:
     source = node.all_input_nodes[0]
-    while packet(source) in _VIEWS:
+    while packet(source) in ALL_ONCE:
         source = source.all_input_nodes[0]
     if any(user.target is MATERIALIZE for user in source.users):
         return 0  # its loop is the one that stores it
@@ -75,12 +71,12 @@ def _of_statistics(source: fx.Node) -> list[int] | None:
     """The dimensions that a statistic of as large a tensor, which ``source`` is computed from, is taken over."""
     rank = source.meta["val"].dim()
     for node in _computed_with(source):
-        if packet(node) not in _STATISTICS or len(node.args) < 2:
+        if packet(node) not in _STATISTICS or not has_argument(node, "dim"):
             continue
-        taken, dims = node.all_input_nodes[0], node.args[1]
+        taken, dims = node.all_input_nodes[0], argument(node, "dim")
         value = taken.meta["val"]
         if isinstance(dims, (list, tuple)) and value.dim() == rank and elements(taken) == elements(source):
-            found = sorted({int(d) % rank for d in dims})  # type: ignore[arg-type]
+            found = sorted({int(d) % rank for d in dims})
             if 0 < len(found) < rank:
                 return found
     return None

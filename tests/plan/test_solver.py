@@ -345,7 +345,7 @@ weight s8: linear.weight
 def test_declines_are_described_with_the_users_line() -> None:
     (declined,) = placements(lambda x: (x + LINEAR(x)).sin(), TOKENS).described_declines()
     assert (declined.where, declined.reason) == ("add", "its result add is used in float")
-    assert declined.source.partition(":")[0].endswith("test_place.py")
+    assert declined.source.partition(":")[0].endswith("test_solver.py")
 
 
 def residual_chain(layers: int) -> fx.Graph:

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph.meta import is_saved_as_codes
 from fxquant.ops import fake_quantize, saved
 from fxquant.ops.quantize import QUANTIZE_TENSOR
-from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations, is_saved_as_codes, plane_dim
+from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations, plane_dim
 from fxquant.passes.joint.tag_recompute import TagRecompute
 from tests.passes.graphs import apply, untouched
 

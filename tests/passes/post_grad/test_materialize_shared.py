@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxquant.graph.meta import mark_masked_gradient
 from fxquant.ops.marks import MATERIALIZE
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
-from fxquant.passes.post_grad.materialize_shared import MaterializeShared, mark_masked_gradient
+from fxquant.passes.post_grad.materialize_shared import MaterializeShared
 from tests.passes.graphs import apply, untouched
 
 
