@@ -28,7 +28,7 @@ demo: venv ## Train, export and verify a small quantized model; writes build/dem
 	@"$(PY)" -m fxquant demo $(ARGS)
 
 test: venv ## Run the tests, e.g. make test ARGS="tests/passes -k fold"
-	@"$(PY)" -m pytest -n 2 --dist loadgroup $(ARGS)
+	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: venv ## Check the style with ruff
 	@"$(PY)" -m ruff check .

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,30 @@ import torch
 from fxquant.backend import reports
 from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
+
+
+def pytest_collection_finish() -> None:
+    """What the test modules import stays to the end: half a million objects that no collection need look through."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_is_read_once() -> Iterator[None]:
+    """torch.onnx.export parses the sources of a thousand operators in every call: half the time of a small model."""
+    # Private; tried on 2.13. An export adds to its registry: each gets lists of its own.
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(cls: type[ONNXRegistry], *args: Any, **kwargs: Any) -> ONNXRegistry:
+        registry = copy.copy(read(*args, **kwargs))
+        registry.functions = {target: list(known) for target, known in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture
