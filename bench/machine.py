@@ -13,7 +13,7 @@ import torch
 
 def cpu() -> str:
     """Model name, and whether it multiplies 8-bit integers in hardware."""
-    from fxquant.targets.session import integer_dot_support
+    from fxquant.targets.cpu import integer_dot_support
 
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

@@ -79,7 +79,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _kernels(given: argparse.Namespace) -> int:
     from fxquant.support.table import table
-    from fxquant.targets.kernels import kernel_rows
+    from fxquant.targets.onnxruntime_rows import kernel_rows
 
     rows = kernel_rows(given.path)
     cells = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in rows]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
-from fxquant.errors import MissingDependency
+from fxquant.support import require as optional
 
 PACKAGES = {
     "sklearn": "scikit-learn",
@@ -24,15 +23,11 @@ def require(module: str) -> ModuleType:
         (1797, 8, 8)
     """
     top = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != top:
-            raise
-        package = PACKAGES.get(top, top)
-        raise MissingDependency(
-            f'fxquant\'s demo needs {package}, which is not installed. Install it with: pip install "fxquant[demo]"'
-        ) from error
+    package = PACKAGES.get(top, top)
+    return optional.require(
+        module,
+        f'fxquant\'s demo needs {package}, which is not installed. Install it with: pip install "fxquant[demo]"',
+    )
 
 
 def require_all() -> None:

@@ -3,7 +3,8 @@
 from fxquant.onnx.export import ExportReport, export_onnx
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.translate import translation_table
-from fxquant.onnx.verify import VerifyReport, verify_onnx
+from fxquant.onnx.verify import verify_onnx
+from fxquant.onnx.verify_report import VerifyReport
 
 __all__ = [
     "ExportReport",

@@ -30,7 +30,7 @@ from fxquant.prepared.root import require_plan, unwrap
 from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
-from fxquant.targets.profiles import Profile, get_profile
+from fxquant.targets.registry import get_profile
 
 ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
 WeightStorage = Literal["int8", "int4"]
@@ -99,7 +99,8 @@ def export_onnx(
     for name in ("onnx", "onnxscript"):
         require(name)
     plain, profile = unwrap(model), get_profile(plan.target)
-    opset = _check_opset(opset, profile, weight_storage)
+    _check_storage(weight_storage)
+    opset = profile.check_opset(opset)
     destination = _check_path(path)
     _check_ranges(plain)
     named: dict[str, Any] = dict(kwargs or {})
@@ -174,15 +175,9 @@ def _check_path(path: str | os.PathLike[str]) -> Path:
     return destination
 
 
-def _check_opset(opset: int | None, profile: Profile, storage: str) -> int:
+def _check_storage(storage: str) -> None:
     if storage not in ("int8", "int4"):
         raise InvalidArgument(f"weight_storage must be 'int8' or 'int4': got {storage!r}.")
-    chosen = profile.opset if opset is None else opset
-    if not profile.opset <= chosen <= profile.highest_opset:
-        raise InvalidArgument(
-            f"opset must be from {profile.opset} to {profile.highest_opset} for {profile.name}: got {chosen}."
-        )
-    return chosen
 
 
 def _check_ranges(model: nn.Module) -> None:

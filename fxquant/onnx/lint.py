@@ -1,20 +1,16 @@
-"""`lint_onnx`: an exported graph against a target's rules, node by node, without running it.
-
-The rules for all targets are what any consumer of QuantizeLinear / DequantizeLinear needs; those of TensorRT come
-from its documents and the sources of its ONNX parser, since it cannot be installed everywhere.
-"""
+"""`lint_onnx`: an exported graph against a target's rules, node by node, without running it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fxquant.support.table import table
-from fxquant.targets import lint_tensorrt  # noqa: F401  (registers its rules)
-from fxquant.targets.document import ModelPath, load_model
-from fxquant.targets.lint_rules import Reader, doc, rules_of
-from fxquant.targets.profiles import get_profile
+from fxquant.targets.document import ModelPath, folder_of, load_model
+from fxquant.targets.lint_common import COMMON
+from fxquant.targets.lint_reader import LintReader, Rule, doc
+from fxquant.targets.registry import get_target
+from fxquant.targets.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +49,11 @@ class LintReport:
 
 def rules(target: str) -> dict[str, str]:
     """Rule name → what it asks, for a target."""
-    return {name: doc(rule) for name, rule in rules_of(get_profile(target).name).items()}
+    return {name: doc(rule) for name, rule in _rules(get_target(target)).items()}
+
+
+def _rules(target: Target) -> dict[str, Rule]:
+    return {**COMMON, **target.lint.rules}
 
 
 def lint_onnx(path: ModelPath, target: str) -> LintReport:
@@ -62,11 +62,11 @@ def lint_onnx(path: ModelPath, target: str) -> LintReport:
     Raises:
         InvalidArgument: unknown target. ExportError: a file that cannot be read. MissingDependency: onnx.
     """
-    profile = get_profile(target)
-    reader = Reader(model=load_model(path), folder=str(Path(path).absolute().parent), profile=profile)
+    found = get_target(target)
+    reader = LintReader(model=load_model(path), folder=folder_of(path), profile=found.profile, lint=found.lint)
     findings = [
         Finding(rule=name, node="model" if node is None else node.name or node.output[0], message=message)
-        for name, rule in rules_of(target).items()
+        for name, rule in _rules(found).items()
         for node, message in rule(reader)
     ]
     return LintReport(path=str(path), target=target, findings=tuple(findings), checked=len(reader.nodes))

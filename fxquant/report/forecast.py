@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from fxquant.graph.kinds import KINDS
 from fxquant.plan.plan import Edge, Plan, Site
-from fxquant.targets.expected import CODES, FLOAT, KERNELS, WEIGHT_ONLY
-from fxquant.targets.profiles import get_profile
+from fxquant.targets.expected import FLOAT, WeightOnly
+from fxquant.targets.registry import get_target
 
 Place = tuple[str, str, int]  # of an operator: path of the module that runs it, kind, ordinal there
 UNKNOWN = "not known"
@@ -107,17 +107,17 @@ def _possible_keys(place: Place, operand: str) -> set[str]:
 
 def expected_kernel(operation: Operation, operand: str, target: str) -> str:
     """The kernel that reads an operand of an operator, or ``"float: …"`` and why."""
-    profile, kind = get_profile(target), operation.place[1]
-    table = KERNELS.get(target, {})
-    kernel = table.get(f"{kind}.{operand}") or table.get(kind)
+    found, kind = get_target(target), operation.place[1]
+    forecast = found.forecast
+    kernel = forecast.kernels.get(f"{kind}.{operand}") or forecast.kernels.get(kind)
     if kernel is None:
         return UNKNOWN
     if kernel.never:
         return f"{FLOAT}{kernel.never}"
-    special = _of_weight(operation, target)
+    special = _of_weight(operation, forecast.weight_only)
     if special is not None:
         return special
-    needs_result = kind in profile.needs_output
+    needs_result = kind in found.profile.needs_output
     needed = (_OPERANDS.get(kind, ()) if kernel.needs is None else kernel.needs) + ("output",) * needs_result
     for name in needed:
         if name == "output" and name in operation.why_float and operation.result is None:
@@ -128,16 +128,16 @@ def expected_kernel(operation: Operation, operand: str, target: str) -> str:
     read = {name: site for name, site in operation.sites.items() if name != "output" or needs_result}
     for name, site in read.items():
         bits = site.local.spec.bits
-        if bits not in CODES.get(target, range(2, 17)):
+        if bits not in forecast.codes:
             return f"{FLOAT}its {name} has {bits}-bit codes"
     name = kernel.joined if kernel.joined and operation.result else kernel.name
     return name.format(code=_code(operation))
 
 
-def _of_weight(operation: Operation, target: str) -> str | None:
+def _of_weight(operation: Operation, known: WeightOnly | None) -> str | None:
     """What becomes of a product whose weight alone is quantized, or has a scale per group; None for any other."""
     activation, weight = _WEIGHTS.get(operation.place[1], ("", ""))
-    site, known = operation.sites.get(weight), WEIGHT_ONLY.get(target)
+    site = operation.sites.get(weight)
     if site is None or site.local.role != "weight" or known is None:
         return None
     size, alone = site.local.spec.group_size, activation in operation.why_float

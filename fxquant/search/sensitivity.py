@@ -6,7 +6,6 @@ whether the quantized tensor goes on or the float one, so a site costs two runs 
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,12 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from fxquant.errors import InvalidArgument, MissingDependency
+from fxquant.errors import InvalidArgument
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.search.switching import Loss, Setting, Sweep, all_but, only, sweep
+from fxquant.support.require import require
 from fxquant.support.table import table
 
+_NO_MATPLOTLIB = 'plot must have matplotlib to draw with: found none. Install it with: pip install "fxquant[report]"'
 _COLORS = {"weight": "#0072B2", "activation": "#D55E00", "output": "#009E73"}  # Okabe and Ito, as in the demo
 
 _STYLE = {
@@ -105,14 +106,8 @@ class SensitivityReport:
             raise InvalidArgument(f"path must end in .svg or .png: got {path.name!r}.")
         if most < 1:
             raise InvalidArgument(f"most must be at least 1: got {most}.")
-        try:
-            matplotlib = importlib.import_module("matplotlib")
-            figures = importlib.import_module("matplotlib.figure")
-        except ImportError as error:
-            raise MissingDependency(
-                'plot must have matplotlib to draw with: found none. Install it with: pip install "fxquant[report]"'
-            ) from error
-        with matplotlib.rc_context(_STYLE):
+        figures = require("matplotlib.figure", _NO_MATPLOTLIB)
+        with require("matplotlib", _NO_MATPLOTLIB).rc_context(_STYLE):
             figure = _bars(figures, self, self.rows[:most])
             metadata = {"Date": None} if form == "svg" else {}
             figure.savefig(path, format=form, dpi=160, metadata=metadata)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,12 @@ from fxquant.errors import ExportError
 from fxquant.support.require import require
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 
 ModelPath = str | os.PathLike[str]
+Feeds = Mapping[str, "np.ndarray"]  # a graph's inputs by name
 
 
 def load_model(path: ModelPath) -> onnx.ModelProto:

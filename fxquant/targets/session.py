@@ -1,6 +1,7 @@
 """Running an exported model in onnxruntime on the CPU: its outputs, its codes, its speed.
 
-Nothing here changes the file: what needs another graph works on a copy in memory.
+Without optimizations it executes Q/DQ as the standard says, which makes it the reference for the files of every
+target. Nothing here changes the file: what needs another graph works on a copy in memory.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.support.require import require
+from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
-from fxquant.targets.document import ModelPath, Wiring, folder_of, load_model
 
-Feeds = Mapping[str, "np.ndarray"]
+REFERENCE = "onnxruntime"
 
 # numpy has no 2- or 4-bit integers, so onnxruntime cannot hand them out: a Cast to the name on the right can.
 _WIDER = {"INT4": "INT8", "UINT4": "UINT8", "INT2": "INT8", "UINT2": "UINT8"}
@@ -62,6 +63,11 @@ def session(
 def data_folder(path: ModelPath) -> dict[str, str]:
     """The session entry that lets a model given as bytes find the external data beside ``path``."""
     return {"session.model_external_initializers_file_folder_path": str(Path(path).absolute().parent)}
+
+
+def input_names(path: ModelPath) -> list[str]:
+    """The model's inputs, in the graph's order. Raises ``ExportError`` where the model does not load."""
+    return [value.name for value in session(path, optimize=False).get_inputs()]
 
 
 def run_outputs(path: ModelPath, feeds: Feeds, *, optimize: bool) -> list[np.ndarray]:
@@ -131,23 +137,6 @@ def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, t
             seconds[key].append(time.perf_counter() - start)
         order = order[1:] + order[:1]
     return {key: statistics.median(values) for key, values in seconds.items()}
-
-
-def integer_dot_support(cpuinfo: ModelPath = "/proc/cpuinfo") -> str | None:
-    """``None`` when the CPU has dot products of 8-bit integers, else a sentence that says what is missing."""
-    need = "integer kernels are faster than float ones only with 8-bit dot products"
-    try:
-        lines = Path(cpuinfo).read_text().splitlines()
-    except OSError:
-        return f"Unknown CPU features, no {os.fspath(cpuinfo)} here: {need} (VNNI on x86, asimddp on Arm)."
-    features = {k.strip(): set(v.split()) for k, _, v in (line.partition(":") for line in lines)}
-    if "flags" in features:
-        if features["flags"] & {"avx512_vnni", "avx_vnni"}:
-            return None
-        return f"This CPU has neither avx512_vnni nor avx_vnni: {need}, and u8×s8 sums can saturate without."
-    if "Features" in features:
-        return None if "asimddp" in features["Features"] else f"This CPU has no asimddp: {need}."
-    return f"Unknown CPU features, {os.fspath(cpuinfo)} lists none: {need} (VNNI on x86, asimddp on Arm)."
 
 
 def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant.errors import ExportError, MissingDependency
-from fxquant.onnx import lint_onnx, verify
+from fxquant.onnx import lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
+from fxquant.targets import onnxruntime_rows, openvino
 from fxquant.targets import session as runtime
-from fxquant.targets.openvino_run import run_openvino
 from fxquant.targets.session import run_codes
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.graphs import Graph
@@ -168,7 +168,7 @@ def plain_only(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not optimize
         return built(*args, optimize=optimize, **kwargs)
 
-    for module in (runtime, verify):
+    for module in (runtime, onnxruntime_rows):
         monkeypatch.setattr(module, "session", session)
 
 
@@ -370,7 +370,7 @@ def test_openvino_rows_are_what_ran(zero_point: int, precision: str, tmp_path: P
     x = g.qdq(g.input(2, 4, 6, 6), 0.05, zero_point)
     y = g.op("ConvTranspose", x, g.weight(4, 6, 3, 3, axis=1), name="up")
     path = g.save(tmp_path, g.op("Relu", y))
-    (row,) = run_openvino(path, {"x": np.ones((2, 4, 6, 6), np.float32)}).rows
+    (row,) = openvino.run(path, {"x": np.ones((2, 4, 6, 6), np.float32)}).rows
     assert (row.op_type, row.kernel) == ("ConvTranspose", f"Deconvolution {precision}")
     assert row.integer == (zero_point == 0) == (row.reason is None)
     assert row.integer or "OpenVINO runs it on f32" in (row.reason or "")
@@ -380,4 +380,4 @@ def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match=r"broken\.onnx must load and run in OpenVINO"):
-        run_openvino(tmp_path / "broken.onnx", {})
+        openvino.run(tmp_path / "broken.onnx", {})

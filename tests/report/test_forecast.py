@@ -13,8 +13,8 @@ import fxquant
 from fxquant.report.forecast import UNKNOWN
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import MovingAverage
-from fxquant.targets.expected import CODES, FLOAT, KERNELS
-from fxquant.targets.profiles import PROFILES
+from fxquant.targets.expected import FLOAT
+from fxquant.targets.registry import TARGETS
 from fxquant.targets.session import session
 from tests.report.nets import FLAT, IMAGE, MAPS, TOKENS, Forked, Products, Repeated, Residual
 
@@ -41,12 +41,11 @@ def test_onnxruntime_makes_of_the_file_what_is_expected(net: type[nn.Module], x:
     assert not {op for op in ran if op.startswith(("QLinear", "MatMulInteger", "QGemm"))} - expected.keys()
 
 
-@pytest.mark.parametrize("target", PROFILES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_kind_of_a_profile_has_a_forecast(target: str) -> None:
-    profile = PROFILES[target]
-    assert profile.hard | profile.soft <= KERNELS[target].keys() | ({"einsum"} if target == "tensorrt" else set())
-    assert not KERNELS[target].keys() & profile.refused.keys() - {"add"}
-    assert target in CODES
+    profile, kernels = TARGETS[target].profile, TARGETS[target].forecast.kernels
+    assert profile.hard | profile.soft <= kernels.keys() | ({"einsum"} if target == "tensorrt" else set())
+    assert not kernels.keys() & profile.refused.keys() - {"add"}
 
 
 CASES = {  # target → forecast for the convolutions' net, without a graph

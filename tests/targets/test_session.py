@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import onnx.inliner
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from fxquant.errors import ExportError, InvalidArgument, MissingDependency
-from fxquant.support.require import require
+from fxquant.errors import ExportError, InvalidArgument
 from fxquant.targets import session as runtime
 from tests.onnx.graphs import BOOL, Graph, image, rows
 
@@ -246,49 +244,6 @@ class TestLatency:
     def test_asks_for_a_round(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match="rounds must be at least 1: got 0"):
             runtime.latency({}, {}, rounds=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni\n", None),
-        ("flags\t: avx_vnni", None),
-        ("flags\t: fpu avx2 avx512f", "neither avx512_vnni nor avx_vnni"),
-        ("Features\t: fp asimd asimddp", None),
-        ("Features\t: fp asimd", "no asimddp"),
-        ("cpu : POWER9", "lists none"),
-    ],
-)
-def test_integer_dot_support_reads_the_features(tmp_path: Path, text: str, said: str | None) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-    found = runtime.integer_dot_support(tmp_path / "cpuinfo")
-    assert found is None if said is None else said in (found or "")
-
-
-def test_integer_dot_support_without_a_file_is_unknown(tmp_path: Path) -> None:
-    found = runtime.integer_dot_support(tmp_path / "none")
-    assert found is not None and found.startswith("Unknown CPU features")
-    assert isinstance(runtime.integer_dot_support(), str | None)
-
-
-class TestRequire:
-    def test_gives_the_module(self) -> None:
-        assert require("onnx.reference") is sys.modules["onnx.reference"]
-
-    def test_names_the_package_and_the_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "onnx", None)
-        with pytest.raises(MissingDependency) as caught:
-            require("onnx", "reading a model")
-        expected = 'onnx must be installed for reading a model: it is not. Run `pip install "fxquant[onnx]"`.'
-        assert str(caught.value) == expected
-        assert isinstance(caught.value, ImportError)
-
-    def test_passes_on_what_an_installed_package_misses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "half_installed.py").write_text("import no_such_module_at_all")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all") as caught:
-            require("half_installed")
-        assert not isinstance(caught.value, MissingDependency)
 
 
 def test_branches_keep_their_quantizers_to_themselves(tmp_path: Path) -> None:

@@ -1,118 +1,32 @@
-"""Which weighted nodes of an exported model run as integers in onnxruntime, and why the others do not.
+"""Why onnxruntime left a weighted node in float: rules that explain what was seen, and predict nothing.
 
-What ran is read from the optimized graph, never predicted; the rules below only explain what stayed float.
 They were measured on onnxruntime 1.31; where none fits, the row says so.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from fxquant.support.require import require
-from fxquant.targets.document import ModelPath, Wiring, all_nodes, load_model
-from fxquant.targets.session import data_folder, session
+from fxquant.targets.document import Wiring
+from fxquant.targets.lint_reader import title
 
 if TYPE_CHECKING:
     import onnx
 
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Attention")
-
-INTEGER = (
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulIntegerToFloat",
-    "MatMulInteger",
-    "ConvInteger",
-    "DynamicQuantizeMatMul",
-    "QAttention",
-)
-
 WEIGHT_ONLY = ("MatMulNBits", "MatMulBnb4")
 UNKNOWN = "onnxruntime left it in float: no known rule explains it"
 
-# onnxruntime moves a DequantizeLinear across these to reach the node behind them. Flatten is not one.
+# onnxruntime moves a DequantizeLinear across these to reach the node after them. Flatten is not one.
 _CARRIES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Identity", "Dropout")
 
-# Ops that onnxruntime puts beside a node it rewrites, under names made from that node's name.
-_PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Transpose", "Cast", "Add", "Reshape")
 _WRITE_SUB = "Write the bias as Sub(MatMul, -bias), which stays apart"
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelRow:
-    """What one exported node became.
-
-    ``name`` is the exported node's name, or its first output where it has none. ``kernel`` is the op in the
-    optimized model, ``"none"`` where no node is left. ``reason`` is ``None`` exactly when ``integer``.
-    """
-
-    name: str
-    op_type: str
-    kernel: str
-    integer: bool
-    reason: str | None
-
-
-def kernel_rows(path: ModelPath) -> tuple[KernelRow, ...]:
-    """One row per Conv, ConvTranspose, Gemm, MatMul and Attention of the model at ``path``, in graph order.
-
-    Raises ``ExportError`` where the model does not load.
-    """
-    model = load_model(path)
-    wiring = Wiring(model=model, folder=str(Path(path).absolute().parent))
-    exported = [node for node in all_nodes(model.graph) if node.op_type in WEIGHTED]
-    return tuple(
-        KernelRow(
-            name=node.name or node.output[0],
-            op_type=node.op_type,
-            kernel=kernel,
-            integer=kernel in INTEGER,
-            reason=None if kernel in INTEGER else _reason(node, kernel, wiring),
-        )
-        for node, kernel in zip(exported, _optimized_ops(model, exported, path), strict=True)
-    )
-
-
-def _optimized_ops(model: onnx.ModelProto, exported: list[onnx.NodeProto], path: ModelPath) -> list[str]:
-    """The optimized op of each node, found by a mark that its name carries through the optimizer.
-
-    onnxruntime adds to names as it fuses (``fused a``, ``a_token_3``, ``a/MatMulAddFusion``), so a name of
-    ours, delimited on both sides, is found where the user's could be missing, or another's beginning.
-    """
-    names = [node.name for node in exported]
-    for index, node in enumerate(exported):
-        node.name = f"<fxq{index}>"
-    marked = model.SerializeToString()
-    for node, name in zip(exported, names, strict=True):
-        node.name = name
-    config = data_folder(path) | {
-        # It renames float convolutions after their outputs and turns none into integers.
-        "optimization.disable_specified_optimizers": "NchwcTransformer",
-        # Weights past the 2 GiB of a protobuf; they are not read back.
-        "session.optimized_model_external_initializers_file_name": "weights.bin",
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-    }
-    with TemporaryDirectory() as folder:
-        target = Path(folder) / "optimized.onnx"
-        session(marked, optimize=True, optimized_path=target, config=config)
-        optimized = require("onnx").load(str(target), load_external_data=False)
-    found: dict[int, list[str]] = {}
-    for node in all_nodes(optimized.graph):
-        for index in re.findall(r"<fxq(\d+)>", node.name):
-            if node.op_type not in _PLUMBING:
-                found.setdefault(int(index), []).append(node.op_type)
-    rank = {op: place for place, op in enumerate((*INTEGER, *WEIGHT_ONLY))}
-    return [min(found.get(i, ["none"]), key=lambda op: rank.get(op, len(rank))) for i in range(len(exported))]
-
-
-def _reason(node: onnx.NodeProto, kernel: str, wiring: Wiring) -> str:
+def reason(node: onnx.NodeProto, kernel: str, wiring: Wiring) -> str:
+    """Why ``node``, which became ``kernel``, does not run on integers."""
     if kernel == "none":
         if all(name in wiring.constants for name in node.input if name):
             return "onnxruntime computed it while loading: all its operands are constants"
@@ -122,13 +36,13 @@ def _reason(node: onnx.NodeProto, kernel: str, wiring: Wiring) -> str:
     if node.op_type == "Attention":
         return "onnxruntime has no integer kernel that reads the standard's Attention"
     rules = {"Conv": _conv_reasons, "Gemm": _gemm_reasons, "MatMul": _matmul_reasons}
-    reason = next(rules[node.op_type](node, kernel, wiring), UNKNOWN)
+    why = next(rules[node.op_type](node, kernel, wiring), UNKNOWN)
     if kernel in WEIGHT_ONLY:
         return (
-            f"weight-only: {reason}; {kernel} rounds the other operand in its own way"
+            f"weight-only: {why}; {kernel} rounds the other operand in its own way"
             " unless session.qdq_matmulnbits_accuracy_level is 1"
         )
-    return reason
+    return why
 
 
 def _conv_reasons(node: onnx.NodeProto, kernel: str, wiring: Wiring) -> Iterator[str]:
@@ -157,7 +71,7 @@ def _matmul_reasons(node: onnx.NodeProto, kernel: str, wiring: Wiring) -> Iterat
     add = _next_add(node, wiring) if kernel in ("Gemm", "FusedGemm") else None
     if add is not None:
         for reason in [*_added_bias_reasons(add, wiring), *_output_reasons(add, add.output[0], wiring)]:
-            yield f"onnxruntime made one float Gemm of it and {_title(add)}: {reason}. {_WRITE_SUB}"
+            yield f"onnxruntime made one float Gemm of it and {title(add)}: {reason}. {_WRITE_SUB}"
     if any(reader.op_type == "QuantizeLinear" for reader in readers):
         yield from _output_reasons(node, node.output[0], wiring)
 
@@ -216,7 +130,7 @@ def _output_reasons(node: onnx.NodeProto, value: str, wiring: Wiring) -> Iterato
     while True:
         readers = wiring.consumers.get(value, [])
         if len(readers) + (value in wiring.outputs) > 1:
-            titles = [_title(reader) for reader in readers]
+            titles = [title(reader) for reader in readers]
             titles += ["the graph's outputs"] * (value in wiring.outputs)
             yield f"its output '{value}' goes to several places: {', '.join(titles)}"
             return
@@ -229,8 +143,8 @@ def _output_reasons(node: onnx.NodeProto, value: str, wiring: Wiring) -> Iterato
         if reader.op_type in ("Relu", "Clip") and activation is None:
             activation = reader
         elif reader.op_type not in ("Identity", "Dropout"):
-            behind = "" if activation is None else f", behind {_title(activation)}"
-            yield f"{node.op_type} has no output QuantizeLinear: '{value}' goes to {_title(reader)}{behind}"
+            behind = "" if activation is None else f", behind {title(activation)}"
+            yield f"{node.op_type} has no output QuantizeLinear: '{value}' goes to {title(reader)}{behind}"
             return
         value = reader.output[0]
     code = wiring.code_type(reader)
@@ -250,7 +164,7 @@ def _activation_reasons(activation: onnx.NodeProto, q: onnx.NodeProto, wiring: W
     if activation.op_type == "Relu":
         if zero_point != limits.min:
             yield (
-                f"{_title(activation)} stays a node of its own: the zero point of {_title(q)} is"
+                f"{title(activation)} stays a node of its own: the zero point of {title(q)} is"
                 f" {int(zero_point)}, and only {limits.min} clips as a Relu does"
             )
         return
@@ -259,7 +173,7 @@ def _activation_reasons(activation: onnx.NodeProto, q: onnx.NodeProto, wiring: W
     floor, ceiling = (default if b is None else float(b) for b, default in zip(bounds, (-np.inf, np.inf), strict=True))
     if low < floor or high > ceiling:
         yield (
-            f"{_title(activation)} stays a node of its own: {_title(q)} covers [{low:g}, {high:g}],"
+            f"{title(activation)} stays a node of its own: {title(q)} covers [{low:g}, {high:g}],"
             f" which is not inside [{floor:g}, {ceiling:g}]"
         )
 
@@ -278,7 +192,7 @@ def _origin(source: onnx.NodeProto | None, constant: bool, wiring: Wiring) -> st
     before = _operand_source(source, 0, wiring) if source.op_type == "Flatten" else None
     quantized = before is not None and before.op_type == "DequantizeLinear"
     advice = ", where a Reshape would carry the integers on" if quantized else ""
-    return f"comes from {_title(source)}{advice}"
+    return f"comes from {title(source)}{advice}"
 
 
 def _next_add(node: onnx.NodeProto, wiring: Wiring) -> onnx.NodeProto | None:
@@ -290,7 +204,3 @@ def _next_add(node: onnx.NodeProto, wiring: Wiring) -> onnx.NodeProto | None:
         if node.op_type not in ("Identity", "Dropout", "Mul", "Div"):
             break
     return None
-
-
-def _title(node: onnx.NodeProto) -> str:
-    return f"{node.op_type} '{node.name or node.output[0]}'"

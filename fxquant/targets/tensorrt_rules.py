@@ -11,23 +11,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fxquant.support.require import require
-from fxquant.targets.lint_rules import (
-    FP4_QUANTIZE,
-    MISPLACED,
-    MOVES,
-    PRODUCTS,
-    QDQ,
-    Breaches,
-    Reader,
-    attribute,
-    rule,
-    title,
-)
+from fxquant.targets.lint_reader import MOVES, PRODUCTS, QDQ, Breaches, LintReader, Rules, attribute, title
 
 if TYPE_CHECKING:
     import onnx
 
 
+RULES = Rules()
+
+# What the rules on places find between a DequantizeLinear and a product.
+MISPLACED = ("Cast", "Mul")
+
+# TensorRT's operator that quantizes activations to fp4: its results are the codes and their fp8 block scales.
+FP4_QUANTIZE = "TRT_FP4DynamicQuantize"
+
+_THROUGH = (*MOVES, *MISPLACED)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _ACTIVATIONS = ("Relu", "Clip", "BatchNormalization")
 _INTEGER = ("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
@@ -36,8 +34,8 @@ _INTEGER = ("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
 _MASKING = ("Mul", "Div", "Add", "Sub", "Where")
 
 
-@rule("tensorrt")
-def _zero_point_is_zero(reader: Reader) -> Breaches:
+@RULES.add
+def _zero_point_is_zero(reader: LintReader) -> Breaches:
     """Quantization is symmetric: every zero point is 0."""
     np = require("numpy")
     for node in reader.of(*QDQ):
@@ -46,8 +44,8 @@ def _zero_point_is_zero(reader: Reader) -> Breaches:
             yield node, f"its zero point must be 0: got {np.ravel(point)[:3].tolist()}"
 
 
-@rule("tensorrt")
-def _codes_are_known(reader: Reader) -> Breaches:
+@RULES.add
+def _codes_are_known(reader: LintReader) -> Breaches:
     """Codes are int8, fp8 e4m3 or fp4; those of weights may be int4."""
     for node in reader.of(*QDQ):
         kind = reader.codes(node)
@@ -57,16 +55,16 @@ def _codes_are_known(reader: Reader) -> Breaches:
             yield node, f"its codes are {kind.lower()}: {what}"
 
 
-@rule("tensorrt")
-def _no_integer_operators(reader: Reader) -> Breaches:
+@RULES.add
+def _no_integer_operators(reader: LintReader) -> Breaches:
     """Integers come in as Q/DQ around float operators, never as ONNX's integer operators."""
     for node in reader.nodes:
         if node.op_type.startswith("QLinear") or node.op_type in _INTEGER:
             yield node, f"TensorRT does not read {node.op_type}"
 
 
-@rule("tensorrt")
-def _activations_have_one_scale(reader: Reader) -> Breaches:
+@RULES.add
+def _activations_have_one_scale(reader: LintReader) -> Breaches:
     """Only weights have a scale per channel."""
     for node in reader.of(*QDQ):
         shape = reader.shape(node.input[1])
@@ -76,16 +74,16 @@ def _activations_have_one_scale(reader: Reader) -> Breaches:
             yield node, f"an activation has {shape[0]} scales: TensorRT takes one"
 
 
-@rule("tensorrt")
-def _no_output_dtype(reader: Reader) -> Breaches:
+@RULES.add
+def _no_output_dtype(reader: LintReader) -> Breaches:
     """A DequantizeLinear's result has the type of its scale, and ``output_dtype`` is not given."""
     for node in reader.of("DequantizeLinear"):
         if attribute(node, "output_dtype"):
             yield node, "output_dtype on a DequantizeLinear is not read: give the scale that type"
 
 
-@rule("tensorrt")
-def _transposed_convolution_has_one_scale(reader: Reader) -> Breaches:
+@RULES.add
+def _transposed_convolution_has_one_scale(reader: LintReader) -> Breaches:
     """The axis of a transposed convolution's scales is read in two ways: one scale is right under both."""
     for node in reader.of("ConvTranspose"):
         pair = reader.pair(node, 1)
@@ -94,8 +92,8 @@ def _transposed_convolution_has_one_scale(reader: Reader) -> Breaches:
             yield pair, f"{shape[0]} scales on the weight of {title(node)}"
 
 
-@rule("tensorrt")
-def _int4_is_in_blocks(reader: Reader) -> Breaches:
+@RULES.add
+def _int4_is_in_blocks(reader: LintReader) -> Breaches:
     """int4 weights have an even last dimension and blocks of 64 or 128."""
     for node in reader.of("DequantizeLinear"):
         if reader.codes(node) != "INT4":
@@ -107,8 +105,8 @@ def _int4_is_in_blocks(reader: Reader) -> Breaches:
             yield node, f"int4 codes must have an even last dimension: got shape {shape}"
 
 
-@rule("tensorrt")
-def _fp4_is_in_blocks(reader: Reader) -> Breaches:
+@RULES.add
+def _fp4_is_in_blocks(reader: LintReader) -> Breaches:
     """fp4 has blocks of 16 along a multiple of 16, with fp8 scales behind one float scale; activations get theirs
     from TensorRT's own quantizer."""
     for node in reader.of(*QDQ):
@@ -128,8 +126,8 @@ def _fp4_is_in_blocks(reader: Reader) -> Breaches:
             yield scale, "fp8 block scales must have one float scale"
 
 
-@rule("tensorrt")
-def _fp8_blocks_hold_32(reader: Reader) -> Breaches:
+@RULES.add
+def _fp8_blocks_hold_32(reader: LintReader) -> Breaches:
     """fp8 in blocks has blocks of 32 along a multiple of 32."""
     for node in reader.of(*QDQ):
         size = attribute(node, "block_size")
@@ -140,18 +138,18 @@ def _fp8_blocks_hold_32(reader: Reader) -> Breaches:
         yield from _axis_divides(reader, node, 32)
 
 
-def _axis_divides(reader: Reader, node: onnx.NodeProto, size: int) -> Breaches:
+def _axis_divides(reader: LintReader, node: onnx.NodeProto, size: int) -> Breaches:
     shape, axis = reader.shape(node.input[0]), attribute(node, "axis")
     axis = 1 if axis is None else axis
     if shape and -len(shape) <= axis < len(shape) and shape[axis] % size:
         yield node, f"axis {axis} of its codes must be a multiple of {size}: got {shape[axis]}"
 
 
-@rule("tensorrt")
-def _every_input_is_quantized(reader: Reader) -> Breaches:
+@RULES.add
+def _every_input_is_quantized(reader: LintReader) -> Breaches:
     """Every input of a product is quantized; beside an int4 weight the activation may be float."""
     for node in reader.of(*PRODUCTS):
-        pairs = [reader.pair(node, index, MISPLACED) for index in (0, 1)]
+        pairs = [reader.pair(node, index, _THROUGH) for index in (0, 1)]
         for index, pair in enumerate(pairs):
             if pair is None or not reader.is_weight(pair) or reader.codes(pair) == "INT4":
                 continue
@@ -159,8 +157,8 @@ def _every_input_is_quantized(reader: Reader) -> Breaches:
                 yield node, f"its weight is quantized, its operand {1 - index} is not"
 
 
-@rule("tensorrt")
-def _results_of_products_stay_float(reader: Reader) -> Breaches:
+@RULES.add
+def _results_of_products_stay_float(reader: LintReader) -> Breaches:
     """A product's result is quantized only for a layer that runs on integers."""
     for node in reader.of("DequantizeLinear"):
         head = reader.quantized_from(node)
@@ -172,15 +170,15 @@ def _results_of_products_stay_float(reader: Reader) -> Breaches:
             yield reader.source(node, 0), f"it quantizes the result of {title(head)}, which nothing reads as integers"
 
 
-def _wants_integers(reader: Reader, node: onnx.NodeProto) -> Iterator[bool]:
+def _wants_integers(reader: LintReader, node: onnx.NodeProto) -> Iterator[bool]:
     for user in reader.ends(node, MOVES):
         behind = reader.ends(user, ("Relu", "Clip", *MOVES))
         quantized = user.op_type == "QuantizeLinear" or any(n.op_type == "QuantizeLinear" for n in behind)
         yield quantized or user.op_type in (*PRODUCTS, "Add")
 
 
-@rule("tensorrt")
-def _other_layers_have_both_sides(reader: Reader) -> Breaches:
+@RULES.add
+def _other_layers_have_both_sides(reader: LintReader) -> Breaches:
     """A layer without a weight runs on integers if a DequantizeLinear is before it and a QuantizeLinear behind it."""
     for node in reader.nodes:
         if node.op_type in (*PRODUCTS, *QDQ, *MOVES, "Cast") or not node.input:
@@ -194,8 +192,8 @@ def _other_layers_have_both_sides(reader: Reader) -> Breaches:
             yield node, "what it reads is quantized, its result is not"
 
 
-@rule("tensorrt")
-def _skip_is_quantized(reader: Reader) -> Breaches:
+@RULES.add
+def _skip_is_quantized(reader: LintReader) -> Breaches:
     """An Add that a quantized convolution ends in reads its other operand dequantized."""
     for node in reader.of("Add"):
         if any(name in reader.constants for name in node.input):
@@ -207,8 +205,8 @@ def _skip_is_quantized(reader: Reader) -> Breaches:
             yield node, f"its operand {direct.index(False)} must be quantized: the convolution's Add is float without"
 
 
-@rule("tensorrt")
-def _nothing_between_convolution_and_add(reader: Reader) -> Breaches:
+@RULES.add
+def _nothing_between_convolution_and_add(reader: LintReader) -> Breaches:
     """A convolution fuses with the Add behind it only without Q/DQ between them: one operand comes directly."""
     for node in reader.of("Add"):
         pairs = [reader.pair(node, index, ()) for index in (0, 1)]
@@ -217,8 +215,8 @@ def _nothing_between_convolution_and_add(reader: Reader) -> Breaches:
             yield node, "Q/DQ stands between it and the convolution that would fuse with it"
 
 
-@rule("tensorrt")
-def _nothing_between_convolution_and_activation(reader: Reader) -> Breaches:
+@RULES.add
+def _nothing_between_convolution_and_activation(reader: LintReader) -> Breaches:
     """A convolution fuses with the ReLU or BatchNormalization behind it: no Q/DQ stands between them."""
     for node in reader.of(*_ACTIVATIONS):
         head = _head_of_own_pair(reader, reader.pair(node, 0, ()))
@@ -226,8 +224,8 @@ def _nothing_between_convolution_and_activation(reader: Reader) -> Breaches:
             yield node, f"Q/DQ stands between it and {title(head)}"
 
 
-@rule("tensorrt")
-def _nothing_between_pad_and_convolution(reader: Reader) -> Breaches:
+@RULES.add
+def _nothing_between_pad_and_convolution(reader: LintReader) -> Breaches:
     """Pad and convolution fuse only without Q/DQ between them: quantize before the Pad."""
     for node in reader.of("Conv"):
         pad = reader.quantized_from(reader.pair(node, 0, ()))
@@ -235,22 +233,22 @@ def _nothing_between_pad_and_convolution(reader: Reader) -> Breaches:
             yield node, f"Q/DQ stands between it and {title(pad)}"
 
 
-def _is_quantized_convolution(reader: Reader, node: onnx.NodeProto | None) -> bool:
+def _is_quantized_convolution(reader: LintReader, node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type in _CONVOLUTIONS and reader.pair(node, 1) is not None
 
 
-def _head_of_own_pair(reader: Reader, pair: onnx.NodeProto | None) -> onnx.NodeProto | None:
+def _head_of_own_pair(reader: LintReader, pair: onnx.NodeProto | None) -> onnx.NodeProto | None:
     """What a Q/DQ pair with a single reader stands on: nothing else asks for the pair."""
     return reader.quantized_from(pair) if pair is not None and len(reader.readers(pair)) == 1 else None
 
 
-@rule("tensorrt")
-def _nothing_between_dequantize_and_product(reader: Reader) -> Breaches:
+@RULES.add
+def _nothing_between_dequantize_and_product(reader: LintReader) -> Breaches:
     """A product reads its DequantizeLinear directly: Cast, Transpose and Mul stand before the QuantizeLinear. A
     weight may be transposed."""
     for node in reader.of(*PRODUCTS):
         for index in (0, 1):
-            pair, between = reader.origin(node, index, MISPLACED)
+            pair, between = reader.origin(node, index, _THROUGH)
             if pair is None or pair.op_type != "DequantizeLinear":
                 continue
             stopping = ("Cast", "Mul") if reader.is_weight(pair) else ("Cast", "Mul", "Transpose")
@@ -259,8 +257,8 @@ def _nothing_between_dequantize_and_product(reader: Reader) -> Breaches:
                     yield found, f"it stands between {title(pair)} and {title(node)}"
 
 
-@rule("tensorrt")
-def _attention_is_scaled_before_the_product(reader: Reader) -> Breaches:
+@RULES.add
+def _attention_is_scaled_before_the_product(reader: LintReader) -> Breaches:
     """In quantized attention the scale is applied to a factor, not between the first product and the Softmax."""
     seen = set()
     for _, product, between in _attentions(reader):
@@ -273,8 +271,8 @@ def _attention_is_scaled_before_the_product(reader: Reader) -> Breaches:
                 yield node, f"it scales the scores of {title(product)}: scale an operand before its QuantizeLinear"
 
 
-@rule("tensorrt")
-def _fp8_attention_is_whole(reader: Reader) -> Breaches:
+@RULES.add
+def _fp8_attention_is_whole(reader: LintReader) -> Breaches:
     """Where the first product of attention reads fp8, so does the second: the Softmax's result is quantized too."""
     for softmax, product, _ in _attentions(reader):
         if not all(_is_fp8(reader, product, index) for index in (0, 1)):
@@ -284,12 +282,12 @@ def _fp8_attention_is_whole(reader: Reader) -> Breaches:
                 yield second, f"{title(product)} reads fp8, its own operands are not all fp8"
 
 
-def _is_fp8(reader: Reader, node: onnx.NodeProto, index: int) -> bool:
+def _is_fp8(reader: LintReader, node: onnx.NodeProto, index: int) -> bool:
     pair = reader.pair(node, index)
     return pair is not None and reader.codes(pair) == "FLOAT8E4M3FN"
 
 
-def _attentions(reader: Reader) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, list[onnx.NodeProto]]]:
+def _attentions(reader: LintReader) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, list[onnx.NodeProto]]]:
     """Softmax, a product that its scores come from, and what stands between them; other summands are followed too."""
 
     for softmax in reader.of("Softmax"):

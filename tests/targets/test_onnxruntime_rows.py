@@ -8,7 +8,9 @@ import onnx
 import pytest
 
 from fxquant.errors import ExportError
-from fxquant.targets.kernels import INTEGER, UNKNOWN, KernelRow, kernel_rows
+from fxquant.targets.onnxruntime_reasons import UNKNOWN
+from fxquant.targets.onnxruntime_rows import INTEGER, kernel_rows
+from fxquant.targets.target import KernelRow
 from tests.onnx.graphs import BOOL, FLOAT16, Graph, image, rows
 
 Build = Callable[[Graph, str], str]

@@ -1,0 +1,152 @@
+"""What `verify_onnx` measured, and how it prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fxquant.onnx.lint import LintReport
+from fxquant.support.table import table
+from fxquant.targets.session import REFERENCE
+from fxquant.targets.target import KernelRow
+
+PLAIN = f"{REFERENCE} without optimizations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeRow:
+    """Codes of one QuantizeLinear: how many differ from training's, and by how much at most."""
+
+    key: str
+    differing: int
+    compared: int
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify_onnx` measured. A number that was not measured is NaN (None in `to_dict`).
+
+    Attributes:
+        target: what the model was prepared for; `runtime`: what ran the file besides onnxruntime without
+            optimizations, None where the target cannot run here (tensorrt, generic).
+        rows: every Conv, Gemm and MatMul of the file with the kernel it became; empty without a runtime.
+        integer_share: the part of those rows that runs on integers.
+        lint: the target's rules on the file, where no runtime tells.
+        codes: per QuantizeLinear, onnxruntime without optimizations against `fxquant_eager`, each site computed from
+            the codes that onnxruntime had before it: what differs, differs because of the kernels in between.
+        differing_codes, compared_codes, largest_code_difference: the same, summed up.
+        input_differing_codes: of those, at QuantizeLinear nodes that read a graph input.
+        cascaded_codes: codes that differ when each side goes on from its own: one float that rounds to the other side
+            early in a deep net moves many codes after it.
+        max_output_difference: largest difference of an output, onnxruntime without optimizations.
+        optimized_output_difference: the same of the runtime; OpenVINO is compared with onnxruntime without
+            optimizations, whose codes it starts from.
+        outputs_within_code: of the same two, the share of output values that lie within one 8-bit code of each other:
+            1/255 of the range of their output.
+        output_spread: standard deviation of the reference's outputs, to judge those two by.
+        latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
+        integer_dot: None, or why integer speed is not to be expected on this CPU.
+    """
+
+    path: str
+    target: str
+    runtime: str | None
+    rows: tuple[KernelRow, ...]
+    lint: LintReport | None
+    codes: tuple[CodeRow, ...]
+    input_differing_codes: int
+    cascaded_codes: int
+    max_output_difference: float
+    optimized_output_difference: float
+    outputs_within_code: float
+    output_spread: float
+    latency: float
+    float_latency: float
+    integer_dot: str | None
+
+    @property
+    def integer_share(self) -> float:
+        """Integer kernels over all Conv, Gemm and MatMul nodes; 1 where there are none, NaN without a runtime."""
+        if self.runtime is None:
+            return math.nan
+        return sum(row.integer for row in self.rows) / len(self.rows) if self.rows else 1.0
+
+    @property
+    def differing_codes(self) -> int:
+        """Codes that differ, over every QuantizeLinear."""
+        return sum(row.differing for row in self.codes)
+
+    @property
+    def compared_codes(self) -> int:
+        """Codes that were compared."""
+        return sum(row.compared for row in self.codes)
+
+    @property
+    def largest_code_difference(self) -> int:
+        """The largest distance of a code from training's."""
+        return max((row.largest for row in self.codes), default=0)
+
+    @property
+    def latency_ratio(self) -> float:
+        """Time of a run over that of the float model: below 1 is faster."""
+        return self.latency / self.float_latency
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the sums included."""
+        sums = ("integer_share", "differing_codes", "compared_codes", "largest_code_difference", "latency_ratio")
+        fields = {**vars(self), **{name: getattr(self, name) for name in sums}}
+        measured = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
+        return {
+            **measured,
+            "rows": [vars(row) for row in self.rows],
+            "codes": [vars(row) for row in self.codes],
+            "lint": None if self.lint is None else self.lint.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        codes = (
+            f"{self.differing_codes} of {self.compared_codes} codes differ from fxquant_eager "
+            f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
+            f"{self.cascaded_codes} when differences run on through the net"
+        )
+        off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
+        lines = [
+            *self._kernel_lines(),
+            codes if self.runtime == REFERENCE else f"in {PLAIN}, {codes}",
+            *([table(("site", "differ", "of", "largest"), off)] if off else []),
+            self._output_line(),
+            *([self._latency_line()] if not math.isnan(self.latency) else []),
+            *([self.integer_dot] if self.integer_dot else []),
+        ]
+        return "\n".join(lines)
+
+    def _kernel_lines(self) -> list[str]:
+        if self.runtime is None:
+            unknown = f"{self.path} for {self.target}, which is not run here: its kernels are not known"
+            return [unknown, *([str(self.lint)] if self.lint is not None else [])]
+        rows = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in self.rows]
+        share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on integers"
+        return [
+            f"{self.path} in {self.runtime}",
+            table(("node", "op", "kernel", "integer", "why not"), rows),
+            f"{share} ({100 * self.integer_share:.1f} %)",
+        ]
+
+    def _output_line(self) -> str:
+        spread, plain = f"(spread {self.output_spread:.3g})", f"outputs differ by {self.max_output_difference:.3g}"
+        if self.runtime is None:
+            return f"{plain} in {PLAIN} {spread}"
+        if self.runtime == REFERENCE:
+            both = f"{plain} unoptimized, {self.optimized_output_difference:.3g} optimized {spread}"
+        else:
+            apart = f"{self.runtime}'s from those by {self.optimized_output_difference:.3g}"
+            both = f"{plain} in {PLAIN}, {apart} {spread}"
+        return f"{both}; {100 * self.outputs_within_code:.4g} % of them by an 8-bit code at most"
+
+    def _latency_line(self) -> str:
+        return (
+            f"latency {1e3 * self.latency:.3f} ms, float {1e3 * self.float_latency:.3f} ms: "
+            f"ratio {self.latency_ratio:.2f} (below 1 is faster)"
+        )

@@ -1,0 +1,25 @@
+"""What the CPU of this machine has for integer kernels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fxquant.targets.document import ModelPath
+
+
+def integer_dot_support(cpuinfo: ModelPath = "/proc/cpuinfo") -> str | None:
+    """``None`` when the CPU has dot products of 8-bit integers, else a sentence that says what is missing."""
+    need = "integer kernels are faster than float ones only with 8-bit dot products"
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:
+        return f"Unknown CPU features, no {os.fspath(cpuinfo)} here: {need} (VNNI on x86, asimddp on Arm)."
+    features = {k.strip(): set(v.split()) for k, _, v in (line.partition(":") for line in lines)}
+    if "flags" in features:
+        if features["flags"] & {"avx512_vnni", "avx_vnni"}:
+            return None
+        return f"This CPU has neither avx512_vnni nor avx_vnni: {need}, and u8×s8 sums can saturate without."
+    if "Features" in features:
+        return None if "asimddp" in features["Features"] else f"This CPU has no asimddp: {need}."
+    return f"Unknown CPU features, {os.fspath(cpuinfo)} lists none: {need} (VNNI on x86, asimddp on Arm)."

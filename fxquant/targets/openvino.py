@@ -1,0 +1,144 @@
+"""OpenVINO on the CPU: what it runs as integers, how a file is run in it and held to its rules.
+
+Names of kernels were seen there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from fxquant.errors import ExportError
+from fxquant.support.require import require
+from fxquant.targets.cpu import integer_dot_support
+from fxquant.targets.document import Feeds, ModelPath
+from fxquant.targets.expected import FLOAT_PROBABILITIES, ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute
+from fxquant.targets.openvino_rows import kernel_rows
+from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
+from fxquant.targets.target import Ran, Runtime, Target
+
+if TYPE_CHECKING:
+    import onnx
+
+# Integer convolutions and products need no quantized result there; adds and table lookups gain nothing. Measured:
+# products of two activations and transposed convolutions run in float beside any zero point but 0.
+_PROFILE = Profile(
+    name="openvino",
+    hard=PRODUCT_KINDS | {"conv_transpose"},
+    soft=frozenset({"cat", "avg_pool"}),
+    symmetric_operands=frozenset({"matmul.rhs", "sdpa.key"}),
+    zero_based_operands=frozenset({"matmul.lhs", "sdpa.query", "conv_transpose.input"}),
+    float_operands=FLOAT_VALUE,
+    activation_bits=range(2, 9),
+    weight_bits=range(2, 9),
+    refused={
+        "embedding": "OpenVINO looks tables up in float",
+        "add": "OpenVINO adds in float",
+        **FLOAT_CELLS,
+    },
+)
+
+_FORECAST = Forecast(
+    kernels={
+        "conv": ExpectedKernel(name="Convolution {code}"),
+        "conv_transpose": ExpectedKernel(name="Deconvolution {code}"),
+        "linear": ExpectedKernel(name="FullyConnected {code}"),
+        "matmul": ExpectedKernel(name="MatMul {code}"),
+        "einsum": ExpectedKernel(never="OpenVINO runs Einsum in float"),
+        "cat": ExpectedKernel(name="Concat {code}"),
+        "avg_pool": ExpectedKernel(name="AvgPool {code}"),
+        "sdpa": ExpectedKernel(name="MatMul {code} (query·key)", needs=("query", "key")),
+        "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
+    },
+    codes=range(2, 9),
+    weight_only=WeightOnly(
+        name="FullyConnected, i{bits} weight on float", beside="FullyConnected, i{bits} weight on float"
+    ),
+)
+
+_RULES = Rules()
+
+
+@_RULES.add
+def _blocks_divide_the_axis(reader: LintReader) -> Breaches:
+    """Blocks are all of one size: OpenVINO loads no others."""
+    for node in reader.of("DequantizeLinear"):
+        size, shape = attribute(node, "block_size"), reader.shape(node.input[0])
+        axis = attribute(node, "axis")
+        if size and shape is not None and shape[axis if axis is not None else 1] % size:
+            yield node, f"blocks of {size} do not divide axis {axis} of codes of shape {shape}"
+
+
+@_RULES.add
+def _right_operand_is_symmetric(reader: LintReader) -> Breaches:
+    """The right operand of a product of two activations has int8 codes with zero point 0, or the same as uint8."""
+    for node, pair in _activation_pairs(reader, "MatMul", 1):
+        kind, point = reader.code_type(pair), _zero_point(reader, pair)
+        if (kind, point) not in (("INT8", 0), ("UINT8", 128)):
+            what = f"{(kind or 'unknown').lower()} codes with zero point {point}"
+            yield node, f"its right operand must have int8 codes with zero point 0: got {what}"
+
+
+@_RULES.add
+def _zero_point_of_operand_is_zero(reader: LintReader) -> Breaches:
+    """The left operand of a product of two activations, and the input of a ConvTranspose, have zero point 0."""
+    for op in ("MatMul", "ConvTranspose"):
+        for node, pair in _activation_pairs(reader, op, 0):
+            right = reader.pair(node, 1)
+            if op == "MatMul" and (right is None or reader.is_weight(right)):
+                continue
+            point = _zero_point(reader, pair)
+            if point:
+                yield node, f"zero point of its operand 0 must be 0: got {point}, and OpenVINO runs it in float"
+
+
+def _activation_pairs(reader: LintReader, op: str, index: int) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
+    for node in reader.of(op):
+        pair = reader.pair(node, index)
+        if pair is not None and not reader.is_weight(pair):
+            yield node, pair
+
+
+def _zero_point(reader: LintReader, pair: onnx.NodeProto) -> int | None:
+    point = reader.array(pair, 2)
+    return int(point) if point is not None and point.size == 1 else None
+
+
+def _require() -> ModuleType:
+    return require(
+        "openvino",
+        "openvino must be installed to verify a model for target 'openvino': it is not. "
+        'Run `pip install "fxquant[openvino]"`.',
+    )
+
+
+def run(path: ModelPath, feeds: Feeds) -> Ran:
+    """Compiles the file for the CPU, with float32 wherever it does not ask for integers, and runs it.
+
+    Raises ExportError where the file does not load or run, MissingDependency without openvino.
+    """
+    openvino = _require()
+    version = str(openvino.__version__)
+    try:
+        hint = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the CPU has it
+        compiled = openvino.Core().compile_model(os.fspath(path), "CPU", hint)
+        found = compiled(dict(feeds))
+    except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, with all detail in the text
+        raise ExportError(f"{os.fspath(path)} must load and run in OpenVINO {version}: got {error}") from error
+    return Ran(
+        runtime=f"OpenVINO {version.partition('-')[0]}",
+        rows=tuple(kernel_rows(compiled.get_runtime_model().get_ordered_ops(), path)),
+        outputs=[found[output] for output in compiled.outputs],
+        integer_dot=integer_dot_support(),
+    )
+
+
+TARGET = Target(
+    profile=_PROFILE,
+    forecast=_FORECAST,
+    lint=Lint(rules=_RULES),
+    runtime=Runtime(require=_require, run=run),
+)

@@ -1,0 +1,118 @@
+"""What a deployment runtime can run as integers, as data: placement, the passes, export and lint read the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from fxquant.errors import InvalidArgument
+from fxquant.spec.quant_spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Operator traits of one runtime, by op kind (see `fxquant.graph`).
+
+    Attributes:
+        hard: kinds whose inputs are quantized wherever they stand.
+        soft: kinds with an integer kernel that pays only between quantized neighbours.
+        needs_output: kinds that run as integers only if their output is quantized too.
+        fuses: activations that the runtime fuses into a kind of ``needs_output`` before that quantizer.
+        skips: kinds of ``hard`` that an Add after them fuses into: of that Add only the other operand is quantized.
+        symmetric: activations have zero point 0, in signed codes.
+        symmetric_operands: operands (``"matmul.rhs"``) that have, where other activations need not. A matmul with a
+            weight counts as linear.
+        zero_based_operands: operands with zero point 0, in codes of either sign.
+        float_operands: operand → why it stays in float though its operator is of ``hard``.
+        one_scale: kinds whose weight has one scale, not one per output channel.
+        bias_apart: what the runtime would merge into a float product is written apart: a bias is subtracted, a ReLU
+            that is read in float is a maximum, and so is what stands after a weight in float.
+        integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
+        direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
+            before it.
+        float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
+        activation_bits, weight_bits: code widths that the runtime knows.
+        group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
+        even_groups: weights per group have an even number of channels.
+        refused: kind → why it stays in float.
+        opset, highest_opset: the ONNX opset written by default, which is the lowest, and the highest that it loads.
+    """
+
+    name: str
+    hard: frozenset[str]
+    soft: frozenset[str]
+    needs_output: frozenset[str] = frozenset()
+    fuses: frozenset[str] = frozenset({"relu", "relu6"})
+    skips: frozenset[str] = frozenset()
+    symmetric: bool = False
+    symmetric_operands: frozenset[str] = frozenset()
+    zero_based_operands: frozenset[str] = frozenset()
+    float_operands: dict[str, str] = field(default_factory=dict)
+    one_scale: frozenset[str] = frozenset()
+    bias_apart: bool = False
+    integer_bias: bool = False
+    direct_operands: bool = False
+    float_pads: bool = False
+    activation_bits: range = range(2, 17)
+    weight_bits: range = range(2, 17)
+    group_bits: range = range(2, 17)
+    group_sizes: tuple[int, ...] | None = None
+    even_groups: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
+    opset: int = 21
+    highest_opset: int = 26
+
+    def fit(self, spec: QuantSpec, operands: Collection[str] = (), *, is_positive: bool = False) -> QuantSpec:
+        """An activation's format as this runtime takes it for some operands: another zero point at most.
+
+        The codes of a tensor without negative values (``is_positive``) have zero point 0 in any format.
+        """
+        needed = self.symmetric_operands if is_positive else self.symmetric_operands | self.zero_based_operands
+        if not (self.symmetric or needed.intersection(operands)) or (spec.signed and spec.symmetric):
+            return spec
+        return dataclasses.replace(spec, signed=True, symmetric=True)
+
+    def check_format(self, role: str, spec: QuantSpec, subject: str) -> None:
+        """Raises InvalidArgument for a width that the runtime has no codes for, or groups of another size."""
+        known = self.weight_bits if role == "weight" else self.activation_bits
+        if spec.group_size is not None:
+            self._check_group_size(spec.group_size, subject)
+            known = range(max(known.start, self.group_bits.start), min(known.stop, self.group_bits.stop))
+        if spec.bits not in known:
+            what = "an activation" if role != "weight" else "a weight" if spec.group_size is None else "groups"
+            bits = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start}"
+            raise InvalidArgument(
+                f"{subject} must have {bits} bits for target {self.name!r}: got {spec.bits} for {what}."
+            )
+
+    def _check_group_size(self, size: int, subject: str) -> None:
+        if self.group_sizes is not None and size not in self.group_sizes:
+            sizes = " or ".join(map(str, self.group_sizes))
+            raise InvalidArgument(
+                f"{subject} must have groups of {sizes} for target {self.name!r}: got {size}. "
+                f"Give the weights QuantSpec(group_size={self.group_sizes[0]}, …)."
+            )
+
+    def check_opset(self, opset: int | None) -> int:
+        """The opset to write: the one given, or the default. Raises InvalidArgument for one that it does not load."""
+        chosen = self.opset if opset is None else opset
+        if not self.opset <= chosen <= self.highest_opset:
+            raise InvalidArgument(
+                f"opset must be from {self.opset} to {self.highest_opset} for {self.name}: got {chosen}."
+            )
+        return chosen
+
+
+# What several runtimes have in common.
+
+PRODUCT_KINDS = frozenset({"conv", "linear", "matmul", "einsum", "sdpa"})
+
+FLOAT_CELLS = {
+    "recurrent_layer": "a fused recurrent layer is not looked into: its products stay float",
+    "mv": "products of a matrix and a vector stay float",
+    "bilinear": "no runtime multiplies two activations and a weight in one integer kernel",
+}
+
+# Attention is kept whole, so that its probabilities are float and nothing is won by integers beside them.
+FLOAT_VALUE = {"sdpa.value": "it is multiplied by probabilities in float"}

@@ -1,0 +1,26 @@
+"""Every target by its name."""
+
+from __future__ import annotations
+
+from fxquant.errors import InvalidArgument
+from fxquant.targets import generic, onnxruntime, openvino, tensorrt
+from fxquant.targets.profile import Profile
+from fxquant.targets.target import Target
+
+# In the order in which messages name them.
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (onnxruntime.TARGET, openvino.TARGET, tensorrt.TARGET, generic.TARGET)
+}
+
+
+def get_target(name: str) -> Target:
+    """The target of a name; InvalidArgument names the known ones."""
+    if not isinstance(name, str) or name not in TARGETS:
+        known = ", ".join(repr(known) for known in TARGETS)
+        raise InvalidArgument(f"target must be one of {known}: got {name!r}.")
+    return TARGETS[name]
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of a target's name; InvalidArgument as `get_target`."""
+    return get_target(name).profile

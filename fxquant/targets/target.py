@@ -1,0 +1,93 @@
+"""What fxquant knows about a deployment runtime, in one object; a file beside this one defines it as ``TARGET``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+from fxquant.targets.document import Feeds, ModelPath
+from fxquant.targets.expected import Forecast
+from fxquant.targets.lint_reader import Lint
+from fxquant.targets.profile import Profile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# The ops of a file whose kernels are reported.
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRow:
+    """What one exported node became.
+
+    ``name`` is the exported node's name, or its first output where it has none. ``kernel`` is the op in the
+    optimized model, ``"none"`` where no node is left. ``reason`` is ``None`` exactly when ``integer``.
+    """
+
+    name: str
+    op_type: str
+    kernel: str
+    integer: bool
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What a runtime made of a file.
+
+    Attributes:
+        runtime: its name, and its version where that is worth a word, as reports print them.
+        rows: a row per node of `WEIGHTED`; outputs: in the graph's order.
+        integer_dot: None, or why integer speed is not to be expected on this machine.
+    """
+
+    runtime: str
+    rows: tuple[KernelRow, ...]
+    outputs: list[np.ndarray]
+    integer_dot: str | None = None
+
+
+class Latency(Protocol):
+    """Median seconds of one run of each file, interleaved."""
+
+    def __call__(self, paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a file is run on this machine; the functions import the runtime's package when they are called.
+
+    Attributes:
+        require: imports that package; MissingDependency, with the command that installs it, where it is not there.
+        run: file and inputs → what it made of them. Raises ExportError where the file does not load or run.
+        latency: how runs are timed; None where they are not.
+    """
+
+    require: Callable[[], ModuleType]
+    run: Callable[[ModelPath, Feeds], Ran]
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A deployment runtime. Facts are measured where it can be installed, else taken from its documents and sources.
+
+    Attributes:
+        profile: what it runs as integers, for placement, the passes and export; it holds the name and the opsets.
+        forecast: what it is expected to make of the operators.
+        lint: the rules that it has beside those for every target.
+        runtime: how it is run here; None where it cannot be, and the rules are all there is to verify by.
+    """
+
+    profile: Profile
+    forecast: Forecast = field(default_factory=Forecast)
+    lint: Lint = field(default_factory=Lint)
+    runtime: Runtime | None = None
+
+    @property
+    def name(self) -> str:
+        return self.profile.name

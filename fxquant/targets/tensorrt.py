@@ -1,0 +1,55 @@
+"""TensorRT, which cannot be installed everywhere: facts from its documents, and rules instead of a run."""
+
+from __future__ import annotations
+
+from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.lint_reader import Lint
+from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
+from fxquant.targets.target import Target
+from fxquant.targets.tensorrt_rules import FP4_QUANTIZE, MISPLACED, RULES
+
+_PROFILE = Profile(
+    name="tensorrt",
+    hard=PRODUCT_KINDS | {"conv_transpose"},
+    soft=frozenset({"cat", "avg_pool"}),
+    skips=frozenset({"conv", "conv_transpose"}),
+    symmetric=True,
+    # Its sources disagree on the axis of a transposed convolution's scales; one scale is right under both.
+    one_scale=frozenset({"conv_transpose"}),
+    float_operands=FLOAT_VALUE,
+    direct_operands=True,
+    activation_bits=range(8, 9),
+    weight_bits=range(4, 9),
+    group_bits=range(4, 5),
+    group_sizes=(64, 128),
+    even_groups=True,
+    refused={"embedding": "TensorRT looks tables up in float", **FLOAT_CELLS},
+    highest_opset=24,
+)
+
+_FORECAST = Forecast(
+    kernels={
+        "conv": ExpectedKernel(name="int8 Convolution"),
+        "conv_transpose": ExpectedKernel(name="int8 Deconvolution"),
+        "linear": ExpectedKernel(name="int8 MatrixMultiply"),
+        "matmul": ExpectedKernel(name="int8 MatrixMultiply"),
+        # Only the operand that comes from elsewhere is quantized: the other never leaves the convolution.
+        "add": ExpectedKernel(name="sum inside the int8 Convolution", needs=()),
+        "cat": ExpectedKernel(name="int8 Concatenation"),
+        "avg_pool": ExpectedKernel(name="int8 Pooling"),
+        "sdpa": ExpectedKernel(name="int8 MatrixMultiply (query·key)", needs=("query", "key")),
+        "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
+    },
+    codes=range(8, 9),
+    weight_only=WeightOnly(
+        name="MatrixMultiply with an int4 weight",
+        beside=f"{FLOAT}TensorRT multiplies an int4 weight by float activations",
+        channels=False,
+    ),
+)
+
+TARGET = Target(
+    profile=_PROFILE,
+    forecast=_FORECAST,
+    lint=Lint(rules=RULES, misplaced=MISPLACED, quantizers={FP4_QUANTIZE: ("FLOAT4E2M1", "FLOAT8E4M3FN")}),
+)
