@@ -67,8 +67,8 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes]:
 
     ``keys`` are those of the plan's sites. Raises InvalidArgument for a file that lacks some of them.
     """
-    absorbed = _absorbed_codes(case.path)
-    theirs = run_codes(case.path, case.feeds, also=keys)
+    feeds, absorbed = case.feeds, _absorbed_codes(case.path)
+    theirs = run_codes(case.path, feeds, also=keys)
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
     cascaded = _compare(case, theirs, follow=False)
     _check_sites(case.path, cascaded.unknown - absorbed.keys())
