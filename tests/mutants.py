@@ -1,0 +1,395 @@
+"""Faults put into the package one at a time: the tests named beside each must fail. Run by hand, outside CI.
+
+python tests/mutants.py                    all of them; ends with those that survive
+python tests/mutants.py --only fold_batch  those whose file or text holds a word
+python tests/mutants.py --check            whether the text of each is there, exactly once; runs nothing
+python tests/mutants.py --root CHECKOUT    in another checkout: files and tests that have moved are found by name
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ("fxquant", "passes")
+Changes = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: ``old`` stands once in ``file``, and becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+# (file, tests that must notice, old text → new text)
+FAULTS: list[tuple[str, str, Changes]] = [
+    (
+        "fxquant/numerics/affine.py",
+        "tests/ops/test_against_torch.py tests/ops/test_quantize.py",
+        {
+            'steps = wide / scale if rounding == "divide"': 'steps = wide / scale if rounding != "divide"',
+            "return (code >= quant_min) & (code <= quant_max)": "return (code > quant_min) & (code <= quant_max)",
+            "code, quant_min).clamp(max=quant_max)": "code, quant_min).clamp(max=quant_max + 1)",
+            "wide - zero_point.to(wide.dtype)) * scale": "wide + zero_point.to(wide.dtype)) * scale",
+            "torch.where((error > 0) == (total > 0), bits + 1": "torch.where((error > 0) != (total > 0), bits + 1",
+            "shape[axis] = -1": "shape[axis - 1] = -1",
+        },
+    ),
+    (
+        "fxquant/numerics/integer.py",
+        "tests/ops/test_quantize.py",
+        {
+            "nibble = code.to(torch.uint8) & 15": "nibble = code.to(torch.uint8) & 7",
+            "[..., 1::2] << 4)": "[..., 1::2] << 3)",
+            "(nibble ^ 8).to(torch.int8) - 8 if signed": "(nibble ^ 8).to(torch.int8) - 7 if signed",
+            "code.to(torch.int64).clamp(quant_min, quant_max)": "code.to(torch.int64)",
+            "(-reduced(wide) * scale)": "(reduced(wide) * scale)",
+        },
+    ),
+    (
+        "fxquant/numerics/planes.py",
+        "tests/ops/test_saved.py",
+        {
+            "place = float(2 ** (bits * k))": "place = float(2 ** (bits * k + 1))",
+            "(wide >> shift) & (2**bits - 1)": "(wide >> shift) & 1",
+        },
+    ),
+    (
+        "fxquant/numerics/floating.py",
+        "tests/ops/test_floating.py",
+        {
+            "shift = mantissa - format.mantissa_bits": "shift = mantissa - format.mantissa_bits + 1",
+            "else 2.0 ** (format.emax + 1)": "else 2.0**format.emax",
+            "y = torch.copysign(y, x)": "y = y * x.sign()",
+            "clamp(min=2.0 ** (shift + format.emin))": "clamp(min=2.0 ** (shift + format.emin + 1))",
+            "_divided(x, scale).abs() <= format.max": "_divided(x, scale).abs() < format.max",
+            'torch.where(y < -format.max, -float("inf"), y)': "y",
+        },
+    ),
+    (
+        "fxquant/numerics/formats.py",
+        "tests/ops/test_floating.py",
+        {"return 1 - self.bias": "return -self.bias", "15, 57344.0": "15, 49152.0"},
+    ),
+    (
+        "fxquant/numerics/learnable.py",
+        "tests/ops/test_learnable.py",
+        {
+            "torch.where(inside, 0.0, -wide_scale)": "torch.where(inside, 0.0, wide_scale)",
+            "return ~(self.below | self.above)": "return ~self.below",
+            "steps = (wide - wide_offset) / wide_scale": "steps = (wide + wide_offset) / wide_scale",
+            "(codes.code - point) * wide_scale - wide": "(codes.code - point) * wide_scale + wide",
+        },
+    ),
+    (
+        "fxquant/numerics/observe.py",
+        "tests/ops/test_observe.py",
+        {
+            "old + constant * (batch - old)": "old + constant * (old - batch)",
+            "low_steps.abs() < abs(quant_max)": "low_steps.abs() > abs(quant_max)",
+            "negative, positive = -(steps // 2 + 1)": "negative, positive = -(steps // 2)",
+            "moves = torch.isfinite(low) & torch.isfinite(high)": "moves = torch.isfinite(low)",
+            "from_zero, to_zero = low == 0.0, high == 0.0": "from_zero, to_zero = high == 0.0, low == 0.0",
+            "return torch.where(on, y, x)": "return torch.where(on, x, y)",
+        },
+    ),
+    (
+        "fxquant/numerics/stochastic.py",
+        "tests/ops/test_stochastic.py",
+        {
+            "_ROUNDS = 10": "_ROUNDS = 9",
+            "(word >> 8).to(dtype) * 2.0**-24": "(word >> 8).to(dtype) * 2.0**-25",
+            "(uniform < x - below)": "(uniform > x - below)",
+            "high1 ^ c1 ^ k0": "high1 ^ c1 ^ k1",
+        },
+    ),
+    (
+        "fxquant/numerics/blocks.py",
+        "tests/ops/test_blocks.py",
+        {
+            "below * 2.0**-element.emax": "below * 2.0 ** -(element.emax + 1)",
+            "(amax > scale * element.max)": "(amax >= scale * element.max)",
+            "torch.where(ratio < format.max, ratio, format.max)": "ratio",
+            "(unit > 0) & (unit < _INFINITY)": "(unit >= 0) & (unit < _INFINITY)",
+        },
+    ),
+    (
+        "fxquant/numerics/amax.py",
+        "tests/tensor_quant/test_functions.py",
+        {
+            "bound = 2 ** (num_bits - 1 + unsigned) - 1": "bound = 2 ** (num_bits - 1) - 1",
+            "-bound - (not narrow_range)": "-bound",
+            "nothing = amax <= EPSILON": "nothing = amax < EPSILON",
+            "zero = (low / step).round() + half": "zero = (low / step).round() - half",
+            "wide.abs() <= aligned(amax, wide), grad": "wide.abs() < aligned(amax, wide), grad",
+        },
+    ),
+    (
+        "fxquant/ops/qparams.py",
+        "tests/ops/test_qparams.py",
+        {
+            "quant_min - torch.round(low / scale)": "quant_min + torch.round(low / scale)",
+            "(quant_min + quant_max + 1) // 2": "(quant_min + quant_max) // 2",
+            "reach = (quant_max - quant_min) // 2": "reach = quant_max - quant_min",
+            "torch.minimum(minimum, low)": "torch.maximum(minimum, low)",
+            "torch.where(unset, low, minimum), torch": "low, torch",
+            "[d for d in range(x.dim()) if d != axis]": "[d for d in range(x.dim())]",
+        },
+    ),
+    (
+        "fxquant/ops/bias.py",
+        "tests/passes/captured/test_quantize_bias.py",
+        {"scale = input_scale * weight_scale": "scale = input_scale + weight_scale"},
+    ),
+    (
+        "fxquant/passes/captured/fold_batch_norm.py",
+        "tests/passes/captured/test_fold_batch_norm.py",
+        {
+            "norm.running_var, norm.eps, like": "norm.running_var, 1.0, like",
+            "call(graph, aten.sub.Tensor, bias, mean": "call(graph, aten.add.Tensor, bias, mean",
+            "if only_user(head) is None:": "if not head.users:",
+            "if len(found.quantized.node.users) > 1:": "if len(found.quantized.node.users) > 2:",
+        },
+    ),
+    (
+        "fxquant/passes/captured/fold_training_batch_norm.py",
+        "tests/passes/captured/test_fold_training_batch_norm.py",
+        {
+            "others, correction=0,": "others, correction=1,",
+            "batch.others, correction=1,": "batch.others, correction=0,",
+            "statistic, 1 - momentum,": "statistic, momentum,",
+        },
+    ),
+    (
+        "fxquant/passes/captured/sink_weights.py",
+        "tests/passes/captured/test_sink_weights.py",
+        {
+            "first = min(weight.users": "first = max(weight.users",
+            "if all(user in alone for user in node.users):": "if node.users:",
+        },
+    ),
+    (
+        "fxquant/passes/captured/quantize_bias.py",
+        "tests/passes/captured/test_quantize_bias.py",
+        {'if kind is None or kind.name != "conv":': "if kind is None:"},
+    ),
+    (
+        "fxquant/passes/captured/hoist_views.py",
+        "tests/passes/captured/test_hoist_views.py",
+        {"site is not None and site.axis is None and": "site is not None and"},
+    ),
+    (
+        "fxquant/passes/captured/eliminate_redundant_fake_quantize.py",
+        "tests/passes/captured/test_eliminate_redundant_fake_quantize.py",
+        {
+            "if site is None or site.input in changed:": "if site is None:",
+            "return None  # moving": "pass  # moving",
+            "== _grid(site, representative) else None": "is not None else None",
+        },
+    ),
+    (
+        "fxquant/passes/captured/pass_gradients_through.py",
+        "tests/passes/captured/test_pass_gradients_through.py",
+        {" or not is_scaled_by_itself(site)": ""},
+    ),
+    (
+        "fxquant/passes/captured/batch_range_updates.py",
+        "tests/passes/captured/test_batch_range_updates.py",
+        {
+            "lows = call(graph, aten.neg.default, lows, like=like)": "pass",
+            "first = len(given) + 2 * number": "first = len(given) + number",
+            "old = latest.get(one.state, one.state)": "old = one.state",
+        },
+    ),
+    (
+        "fxquant/passes/joint/tag_recompute.py",
+        "tests/passes/joint/test_tag_recompute.py",
+        {
+            "if known == policy or (known is not None and not override):": "if known == policy:",
+            "_tag(parameter, CheckpointPolicy.MUST_SAVE": "_tag(parameter, CheckpointPolicy.MUST_RECOMPUTE",
+        },
+    ),
+    (
+        "fxquant/passes/joint/save_quantized_activations.py",
+        "tests/passes/joint/test_save_quantized_activations.py",
+        {"if _width(bits) + 1 >= 8 * value.element_size():": "if _width(bits) + 1 >= 80 * value.element_size():"},
+    ),
+    (
+        "fxquant/passes/post_grad/materialize_shared.py",
+        "tests/passes/post_grad/test_materialize_shared.py",
+        {"return len(stored) > 1": "return len(stored) > 0"},
+    ),
+    (
+        "fxquant/passes/post_grad/observe_in_rows.py",
+        "tests/passes/post_grad/test_observe_in_rows.py",
+        {"if 0 < len(found) < rank:": "if 0 < len(found) < rank - 1:"},
+    ),
+    (
+        "fxquant/passes/post_grad/keep_divisions.py",
+        "tests/passes/post_grad/test_keep_divisions.py",
+        {"and both[1] not in variable": "", 'value.device.type != "cpu"': 'value.device.type == "cpu"'},
+    ),
+    (
+        "fxquant/plan/demands.py",
+        "tests/plan/test_solver.py tests/plan/test_solver_groups.py",
+        {"(axis < 0 and dim > 2)": "(axis < 0 and dim > 9)"},
+    ),
+    (
+        "fxquant/plan/settling.py",
+        "tests/plan/test_solver.py tests/plan/test_solver_blocks.py",
+        {
+            'if argument(node, "alpha") != 1:': 'if argument(node, "alpha") == 7:',
+            'operand.meta["val"].shape != node.meta["val"].shape': 'operand.meta["val"].dim() > 9',
+        },
+    ),
+    (
+        "fxquant/plan/weight_groups.py",
+        "tests/plan/test_group_weights.py",
+        {"if length % spec.group_size:": "if length < spec.group_size:"},
+    ),
+    (
+        "fxquant/prepared/quantizer.py",
+        "tests/prepared/test_state.py",
+        {
+            "return Mode.STATIC if self.resolved else Mode.RESOLVE": "return Mode.STATIC",
+            "if now is not None and now.dtype != before.dtype:": "if now is None:",
+            "missing.remove(prefix + name)": "pass",
+        },
+    ),
+    (
+        "fxquant/prepared/freeze.py",
+        "tests/prepared/test_state.py tests/backend/test_oracle.py",
+        {
+            "quantizer.observing = not frozen": "quantizer.observing = True",
+            "type(self.module).train(self.module, False)": "type(self.module).train(self.module, mode)",
+        },
+    ),
+    (
+        "fxquant/prepared/override.py",
+        "tests/prepared/test_override.py",
+        {"if length % size:": "if length < size:", "quantizer.min_val.copy_(old.min_val)": "pass"},
+    ),
+    (
+        "fxquant/onnx/translate_operators.py",
+        "tests/onnx/test_translate_operators.py",
+        {
+            "if (quant_min, quant_max) != (low, high):": "if quant_min > quant_max:",
+            "saturate=int(saturate)": "saturate=1",
+            "edges = [op.Reshape(edge, view) for edge in edges]": "pass",
+        },
+    ),
+    (
+        "fxquant/onnx/verify.py",
+        "tests/onnx/test_verify.py",
+        {"differing = int((distance > 0).sum())": "differing = int((distance > 1).sum())"},
+    ),
+]
+MUTANTS = [
+    Mutant(file, old, new, tuple(tests.split())) for file, tests, changes in FAULTS for old, new in changes.items()
+]
+
+
+class Missing(Exception):
+    """The text of a mutant, or a test, is not there."""
+
+
+def found(root: Path, name: str, *folders: str) -> list[Path]:
+    """A file by its path, or those of its name, where it has moved."""
+    if (root / name).is_file():
+        return [root / name]
+    moved = {path.resolve() for folder in folders for path in (root / folder).rglob(Path(name).name)}
+    if not moved:
+        raise Missing(f"{name} must be in {root}: got no file of that name. Mend its lines in {__file__}.")
+    return sorted(moved)
+
+
+def place(root: Path, mutant: Mutant) -> Path:
+    """The file that holds a mutant's text, once."""
+    counts = {path: path.read_text(encoding="utf-8").count(mutant.old) for path in found(root, mutant.file, *PACKAGE)}
+    holding = [path for path, count in counts.items() if count]
+    if len(holding) != 1 or counts[holding[0]] != 1:
+        times = sum(counts.values())
+        raise Missing(f"{mutant.file} must hold {mutant.old!r} once: got {times} times. Mend it in {__file__}.")
+    return holding[0]
+
+
+def run(work: Path, tests: tuple[str, ...], seconds: float) -> int:
+    """pytest's status, up to the first failure; 1 where it does not end."""
+    files = [str(path) for name in tests for path in found(work, name, "tests")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    # Without bytecode: a fault of equal length within a second would not be seen.
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        return subprocess.run(command, cwd=work, env=env, capture_output=True, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return 1
+
+
+def judge(work: Path, mutant: Mutant, seconds: float) -> str:
+    """What became of one mutant, put into the copy and taken out again."""
+    file = place(work, mutant)
+    text = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        status = run(work, mutant.tests, seconds)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    return {0: "SURVIVED", 1: "killed"}.get(status, f"BROKEN: pytest ends with {status}")
+
+
+def placed(root: Path, mutants: list[Mutant]) -> list[Mutant]:
+    """Those that have their place; names the others."""
+    there = []
+    for mutant in mutants:
+        try:
+            place(root, mutant)
+            there.append(mutant)
+        except Missing as error:
+            print(f"error: {error}")
+    print(f"{len(there)} of {len(mutants)} mutants have their place", flush=True)
+    return there
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="mutants whose file or text holds it")
+    parser.add_argument("--check", action="store_true", help="look for the texts only")
+    parser.add_argument("--trust", action="store_true", help="do not first run the tests without a fault")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="CHECKOUT", help="default: this one")
+    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="of one run; default 900")
+    asked = parser.parse_args()
+    wanted = [m for m in MUTANTS if asked.only in f"{m.file} {m.old}"]
+    mutants = placed(asked.root.resolve(), wanted)
+    if asked.check or (len(mutants) < len(wanted) and asked.root == ROOT):
+        return int(len(mutants) < len(wanted))
+    leave = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
+    alive: list[Mutant] = []
+    with tempfile.TemporaryDirectory(prefix="fxquant-mutants-") as folder:
+        work = Path(folder).resolve() / "checkout"
+        shutil.copytree(asked.root, work, symlinks=True, ignore=leave)
+        for tests in dict.fromkeys(m.tests for m in mutants):
+            if not asked.trust and run(work, tests, asked.timeout):
+                raise SystemExit(f"error: {' '.join(tests)} must pass without a fault, and does not.")
+            for mutant in (m for m in mutants if m.tests == tests):
+                start = time.monotonic()
+                what = judge(work, mutant, asked.timeout)
+                print(f"{what:8} {time.monotonic() - start:4.0f} s  {mutant.file}: {mutant.old}", flush=True)
+                alive += [] if what == "killed" else [mutant]
+    print(f"{len(mutants) - len(alive)} of {len(mutants)} killed")
+    return int(bool(alive))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
