@@ -18,15 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fxquant.errors import InvalidArgument, KernelUnavailable
-from fxquant.kernels import affine, amax, floating
-from fxquant.kernels.affine import Qparams
 from fxquant.kernels.driver import CudaLauncher
-from fxquant.kernels.launch import Declined, Launcher, require
-from fxquant.numerics.blocks import Element, IntegerGrid
-from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
+from fxquant.kernels.entries import ENTRIES
+from fxquant.kernels.launch import Declined, Launcher
 
 PATHS = ("auto", "cuda", "aten")
 _log = logging.getLogger("fxquant.kernels")
@@ -153,105 +149,3 @@ def take(name: str, aten: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
             raise
         _failed(error)
     return aten(*args, **kwargs)
-
-
-# The operators' own signatures behind the launcher; each becomes one call of `affine`, `floating` or `amax`.
-def _per_tensor(launch, x, scale, point, low, high, *, rounding="reciprocal", pass_through=False):  # type: ignore[no-untyped-def]
-    return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding))
-
-
-def _per_channel(launch, x, scale, point, axis, low, high, *, rounding="reciprocal", pass_through=False):  # type: ignore[no-untyped-def]
-    return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding, axis))
-
-
-def _per_tensor_backward(launch, grad, x, scale, point, low, high, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    return affine.backward(launch, grad, x, Qparams(scale, point, low, high, rounding))
-
-
-def _per_channel_backward(launch, grad, x, scale, point, axis, low, high, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
-    return affine.backward(launch, grad, x, Qparams(scale, point, low, high, rounding, axis))
-
-
-def _quantize(launch, x, scale, point, low, high, dtype=torch.int8, *, rounding="divide"):  # type: ignore[no-untyped-def]
-    return affine.quantize(launch, x, Qparams(scale, point, low, high, rounding), dtype)
-
-
-def _quantize_channel(launch, x, scale, point, axis, low, high, dtype=torch.int8, *, rounding="divide"):  # type: ignore[no-untyped-def]
-    return affine.quantize(launch, x, Qparams(scale, point, low, high, rounding, axis), dtype)
-
-
-def _float(launch, x, scale, format, seed=None, *, saturate=True):  # type: ignore[no-untyped-def]
-    return floating.fake_quantize_float(launch, x, scale, format, seed, saturate)
-
-
-def _quantize_float(launch, x, scale, dtype, *, saturate=True):  # type: ignore[no-untyped-def]
-    return floating.quantize_float(launch, x, scale, dtype, saturate)
-
-
-def _mx(launch, x, seed=None, *, axes, sizes, element, scale_rounding="floor"):  # type: ignore[no-untyped-def]
-    return floating.fake_quantize_mx(launch, x, seed, axes, sizes, element, scale_rounding)
-
-
-def _blocks(launch, x, seed=None, **static):  # type: ignore[no-untyped-def]
-    return _blocks_amax(launch, x, None, None, seed, **static)
-
-
-def _blocks_amax(  # type: ignore[no-untyped-def]
-    launch, x, block_amax, tensor_amax, seed=None, *, axes, sizes, element, quant_min, quant_max,
-    scale_format=None, scale_bits=0, scale_axes=(), scale_sizes=(),
-):  # fmt: skip
-    require(seed is None, "no kernel rounds by chance")
-    require(block_amax is None, "no kernel reads the largest magnitude of each block")
-    require(not scale_bits, "no kernel quantizes scales by blocks of them")
-    require(tensor_amax is None or scale_format is not None, "its amax has no use without float scales")
-    grid = _element(element, quant_min, quant_max)
-    return floating.fake_quantize_blocks(launch, x, tensor_amax, axes, sizes, grid, scale_format)
-
-
-def _element(name: str | None, quant_min: int, quant_max: int) -> Element:
-    if name is None:
-        require(quant_min <= 0 < quant_max, "its codes do not hold 0 and something above")
-        return IntegerGrid(quant_min, quant_max)
-    require(name in FLOAT_FORMATS, f"no element is called {name!r}")
-    return FLOAT_FORMATS[name]
-
-
-def _tensor_quant(launch, x, reach, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    return amax.fake_tensor_quant(launch, x, reach, num_bits, unsigned, narrow_range)
-
-
-def _scaled_float(launch, x, reach, E=4, M=3):  # type: ignore[no-untyped-def]
-    return amax.scaled_float(launch, x, reach, _format(E, M))
-
-
-def _format(exponent_bits: int, mantissa_bits: int) -> FloatFormat:
-    for found in FLOAT_FORMATS.values():
-        if (found.exponent_bits, found.mantissa_bits) == (exponent_bits, mantissa_bits):
-            return found
-    raise Declined(f"no format has {exponent_bits} and {mantissa_bits} bits")
-
-
-Entry = Callable[..., Tensor]
-
-ENTRIES: dict[str, Entry] = {
-    "fake_quantize_per_tensor_affine": _per_tensor,
-    "fake_quantize_per_tensor_affine.tensor_qparams": _per_tensor,
-    "fake_quantize_per_channel_affine": _per_channel,
-    "fake_quantize_per_tensor_affine_backward": _per_tensor_backward,
-    "fake_quantize_per_channel_affine_backward": _per_channel_backward,
-    "quantize_per_tensor": _quantize,
-    "quantize_per_tensor.tensor_qparams": _quantize,
-    "quantize_per_channel": _quantize_channel,
-    "fake_quantize_float": _float,
-    "quantize_float": _quantize_float,
-    "fake_quantize_mx": _mx,
-    "fake_quantize_blocks": _blocks,
-    "fake_quantize_blocks.amax": _blocks_amax,
-    "fake_tensor_quant": _tensor_quant,
-    "fake_tensor_quant.pass_through": _tensor_quant,
-    "fake_tensor_quant_learnable": _tensor_quant,
-    "scaled_float": _scaled_float,
-    "scaled_float.pass_through": _scaled_float,
-    "scaled_float_learnable": _scaled_float,
-}
-"""Op → its launch, with the launcher before the op's own arguments."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from fxquant.numerics.storage import storage
+from fxquant.onnx.functions import Value, constant, without_annotations
 from fxquant.onnx.translate_amax import amax_translations
-from fxquant.onnx.translate_operators import constant, operator_translations
+from fxquant.onnx.translate_operators import operator_translations
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.support.require import require
 
@@ -24,7 +25,9 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
     import numpy as np
     from onnxscript import opset21 as op
 
-    def quantize_dequantize(input, scale, zero_point, quant_min, quant_max, label):  # type: ignore[no-untyped-def]
+    def quantize_dequantize(
+        input: Value, scale: float, zero_point: int, quant_min: int, quant_max: int, label: str
+    ) -> Value:
         name, low, high = storage(quant_min, quant_max)
         step = np.float32(scale)
         if (quant_min, quant_max) != (low, high):
@@ -36,11 +39,13 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         codes.name = label
         return op.DequantizeLinear(codes, *qparams)
 
-    def dequantize(code, scale, zero_point, axis=None, block_size=None):  # type: ignore[no-untyped-def]
+    def dequantize(
+        code: Value, scale: Value, zero_point: Value, axis: int | None = None, block_size: int | None = None
+    ) -> Value:
         given = {"axis": axis, "block_size": block_size}
         return op.DequantizeLinear(code, scale, zero_point, **{k: v for k, v in given.items() if v is not None})
 
-    def flatten(self, start_dim=0, end_dim=-1):  # type: ignore[no-untyped-def]
+    def flatten(self: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
         # onnxruntime moves a DQ through Reshape but not through Flatten.
         rank = len(self.shape)
         if end_dim % rank != rank - 1:
@@ -50,10 +55,9 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         shape = np.array([0] * (start_dim % rank) + [-1], dtype=np.int64)
         return op.Reshape(self, constant(op, shape))
 
-    return {
-        **operator_translations(),
-        **amax_translations(opset),
+    ours: dict[Any, Callable[..., Value]] = {
         QUANTIZE_DEQUANTIZE: quantize_dequantize,
         DEQUANTIZE: dequantize,
         torch.ops.aten.flatten.using_ints: flatten,
     }
+    return {**operator_translations(), **amax_translations(opset), **without_annotations(ours)}

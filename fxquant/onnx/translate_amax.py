@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxquant.errors import InvalidArgument
+from fxquant.onnx.functions import Value, constant, without_annotations
 from fxquant.ops import amax as ops
 from fxquant.support.require import require
 from fxquant.tensor_quant import symbolic
@@ -34,13 +35,13 @@ class OnnxScript:
         """A float32 scalar."""
         import numpy as np
 
-        return self._constant(np.float32(value))
+        return constant(self.nodes, np.float32(value))
 
     def vector(self, values: Sequence[int]) -> Any:
         """An int64 vector."""
         import numpy as np
 
-        return self._constant(np.array(list(values), dtype=np.int64))
+        return constant(self.nodes, np.array(list(values), dtype=np.int64))
 
     def zeros(self, kind: str, shape: tuple[int, ...]) -> Any:
         """Zeros of any of the types that ml_dtypes and numpy name."""
@@ -49,12 +50,7 @@ class OnnxScript:
 
         names = {"float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2", "float4e2m1": "float4_e2m1fn"}
         name = names.get(kind, kind)
-        return self._constant(np.zeros(shape, dtype=getattr(np, name, None) or getattr(ml_dtypes, name)))
-
-    def _constant(self, value: Any) -> Any:
-        import onnx_ir as ir
-
-        return self.nodes.Constant(value=ir.tensor(value))
+        return constant(self.nodes, np.zeros(shape, dtype=getattr(np, name, None) or getattr(ml_dtypes, name)))
 
 
 def _operand(value: Any) -> Operand:
@@ -80,14 +76,16 @@ def amax_translations(opset: int = 21) -> dict[Any, Callable[..., Any]]:
     require("onnxscript")
     emit = OnnxScript(opset)
 
-    def integer(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
+    def integer(
+        input: Value, amax: Value, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    ) -> Value:
         return symbolic.integer(emit, _operand(input), _operand(amax), num_bits, unsigned, narrow_range)
 
-    def floating(input, amax=None, E=4, M=3):  # type: ignore[no-untyped-def]
+    def floating(input: Value, amax: Value | None = None, E: int = 4, M: int = 3) -> Value:
         reach = None if amax is None else _operand(amax)
         return symbolic.floating(emit, _operand(input), reach, E, M)
 
-    def affine(input, min, max, num_bits=8):  # type: ignore[no-untyped-def]
+    def affine(input: Value, min: Value, max: Value, num_bits: int = 8) -> Value:
         return symbolic.affine(emit, _operand(input), _operand(min), _operand(max), num_bits)
 
     integers = (
@@ -97,8 +95,9 @@ def amax_translations(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         ops.LEGACY_FAKE_TENSOR_QUANT,
     )
     floats = (ops.SCALED_FLOAT, ops.SCALED_FLOAT_PASS_THROUGH, ops.SCALED_FLOAT_LEARNABLE)
-    return {
+    ours: dict[Any, Callable[..., Value]] = {
         **dict.fromkeys(integers, integer),
         **dict.fromkeys(floats, floating),
         ops.FAKE_AFFINE_TENSOR_QUANT: affine,
     }
+    return without_annotations(ours)

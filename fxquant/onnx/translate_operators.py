@@ -11,18 +11,12 @@ from typing import Any
 
 from fxquant.errors import ExportError
 from fxquant.numerics.storage import storage
+from fxquant.onnx.functions import Value, constant, without_annotations
 from fxquant.ops.fake_quantize import PER_CHANNEL, PER_TENSOR, PER_TENSOR_SCALAR
 from fxquant.ops.floating import FAKE_QUANTIZE_FLOAT
 from fxquant.support.require import require
 
 _FLOAT_TYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
-
-
-def constant(op: Any, value: Any) -> Any:
-    """A Constant node of a numpy scalar or array."""
-    import onnx_ir as ir
-
-    return op.Constant(value=ir.tensor(value))
 
 
 def operator_translations() -> dict[Any, Callable[..., Any]]:
@@ -35,7 +29,9 @@ def operator_translations() -> dict[Any, Callable[..., Any]]:
 
     op: Any = opset21  # typed for graph builders that know every dtype
 
-    def pair(input, scale, zero_point, quant_min, quant_max, axis=None):  # type: ignore[no-untyped-def]
+    def pair(
+        input: Value, scale: Value, zero_point: Value, quant_min: int, quant_max: int, axis: int | None = None
+    ) -> Value:
         name, low, high = storage(quant_min, quant_max)
         kind = {} if axis is None else {"axis": axis}
         wide = input if input.dtype == ir.DataType.FLOAT else op.Cast(input, to=ir.DataType.FLOAT)
@@ -50,19 +46,33 @@ def operator_translations() -> dict[Any, Callable[..., Any]]:
         out = op.DequantizeLinear(op.QuantizeLinear(wide, scale, point, **kind), scale, point, **kind)
         return out if input.dtype == ir.DataType.FLOAT else op.CastLike(out, input)
 
-    def numbers(input, scale, zero_point, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+    def numbers(
+        input: Value, scale: float, zero_point: int, quant_min: int, quant_max: int, rounding: str = "reciprocal"
+    ) -> Value:
         qparams = constant(op, np.float32(scale)), constant(op, np.int32(zero_point))
         return pair(input, *qparams, quant_min, quant_max)
 
-    def tensors(input, scale, zero_point, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+    def tensors(
+        input: Value, scale: Value, zero_point: Value, quant_min: int, quant_max: int, rounding: str = "reciprocal"
+    ) -> Value:
         scalar = constant(op, np.array([], dtype=np.int64))
         scale = op.Reshape(op.Cast(scale, to=ir.DataType.FLOAT), scalar)
         return pair(input, scale, op.Reshape(zero_point, scalar), quant_min, quant_max)
 
-    def channels(input, scale, zero_point, axis, quant_min, quant_max, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+    def channels(
+        input: Value,
+        scale: Value,
+        zero_point: Value,
+        axis: int,
+        quant_min: int,
+        quant_max: int,
+        rounding: str = "reciprocal",
+    ) -> Value:
         return pair(input, op.Cast(scale, to=ir.DataType.FLOAT), zero_point, quant_min, quant_max, axis)
 
-    def floats(input, scale, format, seed=None, saturate=True):  # type: ignore[no-untyped-def]
+    def floats(
+        input: Value, scale: Value | None, format: str, seed: Value | None = None, saturate: bool = True
+    ) -> Value:
         kind = _FLOAT_TYPES.get(format)
         if not kind or seed is not None:
             asked = f"format {format!r}" if not kind else "a seed"
@@ -82,4 +92,6 @@ def operator_translations() -> dict[Any, Callable[..., Any]]:
         out = op.DequantizeLinear(codes, step, zero, **along)
         return out if input.dtype == ir.DataType.FLOAT else op.CastLike(out, input)
 
-    return {PER_TENSOR_SCALAR: numbers, PER_TENSOR: tensors, PER_CHANNEL: channels, FAKE_QUANTIZE_FLOAT: floats}
+    return without_annotations(
+        {PER_TENSOR_SCALAR: numbers, PER_TENSOR: tensors, PER_CHANNEL: channels, FAKE_QUANTIZE_FLOAT: floats}
+    )

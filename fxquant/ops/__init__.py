@@ -5,7 +5,7 @@
 | torch's fake-quantize | `fake_quantize` | per tensor, per channel |
 | learnable | `learnable` | torch's learnable forms, LSQ+, PACT, TQT |
 | observe and quantize | `observe` | torch's fused moving average; delayed |
-| integer codes | `quantize` | quantize, dequantize, packed int4 |
+| integer codes | `quantize`, `int4` | quantize, dequantize, packed int4 |
 | small floats | `floating` | fp8, fp6, fp4, with a scale or bare |
 | blocks | `blocks` | MX, NVFP4, block integers, double quantization |
 | stochastic rounding | `stochastic` | Philox by element index |
@@ -24,6 +24,7 @@ from fxquant.ops.fake_quantize import (
     fake_quantize_per_tensor_affine,
 )
 from fxquant.ops.floating import dequantize_float, fake_quantize_float, quantize_float
+from fxquant.ops.int4 import pack_int4, unpack_int4
 from fxquant.ops.learnable import (
     fake_quantize_learnable_per_channel_affine,
     fake_quantize_learnable_per_tensor_affine,
@@ -47,10 +48,8 @@ from fxquant.ops.qparams import (
 from fxquant.ops.quantize import (
     dequantize_per_channel,
     dequantize_per_tensor,
-    pack_int4,
     quantize_per_channel,
     quantize_per_tensor,
-    unpack_int4,
 )
 from fxquant.ops.stochastic import fake_quantize_stochastic, uniform
 

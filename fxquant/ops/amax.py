@@ -15,144 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.errors import InvalidArgument
 from fxquant.numerics import amax as numerics
 from fxquant.numerics.formats import float_format
-from fxquant.ops.checks import assert_values, can_read, check_floating
+from fxquant.ops import amax_checks as checks
+from fxquant.ops.checks import assert_values
 from fxquant.ops.library import define, same_arguments
 
-_MAX_BITS = 16
-_HALF_MAX = 65504.0
-_UNSIGNED = "Negative values encountered in unsigned quantization."
 
-
-def _check_bits(num_bits: int, unsigned: bool = True) -> None:
-    least = 1 if unsigned else 2  # one signed bit has no positive code
-    if not least <= num_bits <= _MAX_BITS:
-        kind = "unsigned" if unsigned else "signed"
-        raise InvalidArgument(f"num_bits must be from {least} to {_MAX_BITS} for {kind} codes: got {num_bits}.")
-
-
-def _check_range_tensor(name: str, value: Tensor, x: Tensor) -> None:
-    """Floating, on the input's device, and broadcastable to it without making it larger."""
-    check_floating(name, value)
-    if value.device != x.device:
-        raise InvalidArgument(f"{name} must be on the input's device, {x.device}: got {value.device}. Move it there.")
-    if value.numel() == 1:
-        return
-    paired = list(zip(reversed(value.shape), reversed(x.shape), strict=False))
-    if value.dim() > x.dim() or not all(mine == 1 or mine == theirs for mine, theirs in paired):
-        raise InvalidArgument(
-            f"{name} must broadcast to the input's shape {tuple(x.shape)}: got {tuple(value.shape)}. "
-            f"Give one element, or size 1 in each dimension that shares a range."
-        )
-
-
-def _check_static(input: Tensor, amax: Tensor, num_bits: int, unsigned: bool) -> None:
-    check_floating("input", input)
-    _check_bits(num_bits, unsigned)
-    _check_range_tensor("amax", amax, input)
-
-
-def _check_amax(amax: Tensor, *, negative: bool = False) -> None:
-    if not can_read(amax):
-        return
-    allowed = amax.isfinite() if negative else amax.isfinite() & (amax >= 0)
-    if not allowed.all():
-        value = amax[~allowed].reshape(-1)[0].item()
-        if value < 0 and value != -float("inf"):
-            raise InvalidArgument(f"Negative values in amax: amax must be at least 0, got {value}.")
-        raise InvalidArgument(f"amax must be finite: got {value}. Look for NaN or inf in the data that it came from.")
-
-
-def _check_values(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    _check_static(input, amax, num_bits, unsigned)
-    if unsigned and can_read(input) and (input < 0).any():
-        raise TypeError(_UNSIGNED)
-    _check_amax(amax)
-
-
-def _check_learnable_values(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    """As `_check_values`; but an optimizer may step amax below 0, which its gradient then undoes."""
-    _check_static(input, amax, num_bits, unsigned)
-    if unsigned and can_read(input) and (input < 0).any():
-        raise TypeError(_UNSIGNED)
-    _check_amax(amax, negative=True)
-
-
-def _check_scale(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    """As `_check_values`; and the scale, which is stored in the input's dtype, fits a half."""
-    _check_values(input, amax, num_bits, unsigned, narrow_range)
-    if input.dtype != torch.float16 or not can_read(amax):
-        return
-    _, bound = numerics.code_range(num_bits, unsigned, narrow_range)
-    wide = amax.to(torch.float32)
-    small = wide[(wide > numerics.EPSILON) & (wide * _HALF_MAX < bound)]
-    if small.numel():
-        raise InvalidArgument(
-            f"amax must be at least {bound / _HALF_MAX:.3g} for float16 input: got {small.min().item()}, whose scale "
-            f"is above {_HALF_MAX:.0f}, the largest float16. Use float32."
-        )
-
-
-def _check_affine(input: Tensor, min: Tensor, max: Tensor, num_bits: int) -> None:
-    check_floating("input", input)
-    _check_bits(num_bits)
-    _check_range_tensor("min", min, input)
-    _check_range_tensor("max", max, input)
-
-
-def _check_affine_values(input, min, max, num_bits=8):  # type: ignore[no-untyped-def]
-    _check_affine(input, min, max, num_bits)
-    if not (can_read(min) and can_read(max)):
-        return
-    low, high = torch.broadcast_tensors(min.detach(), max.detach())
-    bad = ~((low < high) & (high - low).isfinite())
-    if bad.any():
-        pair = f"min={low[bad].reshape(-1)[0].item()} and max={high[bad].reshape(-1)[0].item()}"
-        raise InvalidArgument(f"max must be above min, both finite: got {pair}. Give a range that has a width.")
-
-
-def _check_float(input: Tensor, amax: Tensor | None, E: int, M: int) -> None:
-    check_floating("input", input)
-    float_format((E, M))
-    if amax is not None:
-        _check_range_tensor("amax", amax, input)
-
-
-def _check_float_values(input, amax, E=4, M=3):  # type: ignore[no-untyped-def]
-    _check_float(input, amax, E, M)
-    if amax is not None:
-        _check_amax(amax)
-
-
-def _check_learnable_float_values(input, amax, E=4, M=3):  # type: ignore[no-untyped-def]
-    _check_float(input, amax, E, M)
-    _check_amax(amax, negative=True)
-
-
-def _tensor_quant(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    _check_static(input, amax, num_bits, unsigned)
+def _tensor_quant(
+    input: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+) -> tuple[Tensor, Tensor]:
+    checks.check_static(input, amax, num_bits, unsigned)
     return numerics.tensor_quant(input, amax, num_bits, unsigned, narrow_range)
 
 
-def _fake(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    _check_static(input, amax, num_bits, unsigned)
+def _fake(input: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True) -> Tensor:
+    checks.check_static(input, amax, num_bits, unsigned)
     return numerics.fake_tensor_quant(input, amax, num_bits, unsigned, narrow_range)
 
 
-def _legacy(input, amax, num_bits=8, unsigned=False, narrow_range=True):  # type: ignore[no-untyped-def]
-    _check_static(input, amax, num_bits, unsigned)
+def _legacy(
+    input: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+) -> Tensor:
+    checks.check_static(input, amax, num_bits, unsigned)
     return numerics.legacy_fake_tensor_quant(input, amax, num_bits, unsigned, narrow_range)
 
 
-def _affine(input, min, max, num_bits=8):  # type: ignore[no-untyped-def]
-    _check_affine(input, min, max, num_bits)
+def _affine(input: Tensor, min: Tensor, max: Tensor, num_bits: int = 8) -> Tensor:
+    checks.check_affine(input, min, max, num_bits)
     return numerics.fake_affine_tensor_quant(input, min, max, num_bits)
 
 
-def _float(input, amax, E=4, M=3):  # type: ignore[no-untyped-def]
-    _check_float(input, amax, E, M)
+def _float(input: Tensor, amax: Tensor | None, E: int = 4, M: int = 3) -> Tensor:
+    checks.check_float(input, amax, E, M)
     return numerics.scaled_float(input, amax, float_format((E, M)))
 
 
@@ -185,17 +80,17 @@ _FLOAT = "int E=4, int M=3"
 TENSOR_QUANT = define(
     f"tensor_quant({_INTEGER}) -> (Tensor, Tensor)",
     _tensor_quant,
-    check=_check_scale,
+    check=checks.check_scale,
     backward=_clipped,
     saves=("input", "amax"),
 )
 FAKE_TENSOR_QUANT = define(
-    f"fake_tensor_quant({_INTEGER}) -> Tensor", _fake, check=_check_values, backward=_clipped, lift=same_arguments
+    f"fake_tensor_quant({_INTEGER}) -> Tensor", _fake, check=checks.check_values, backward=_clipped, lift=same_arguments
 )
 FAKE_TENSOR_QUANT_PASS_THROUGH = define(
     f"fake_tensor_quant.pass_through({_INTEGER}) -> Tensor",
     _fake,
-    check=_check_values,
+    check=checks.check_values,
     backward=_through,
     saves=(),
     lift=same_arguments,
@@ -203,35 +98,35 @@ FAKE_TENSOR_QUANT_PASS_THROUGH = define(
 FAKE_TENSOR_QUANT_LEARNABLE = define(
     f"fake_tensor_quant_learnable({_INTEGER}) -> Tensor",
     _fake,
-    check=_check_learnable_values,
+    check=checks.check_learnable_values,
     backward=_learnable_gradient,
     lift=same_arguments,
 )
 LEGACY_FAKE_TENSOR_QUANT = define(
     f"legacy_fake_tensor_quant({_INTEGER}) -> Tensor",
     _legacy,
-    check=_check_scale,
+    check=checks.check_scale,
     backward=_clipped,
     lift=same_arguments,
 )
 FAKE_AFFINE_TENSOR_QUANT = define(
     "fake_affine_tensor_quant(Tensor input, Tensor min, Tensor max, int num_bits=8) -> Tensor",
     _affine,
-    check=_check_affine_values,
+    check=checks.check_affine_values,
     backward=lambda a, grad: {"input": numerics.between(grad, a.input, a.min, a.max)},
     lift=same_arguments,
 )
 SCALED_FLOAT = define(
     f"scaled_float(Tensor input, Tensor? amax, {_FLOAT}) -> Tensor",
     _float,
-    check=_check_float_values,
+    check=checks.check_float_values,
     backward=_clipped_float,
     lift=same_arguments,
 )
 SCALED_FLOAT_PASS_THROUGH = define(
     f"scaled_float.pass_through(Tensor input, Tensor? amax, {_FLOAT}) -> Tensor",
     _float,
-    check=_check_float_values,
+    check=checks.check_float_values,
     backward=_through,
     saves=(),
     lift=same_arguments,
@@ -239,7 +134,7 @@ SCALED_FLOAT_PASS_THROUGH = define(
 SCALED_FLOAT_LEARNABLE = define(
     f"scaled_float_learnable(Tensor input, Tensor amax, {_FLOAT}) -> Tensor",
     _float,
-    check=_check_learnable_float_values,
+    check=checks.check_learnable_float_values,
     backward=_learnable_float_gradient,
     lift=same_arguments,
 )
@@ -255,7 +150,7 @@ def _tensor(value: Tensor | float, like: Tensor) -> Tensor:
 def _assert_integer(input: Tensor, amax: Tensor, unsigned: bool) -> None:
     assert_values((amax >= 0) & (amax < float("inf")), "amax must be finite and at least 0.")
     if unsigned:
-        assert_values(~(input < 0), _UNSIGNED)
+        assert_values(~(input < 0), checks.UNSIGNED)
 
 
 def tensor_quant(
@@ -353,7 +248,7 @@ def fake_tensor_quant_learnable(
     if check:
         assert_values(amax.isfinite(), "amax must be finite.")
         if unsigned:
-            assert_values(~(input < 0), _UNSIGNED)
+            assert_values(~(input < 0), checks.UNSIGNED)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ _SCALAR_TYPES = {
 def scalar_type(dtype: torch.dtype) -> str:
     """The dtype as torch's own messages name it: ``Float``, ``Long``, …"""
     return _SCALAR_TYPES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """``torch.int8, torch.uint8``, for a message."""
+    return ", ".join(str(dtype) for dtype in dtypes)
 
 
 def check_range(quant_min: int, quant_max: int) -> None:

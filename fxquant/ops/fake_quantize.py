@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxquant import numerics
+from fxquant.numerics.division import Rounding
 from fxquant.ops.checks import assert_values, can_read, check_floating, check_range, check_rounding, scalar_type
 from fxquant.ops.library import define, same_arguments
 
@@ -82,9 +83,17 @@ def _refuse_zero_point(zero_point: object, quant_min: int, quant_max: int) -> No
     raise RuntimeError(f"{_POINT}: got {zero_point}, not in [{quant_min}, {quant_max}].")
 
 
-def check_channel_zero_points(  # type: ignore[no-untyped-def]
-    x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal", pass_through=False
-):
+def check_channel_zero_points(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+    pass_through: bool = False,
+) -> None:
     """Values, where a look is free; torch leaves floating ones unchecked too."""
     _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     if can_read(zero_point) and not zero_point.is_floating_point():
@@ -141,11 +150,12 @@ def scalar_arguments(x: Tensor, zero_point: int, quant_min: int, quant_max: int,
     _check_input(x)
 
 
-def _per_tensor_scalar(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_tensor_scalar(
+    x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, *, rounding: Rounding = "reciprocal"
+) -> Tensor:
     scalar_arguments(x, zero_point, quant_min, quant_max, rounding)
     point = torch.full((), zero_point, dtype=torch.int32, device=x.device) if zero_point else None
-    scale = scale_tensor(scale, x.device)
-    return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
+    return numerics.fake_quantize_per_tensor(x, scale_tensor(scale, x.device), point, quant_min, quant_max, rounding)
 
 
 def scale_tensor(scale: float, device: torch.device) -> Tensor:
@@ -154,25 +164,61 @@ def scale_tensor(scale: float, device: torch.device) -> Tensor:
     return torch.full((), rounded, dtype=torch.float32, device=device)
 
 
-def _per_tensor(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal", pass_through=False):  # type: ignore[no-untyped-def]
+def _per_tensor(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+    pass_through: bool = False,
+) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     scale, point = scale.reshape(()), zero_point.reshape(())
     return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
-def _per_channel(  # type: ignore[no-untyped-def]
-    x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal", pass_through=False
-):
+def _per_channel(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+    pass_through: bool = False,
+) -> Tensor:
     per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     return numerics.fake_quantize_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
-def _per_tensor_grad(grad, x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_tensor_grad(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+) -> Tensor:
     scale, point = scale.reshape(()), zero_point.reshape(())
     return numerics.fake_quantize_per_tensor_backward(grad, x, scale, point, quant_min, quant_max, rounding)
 
 
-def _per_channel_grad(grad, x, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_channel_grad(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+) -> Tensor:
     return numerics.fake_quantize_per_channel_backward(grad, x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 

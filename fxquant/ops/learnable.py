@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxquant.errors import InvalidArgument
 from fxquant.numerics import learnable
+from fxquant.numerics.division import Rounding
 from fxquant.ops.checks import check_floating, check_range, check_rounding, scalar_type
 from fxquant.ops.library import define, same_arguments
 
@@ -70,20 +71,39 @@ def _check_bits(num_bits: int, signed: bool) -> None:
         raise RuntimeError(f"`num_bits` must be between {least} and {_MAX_BITS} with signed={signed}: got {num_bits}.")
 
 
-def _affine(  # type: ignore[no-untyped-def]
-    x, scale, zero_point, axis, quant_min, quant_max, rounding
-):
+def _affine(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, quant_min: int, quant_max: int, rounding: Rounding
+) -> Tensor:
     check_rounding(rounding)
     check_range(quant_min, quant_max)
     _check_parameters(x, axis, {"scale": scale, "zero_point": zero_point})
     return learnable.learnable_affine(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
-def _per_tensor(x, scale, zero_point, quant_min, quant_max, grad_factor=1.0, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_tensor(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float = 1.0,
+    *,
+    rounding: Rounding = "reciprocal",
+) -> Tensor:
     return _affine(x, scale, zero_point, None, quant_min, quant_max, rounding)
 
 
-def _per_channel(x, scale, zero_point, axis, quant_min, quant_max, grad_factor=1.0, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _per_channel(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float = 1.0,
+    *,
+    rounding: Rounding = "reciprocal",
+) -> Tensor:
     return _affine(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
@@ -95,7 +115,16 @@ def _affine_backward(a: Any, grad: Tensor) -> dict[str, Tensor]:
     return dict(zip(("input", "scale", "zero_point"), found, strict=True))
 
 
-def _lsq_plus(x, scale, offset, quant_min, quant_max, axis=None, *, grad_factor=1.0):  # type: ignore[no-untyped-def]
+def _lsq_plus(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    grad_factor: float = 1.0,
+) -> Tensor:
     check_range(quant_min, quant_max)
     _check_parameters(x, axis, {"scale": scale, "offset": offset})
     return learnable.lsq_plus(x, scale, offset, axis, quant_min, quant_max)
@@ -108,11 +137,13 @@ def _lsq_plus_backward(a: Any, grad: Tensor) -> dict[str, Tensor]:
     return dict(zip(("input", "scale", "offset"), found, strict=True))
 
 
-def _lift_lsq_plus(x, scale, offset, quant_min, quant_max, axis=None):  # type: ignore[no-untyped-def]
+def _lift_lsq_plus(
+    x: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int, axis: int | None = None
+) -> tuple[Any, ...]:
     return x, scale, offset, quant_min, quant_max, None if axis is None else axis + 1
 
 
-def _pact(x, alpha, *, num_bits=8, signed=False):  # type: ignore[no-untyped-def]
+def _pact(x: Tensor, alpha: Tensor, *, num_bits: int = 8, signed: bool = False) -> Tensor:
     _check_bits(num_bits, signed)
     _check_parameters(x, None, {"alpha": alpha})
     return learnable.pact(x, alpha, num_bits, signed)
@@ -123,7 +154,7 @@ def _pact_backward(a: Any, grad: Tensor) -> dict[str, Tensor]:
     return dict(zip(("input", "alpha"), found, strict=True))
 
 
-def _tqt(x, log2_threshold, *, num_bits=8, signed=True):  # type: ignore[no-untyped-def]
+def _tqt(x: Tensor, log2_threshold: Tensor, *, num_bits: int = 8, signed: bool = True) -> Tensor:
     _check_bits(num_bits, signed)
     _check_parameters(x, None, {"log2_threshold": log2_threshold})
     return learnable.tqt(x, log2_threshold, num_bits, signed)

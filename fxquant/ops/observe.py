@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics import observe
+from fxquant.numerics.division import Rounding
 from fxquant.ops.checks import check_floating, check_range, check_rounding, scalar_type
 from fxquant.ops.library import define
 
@@ -68,10 +69,22 @@ def _check_codes(quant_min: int, quant_max: int, symmetric: bool) -> None:
         )
 
 
-def _qparams(  # type: ignore[no-untyped-def]
-    x, observer_on, fake_quant_on, low, high, scale, point, constant, quant_min, quant_max, ch_axis,
-    per_row_fake_quant=False, symmetric_quant=False, delayed=False,
-):  # fmt: skip
+def _qparams(
+    x: Tensor,
+    observer_on: Tensor,
+    fake_quant_on: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: Tensor,
+    point: Tensor,
+    constant: float,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int,
+    per_row_fake_quant: bool = False,
+    symmetric_quant: bool = False,
+    delayed: bool = False,
+) -> tuple[Tensor, ...]:
     axis = ch_axis if per_row_fake_quant else None
     check_floating("input", x)
     _check_codes(quant_min, quant_max, symmetric_quant)
@@ -95,7 +108,17 @@ def _qparams(  # type: ignore[no-untyped-def]
     return (*state, used_scale, used_point)
 
 
-def _switched(x, on, scale, zero_point, axis, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _switched(
+    x: Tensor,
+    on: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+) -> Tensor:
     check_rounding(rounding)
     check_floating("input", x)
     check_range(quant_min, quant_max)

@@ -27,7 +27,10 @@ def _batch_min_max(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return low.to(torch.float32).expand(like.shape), high.to(torch.float32).expand(like.shape)
 
 
-def _keep_unless_finite(low: Tensor, high: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]):  # type: ignore[no-untyped-def]
+Range = tuple[Tensor, Tensor]  # minimum and maximum
+
+
+def _keep_unless_finite(low: Tensor, high: Tensor, new: Range, old: Range) -> Range:
     finite = torch.isfinite(low) & torch.isfinite(high)
     return torch.where(finite, new[0], old[0]), torch.where(finite, new[1], old[1])
 

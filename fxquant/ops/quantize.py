@@ -1,4 +1,4 @@
-"""``fxquant::{quantize,dequantize}_per_{tensor,channel}``: codes in real integer dtypes; 4-bit codes in pairs.
+"""``fxquant::{quantize,dequantize}_per_{tensor,channel}``: codes in real integer dtypes.
 
 The code of `fake_quantize` and its way back, as two ops with an int8, uint8, int16, uint16 or int32 tensor between
 them. ``rounding="divide"`` (the default here) gives the codes of ONNX QuantizeLinear. The arithmetic is
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics import integer
-from fxquant.ops.checks import can_read, scalar_type
+from fxquant.numerics.division import Rounding
+from fxquant.ops.checks import dtype_names, scalar_type
 from fxquant.ops.fake_quantize import (
     check_channel_zero_points,
     check_channels,
@@ -24,6 +25,7 @@ from fxquant.ops.fake_quantize import (
     scalar_arguments,
     scale_tensor,
 )
+from fxquant.ops.int4 import check_last_axis
 from fxquant.ops.library import define, same_arguments
 
 # Shell dtypes: torch has no tensors of them that compute, so their codes travel two in a byte.
@@ -39,17 +41,12 @@ _LIMITS = {
     **_PACKED,
 }
 _CODES = tuple(dtype for dtype in _LIMITS if dtype not in _PACKED)
-_PACKABLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def _names(dtypes: Any) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)
 
 
 def _check_dtype(x: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
     if dtype not in _LIMITS:
-        raise RuntimeError(f"`dtype` must be one of {_names(_LIMITS)}: got {dtype}.")
+        raise RuntimeError(f"`dtype` must be one of {dtype_names(_LIMITS)}: got {dtype}.")
     low, high = _LIMITS[dtype]
     if quant_min < low or quant_max > high:
         raise RuntimeError(
@@ -57,22 +54,17 @@ def _check_dtype(x: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) 
             "Give a wider dtype or a smaller range."
         )
     if dtype in _PACKED:
-        _check_last_axis("input", x)
-
-
-def _check_last_axis(name: str, tensor: Tensor) -> None:
-    if tensor.dim() == 0:
-        raise RuntimeError(f"`{name}` must have a last axis, where two codes share a byte: got a 0-d tensor.")
+        check_last_axis("input", x)
 
 
 def _check_code(code: Tensor, dtype: torch.dtype) -> None:
     if code.dtype not in _CODES:
         raise RuntimeError(
-            f"`code` must have one of the dtypes {_names(_CODES)}: got {code.dtype}. "
+            f"`code` must have one of the dtypes {dtype_names(_CODES)}: got {code.dtype}. "
             "Packed 4-bit codes go through unpack_int4 first."
         )
     if dtype not in _FLOATS:
-        raise RuntimeError(f"`dtype` must be one of {_names(_FLOATS)}: got {dtype}.")
+        raise RuntimeError(f"`dtype` must be one of {dtype_names(_FLOATS)}: got {dtype}.")
 
 
 def _stored(code: Tensor, quantized: torch.dtype) -> Tensor:
@@ -88,15 +80,33 @@ def _point(zero_point: int, device: torch.device) -> Tensor | None:
     return torch.full((), zero_point, dtype=torch.int32, device=device) if zero_point else None
 
 
-def _quantize_numbers(x, scale, zero_point, quant_min, quant_max, dtype=torch.int8, *, rounding="divide"):  # type: ignore[no-untyped-def]
+def _quantize_numbers(
+    x: Tensor,
+    scale: float,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype = torch.int8,
+    *,
+    rounding: Rounding = "divide",
+) -> Tensor:
     scalar_arguments(x, zero_point, quant_min, quant_max, rounding)
     _check_dtype(x, quant_min, quant_max, dtype)
-    scale, point = scale_tensor(scale, x.device), _point(zero_point, x.device)
-    code = integer.quantize_per_tensor(x, scale, point, quant_min, quant_max, _held(dtype), rounding)
+    step, point = scale_tensor(scale, x.device), _point(zero_point, x.device)
+    code = integer.quantize_per_tensor(x, step, point, quant_min, quant_max, _held(dtype), rounding)
     return _stored(code, dtype)
 
 
-def _quantize_tensor(x, scale, zero_point, quant_min, quant_max, dtype=torch.int8, *, rounding="divide"):  # type: ignore[no-untyped-def]
+def _quantize_tensor(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype = torch.int8,
+    *,
+    rounding: Rounding = "divide",
+) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     _check_dtype(x, quant_min, quant_max, dtype)
     scale, point = scale.reshape(()), zero_point.reshape(())
@@ -104,7 +114,17 @@ def _quantize_tensor(x, scale, zero_point, quant_min, quant_max, dtype=torch.int
     return _stored(code, dtype)
 
 
-def _quantize_channel(x, scale, zero_point, axis, quant_min, quant_max, dtype=torch.int8, *, rounding="divide"):  # type: ignore[no-untyped-def]
+def _quantize_channel(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype = torch.int8,
+    *,
+    rounding: Rounding = "divide",
+) -> Tensor:
     per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     if rounding == "divide" and zero_point.is_floating_point():
         raise RuntimeError(
@@ -116,22 +136,36 @@ def _quantize_channel(x, scale, zero_point, axis, quant_min, quant_max, dtype=to
     return _stored(code, dtype)
 
 
-def _check_points(x, scale, zero_point, axis, quant_min, quant_max, dtype=torch.int8, *, rounding="divide"):  # type: ignore[no-untyped-def]
+def _check_points(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype = torch.int8,
+    *,
+    rounding: Rounding = "divide",
+) -> None:
     check_channel_zero_points(x, scale, zero_point, axis, quant_min, quant_max, rounding=rounding)
 
 
-def _dequantize_numbers(code, scale, zero_point, *, dtype=torch.float32):  # type: ignore[no-untyped-def]
+def _dequantize_numbers(code: Tensor, scale: float, zero_point: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     _check_code(code, dtype)
     return integer.dequantize_per_tensor(code, scale_tensor(scale, code.device), _point(zero_point, code.device), dtype)
 
 
-def _dequantize_tensor(code, scale, zero_point, *, dtype=torch.float32):  # type: ignore[no-untyped-def]
+def _dequantize_tensor(
+    code: Tensor, scale: Tensor, zero_point: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     _check_code(code, dtype)
     per_tensor_qparams(scale, zero_point)
     return integer.dequantize_per_tensor(code, scale.reshape(()), zero_point.reshape(()), dtype)
 
 
-def _dequantize_channel(code, scale, zero_point, axis, *, dtype=torch.float32):  # type: ignore[no-untyped-def]
+def _dequantize_channel(
+    code: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     _check_code(code, dtype)
     check_qparams(scale, zero_point)
     check_channels(code, scale, zero_point, axis, "code")
@@ -146,49 +180,24 @@ def _backward_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
     return integer.dequantize_backward(grad, a.code, a.scale, a.zero_point, a.axis)
 
 
-def _pack(code: Tensor) -> Tensor:
-    if code.dtype not in _PACKABLE:
-        raise RuntimeError(f"`code` must have one of the dtypes {_names(_PACKABLE)}: got {code.dtype}.")
-    _check_last_axis("code", code)
-    return integer.pack_nibbles(code)
-
-
-def _check_nibbles(code: Tensor) -> None:
-    if code.dtype not in _PACKABLE or not can_read(code):
-        return
-    low, high = (int(end) for end in torch.aminmax(code))
-    if low < -8 or high > 15 or (low < 0 and high > 7):
-        raise RuntimeError(f"`code` must hold 4-bit codes, all in [-8, 7] or all in [0, 15]: got {low} to {high}.")
-
-
-def _unpack(packed: Tensor, length: int, signed: bool = True) -> Tensor:
-    if packed.dtype != torch.uint8:
-        raise RuntimeError(f"`packed` must be a uint8 tensor: got {packed.dtype}.")
-    _check_last_axis("packed", packed)
-    if length < 0 or (length + 1) // 2 != packed.shape[-1]:
-        raise RuntimeError(
-            f"`length` must be the number of codes in the last axis, two a byte: got {length} "
-            f"for {packed.shape[-1]} bytes."
-        )
-    return integer.unpack_nibbles(packed, length, signed)
-
-
 _RANGE = 'int quant_min, int quant_max, ScalarType dtype=int8, *, str rounding="divide"'
 _FLOAT = "*, ScalarType dtype=float"
 
 
-def _lift_quantize(x, scale, zero_point, quant_min, quant_max, dtype=torch.int8):  # type: ignore[no-untyped-def]
+def _lift_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype = torch.int8,
+) -> tuple[Any, ...]:
     if dtype in _PACKED:
-        _check_last_axis("input", x[0])
+        check_last_axis("input", x[0])
     return x, scale, zero_point, quant_min, quant_max, dtype
 
 
-def _lift_packed(packed, *rest):  # type: ignore[no-untyped-def]
-    _check_last_axis("packed", packed[0])
-    return packed, *rest
-
-
-def _lift_channels(x, scale, zero_point, axis, *rest):  # type: ignore[no-untyped-def]
+def _lift_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *rest: Any) -> tuple[Any, ...]:
     return x, scale, zero_point, axis + 1, *rest
 
 
@@ -225,11 +234,6 @@ DEQUANTIZE_CHANNEL = define(
     backward=_backward_channel,
     lift=_lift_channels,
 )
-PACK_INT4 = define("pack_int4(Tensor code) -> Tensor", _pack, check=_check_nibbles, lift=_lift_packed)
-UNPACK_INT4 = define(
-    "unpack_int4(Tensor packed, SymInt length, bool signed=True) -> Tensor", _unpack, lift=_lift_packed
-)
-
 QUANTIZE = (QUANTIZE_NUMBERS, QUANTIZE_TENSOR, QUANTIZE_CHANNEL)
 DEQUANTIZE = (DEQUANTIZE_NUMBERS, DEQUANTIZE_TENSOR, DEQUANTIZE_CHANNEL)
 
@@ -364,33 +368,6 @@ def dequantize_per_channel(
             [0.0000, 7.0000]])
     """
     return DEQUANTIZE_CHANNEL(code, scale, zero_point, axis, dtype=dtype)
-
-
-def pack_int4(code: Tensor) -> Tensor:
-    """4-bit codes, two in a byte: ``[…, n]`` integers → ``[…, ⌈n/2⌉]`` uint8.
-
-    ``byte[i] = (q[2i] & 15) | (q[2i + 1] & 15) << 4``, with 0 behind an odd end
-
-    ``code`` is int8, uint8, int16, int32 or int64 and holds codes of one format, [−8, 7] or [0, 15]: on CPU others
-    raise RuntimeError, elsewhere and in compiled code their low four bits are taken. No gradient.
-
-    Source: ONNX's layout of INT4 and UINT4 tensor data (each row of the last axis on its own).
-
-    >>> pack_int4(torch.tensor([1, -1, 7], dtype=torch.int8))
-    tensor([241,   7], dtype=torch.uint8)
-    """
-    return PACK_INT4(code)
-
-
-def unpack_int4(packed: Tensor, length: int, signed: bool = True) -> Tensor:
-    """The codes that `pack_int4` packed: ``[…, ⌈length/2⌉]`` uint8 → ``[…, length]`` int8, or uint8 if not signed.
-
-    ``length`` tells an odd end from an even one. Raises RuntimeError where it does not fit the bytes. No gradient.
-
-    >>> unpack_int4(torch.tensor([241, 7], dtype=torch.uint8), 3)
-    tensor([ 1, -1,  7], dtype=torch.int8)
-    """
-    return UNPACK_INT4(packed, length, signed)
 
 
 def _check_kinds(scale: float | Tensor, zero_point: int | Tensor) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxquant.numerics import affine, planes
+from fxquant.numerics.division import Rounding
 from fxquant.ops.fake_quantize import per_tensor_arguments
 from fxquant.ops.library import define, same_arguments
 
 
-def _mask(x, scale, zero_point, quant_min, quant_max, *, rounding="reciprocal"):  # type: ignore[no-untyped-def]
+def _mask(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *, rounding: Rounding = "reciprocal"
+) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     return affine.clip_mask_per_tensor(x, scale.reshape(()), zero_point.reshape(()), quant_min, quant_max, rounding)
 

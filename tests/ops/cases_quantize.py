@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.ops.int4 import PACK_INT4, UNPACK_INT4
 from fxquant.ops.quantize import (
     DEQUANTIZE_CHANNEL,
     DEQUANTIZE_NUMBERS,
     DEQUANTIZE_TENSOR,
-    PACK_INT4,
     QUANTIZE_CHANNEL,
     QUANTIZE_NUMBERS,
     QUANTIZE_TENSOR,
-    UNPACK_INT4,
 )
 from tests.ops.cases import Case
 from tests.ops.cases_affine import DIVIDE, floating, many, one

@@ -18,12 +18,12 @@ from onnx import helper
 from torch import Tensor
 
 from fxquant.ops.fake_quantize import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from fxquant.ops.int4 import unpack_int4
 from fxquant.ops.quantize import (
     dequantize_per_channel,
     dequantize_per_tensor,
     quantize_per_channel,
     quantize_per_tensor,
-    unpack_int4,
 )
 from tests.ops.oracle import SPECIALS
 

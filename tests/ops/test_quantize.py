@@ -15,13 +15,12 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from fxquant.ops.fake_quantize import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from fxquant.ops.int4 import pack_int4, unpack_int4
 from fxquant.ops.quantize import (
     dequantize_per_channel,
     dequantize_per_tensor,
-    pack_int4,
     quantize_per_channel,
     quantize_per_tensor,
-    unpack_int4,
 )
 from tests.ops.cases import FLOATS
 from tests.ops.oracle import assert_same_bits, hard_values
