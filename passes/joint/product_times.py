@@ -24,6 +24,9 @@ _ROUNDS = 7
 _SECONDS = 0.02  # after which two rounds are enough
 
 
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """A product as far as its time depends on it.
@@ -42,7 +45,7 @@ class Problem:
     dtype: torch.dtype
     device: str
     signed: bool
-    convolution: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None = None
+    convolution: Window | None = None
 
 
 @dataclass(frozen=True)

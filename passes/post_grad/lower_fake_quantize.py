@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph.inline import Bodies, of_operands, paste
 from fxquant.graph.meta import mark_masked_gradient
 from fxquant.graph.nodes import call_nodes
 from fxquant.ops import fake_quantize, quantize, saved
@@ -30,7 +28,6 @@ _OPS = (
 # As nodes that do not fuse, in the joint graph, these make the partitioner count what they read as stored; else it
 # takes a byte for two, no better than bfloat16.
 _READERS = (*quantize.DEQUANTIZE, *saved.BACKWARD)
-_KEPT = ("stack_trace", "nn_module_stack", "original_aten", "partitioner_tag", "recompute", "ac_graph_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +51,10 @@ class LowerFakeQuantize(Pass):
         """Replaces every fake-quant node by its traced body."""
         nodes = [node for node in call_nodes(gm.graph) if node.target in _OPS]
         nodes = list(filter(_CHOICES[self.where], nodes))
-        table = dict(self.decompositions()) if nodes else {}
-        bodies: dict[tuple[object, ...], fx.Graph] = {}
+        bodies = Bodies(self.decompositions() if nodes else {})
         for node in nodes:
-            key = _signature(node)
-            if key not in bodies:
-                bodies[key] = _traced(node, table)
-            _inline(gm.graph, node, bodies[key])
+            arithmetic = of_operands(ARITHMETIC[node.target], node.args, node.kwargs, _is_node)
+            _replace(node, bodies.of(_form(node), arithmetic, _operands(node)))
         return len(nodes)
 
 
@@ -98,50 +92,34 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [a for a in node.args if isinstance(a, fx.Node)]
 
 
-def _signature(node: fx.Node) -> tuple[object, ...]:
-    """Nodes with equal signatures have equal bodies; tracing is what costs, so layers of one shape share it."""
-    numbers = tuple(None if isinstance(a, fx.Node) else a for a in node.args)
-    values = (n.meta["val"] for n in _operands(node))
-    tensors = tuple((v.dtype, v.device, str(tuple(v.shape)), str(v.stride())) for v in values)
-    return node.target, numbers, tuple(node.kwargs.items()), tensors
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)
 
 
-def _traced(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.Graph:
-    kernel = functools.partial(_positional, ARITHMETIC[node.target], node.args, dict(node.kwargs))
-    values = [n.meta["val"] for n in _operands(node)]
-    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-    assert mode is not None, f"{node.name} reads no fake tensor"
-    with mode:
-        return make_fx(kernel, decomposition_table=table)(*values).graph
+def _form(node: fx.Node) -> tuple[object, ...]:
+    """What a body depends on beside its operands: the operator, and the arguments that are no nodes."""
+    return node.target, tuple(None if isinstance(a, fx.Node) else a for a in node.args), tuple(node.kwargs.items())
 
 
-def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph) -> None:
-    mapped: dict[fx.Node, fx.Node] = {}
-    placeholders = iter(_operands(node))
-    backward = node.target in fake_quantize.BACKWARD
-    behind = {next(iter(body.nodes))}  # what depends on the incoming gradient
-    with graph.inserting_before(node):
-        for inner in body.nodes:
-            if inner.op == "placeholder":
-                mapped[inner] = next(placeholders)
-            elif inner.op == "output":
-                node.replace_all_uses_with(mapped[inner.args[0]])
-                if backward:
-                    mark_masked_gradient(mapped[inner.args[0]])
-            else:
-                mapped[inner] = graph.node_copy(inner, mapped.__getitem__)
-                for key in _KEPT:
-                    if key in node.meta:
-                        mapped[inner].meta[key] = node.meta[key]
-                if backward and not any(n in behind for n in inner.all_input_nodes):
-                    # The clip mask: a function of the input that forward could compute and keep.
-                    mapped[inner].meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                elif backward:
-                    behind.add(inner)
-    graph.erase_node(node)
+def _replace(node: fx.Node, body: fx.Graph) -> None:
+    """Puts a body in the place of its node."""
+    with node.graph.inserting_before(node):
+        is_gradient = node.target in fake_quantize.BACKWARD
+        made = _paste_gradient(node, body) if is_gradient else paste(node.graph, body, _operands(node), origin=node)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
 
 
-def _positional(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *tensors: torch.Tensor) -> torch.Tensor:
-    """The kernel with node arguments taken from ``tensors``, in order."""
-    given = iter(tensors)
-    return kernel(*(next(given) if isinstance(a, fx.Node) else a for a in args), **kwargs)
+def _paste_gradient(node: fx.Node, body: fx.Graph) -> fx.Node:
+    """The body of a gradient; what does not depend on the incoming one is the clip mask."""
+    dependent = {next(iter(body.nodes))}
+
+    def tag(old: fx.Node, new: fx.Node) -> None:
+        if any(each in dependent for each in old.all_input_nodes):
+            dependent.add(old)
+        else:  # a function of the input that forward could compute and keep
+            new.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+    result: fx.Node = paste(node.graph, body, _operands(node), origin=node, copied=tag)
+    mark_masked_gradient(result)
+    return result

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxquant.graph.inline import of_operands, traced
 from fxquant.numerics import planes
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.ops.library import ARITHMETIC, Arithmetic
@@ -329,11 +329,8 @@ def _trace(
     def size_of(size: Any) -> Any:
         return size if isinstance(size, int) else symbols.create_symintnode(size, hint=None)
 
-    def on_tensors(*tensors: torch.Tensor) -> Any:
-        given = iter(tensors)
-        return arithmetic(*(next(given) if isinstance(d, tuple) else d for d in described), **dict(named))
-
     with mode:
         shown = [d for d in described if isinstance(d, tuple)]
         fakes = [torch.empty([size_of(s) for s in shape], dtype=dtype, device=on) for shape, dtype, on in shown]
-        return make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes).graph
+    on_tensors = of_operands(arithmetic, described, dict(named), lambda each: isinstance(each, tuple))
+    return traced(on_tensors, fakes, select_decomp_table())
