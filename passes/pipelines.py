@@ -78,4 +78,4 @@ def joint_passes(
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
     """On Inductor's forward and backward graphs, before its own passes: what was not lowered before; what is stored."""
-    return (LowerFakeQuantize(decompositions=decompositions, where="behind"), MaterializeShared(), ObserveInRows())
+    return (LowerFakeQuantize(decompositions=decompositions, where="post-grad"), MaterializeShared(), ObserveInRows())

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxquant.backend.reports import log_of, run_after
 from fxquant.ops.library import DECOMPOSITIONS
-from fxquant.ops.marks import STAND_IN
+from fxquant.ops.lowering_table import becomes
 from fxquant.passes.base import Pass
 from fxquant.passes.pipelines import joint_passes
 
@@ -44,6 +44,6 @@ def aot_eager(
         inference_compiler=inference,
         partition_fn=partition,
         keep_inference_input_mutations=True,
-        decompositions={STAND_IN: DECOMPOSITIONS[STAND_IN]},
+        decompositions={op: DECOMPOSITIONS[op] for op in DECOMPOSITIONS if becomes(op, "aot eager") == "arithmetic"},
     )
     return backend(gm, example_inputs)

@@ -1,7 +1,8 @@
 """The one place that decides what an eager op on CUDA tensors runs on: our kernels, or aten.
 
-Compiled graphs never come here: Inductor writes Triton from the decompositions. ``HAS_KERNEL`` of `fxquant.ops.library`
-registers `take` under the CUDA dispatch key for the ops in `ENTRIES`; what it decides, and why, is `status`.
+Compiled graphs never come here: Inductor writes Triton from the decompositions. `fxquant.ops.library` registers
+`take` under the CUDA dispatch key for the ops in `ENTRIES`, which are ``KERNELS`` of `fxquant.ops.lowering_table`;
+what it decides, and why, is `status`.
 
     using("aten")                      → aten
     no kernel can be built             → aten, warned about once; KernelUnavailable under using("cuda")

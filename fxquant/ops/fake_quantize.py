@@ -252,21 +252,18 @@ _ROUNDING = '*, str rounding="reciprocal"'
 _FORWARD = f"{_ROUNDING}, bool pass_through=False"
 _SAVED = ("input", "scale", "zero_point")
 
-# Nodes to the end of our passes (decompose=False): places, export and the partitioner's tags need one node a site.
 PER_TENSOR_SCALAR = define(
     "fake_quantize_per_tensor_affine(Tensor input, float scale, int zero_point, int quant_min, int quant_max, "
     f"{_ROUNDING}) -> Tensor",
     _per_tensor_scalar,
     backward=_backward_scalar,
     lift=same_arguments,
-    decompose=False,
 )
 PER_TENSOR = define(
     f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_FORWARD}) -> Tensor",
     _per_tensor,
     backward=_backward_per_tensor,
     lift=same_arguments,
-    decompose=False,
 )
 PER_CHANNEL = define(
     f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_FORWARD}) -> Tensor",
@@ -274,21 +271,18 @@ PER_CHANNEL = define(
     check=check_channel_zero_points,
     backward=_backward_per_channel,
     lift=lambda x, scale, point, axis, *rest: (x, scale, point, axis + 1, *rest),
-    decompose=False,
 )
 PER_TENSOR_BACKWARD = define(
     f"fake_quantize_per_tensor_affine_backward(Tensor grad, Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
     _per_tensor_grad,
     backward=lambda a, grad: {"grad": _backward_per_tensor(a, grad)["input"]},
     saves=_SAVED,
-    decompose=False,
 )
 PER_CHANNEL_BACKWARD = define(
     f"fake_quantize_per_channel_affine_backward(Tensor grad, Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
     _per_channel_grad,
     backward=lambda a, grad: {"grad": _backward_per_channel(a, grad)["input"]},
     saves=_SAVED,
-    decompose=False,
 )
 
 FAKE_QUANTIZE = (PER_TENSOR_SCALAR, PER_TENSOR, PER_CHANNEL)

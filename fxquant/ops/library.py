@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.ops.lowering_table import becomes
 from fxquant.ops.metadata import Result, result_of
 
 # Kept alive here: a Library that is collected unregisters its operators.
@@ -38,7 +39,7 @@ def define(
     fake: Arithmetic | None = None,
     backward: Backward | None = None,
     saves: Sequence[str] | None = None,
-    decompose: bool | Arithmetic = True,
+    traced_as: Arithmetic | None = None,
     lift: Callable[..., Sequence[Any] | None] | None = None,
 ) -> Any:
     """Registers ``schema`` for every device; returns its OpOverload.
@@ -51,7 +52,7 @@ def define(
         backward: ``backward(arguments, *grads)`` → gradients by argument name; ``arguments`` has the op's arguments
             as attributes. Differentiable itself, as it is made of torch calls. Absent: no gradient.
         saves: the tensor arguments that ``backward`` reads; all by default.
-        decompose: whether compilers trace the arithmetic, or the op as one node; or what they trace instead of it.
+        traced_as: what our compiler traces instead of the arithmetic, where it takes the op apart (`lowering_table`).
         lift: for torch.vmap over the first argument alone: its batch stands in front, ``lift(*args)`` gives the
             positional arguments that do the whole batch in one call, or None. Absent, None, or other arguments mapped:
             one call a sample.
@@ -66,7 +67,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     eager = kernel if check is not None else arithmetic
     LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
-    if name in HAS_KERNEL:
+    if becomes(name, "eager", "cuda") == "kernel":
         LIBRARY.impl(name, _by_dispatch(name, eager), "CUDA")
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
@@ -78,35 +79,9 @@ def define(
         )
     torch.library.register_vmap(f"fxquant::{name}", _vmap_rule(op, lift), lib=LIBRARY)
     ARITHMETIC[op] = arithmetic
-    if decompose:
-        DECOMPOSITIONS[op] = arithmetic if decompose is True else decompose
+    if becomes(name, "aot") == "arithmetic":
+        DECOMPOSITIONS[op] = traced_as or arithmetic
     return op
-
-
-HAS_KERNEL = frozenset(
-    {
-        "fake_quantize_per_tensor_affine",
-        "fake_quantize_per_tensor_affine.tensor_qparams",
-        "fake_quantize_per_channel_affine",
-        "fake_quantize_per_tensor_affine_backward",
-        "fake_quantize_per_channel_affine_backward",
-        "quantize_per_tensor",
-        "quantize_per_tensor.tensor_qparams",
-        "quantize_per_channel",
-        "fake_quantize_float",
-        "quantize_float",
-        "fake_quantize_mx",
-        "fake_quantize_blocks",
-        "fake_quantize_blocks.amax",
-        "fake_tensor_quant",
-        "fake_tensor_quant.pass_through",
-        "fake_tensor_quant_learnable",
-        "scaled_float",
-        "scaled_float.pass_through",
-        "scaled_float_learnable",
-    }
-)
-"""Ops whose eager calls on CUDA tensors go by way of `fxquant.kernels.dispatch`: the names in its ENTRIES."""
 
 
 def _by_dispatch(name: str, aten: Arithmetic) -> Arithmetic:

@@ -15,7 +15,7 @@ def _bind(key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | 
     return None
 
 
-BIND = define("bind(str key, int[] modes, Tensor[] state, str? group=None) -> ()", _bind, decompose=False)
+BIND = define("bind(str key, int[] modes, Tensor[] state, str? group=None) -> ()", _bind)
 
 
 # Nothing uses its (absent) result; without this, tracers would drop it as dead code.
@@ -43,7 +43,7 @@ def _known(computed: Tensor, known: Tensor) -> Tensor:
 
 
 STAND_IN = define(
-    "stand_in(Tensor computed, Tensor known) -> Tensor", _stand_in, backward=_backward, saves=(), decompose=_known
+    "stand_in(Tensor computed, Tensor known) -> Tensor", _stand_in, backward=_backward, saves=(), traced_as=_known
 )
 """``known``; its gradient goes to ``computed``, of which nothing else is used: what is traced computes it no more."""
 
@@ -54,4 +54,4 @@ def _copy(x: Tensor, rows: int = 0) -> Tensor:
 
 # ``rows``: how many leading dimensions the loop that stores has around the others, for reductions over these to join
 # it; 0 where that does not matter.
-MATERIALIZE = define("materialize(Tensor input, int rows=0) -> Tensor", _copy, decompose=False)
+MATERIALIZE = define("materialize(Tensor input, int rows=0) -> Tensor", _copy)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxquant.ops.library import ARITHMETIC, WHEN_TRACED
+from fxquant.ops.lowering_table import becomes
 from fxquant.support.digest import source_digest
 
 # Private settings; all three are in torch 2.11 and 2.13.
@@ -64,8 +65,8 @@ def fuse_in_inductor() -> None:
     """
     from torch._inductor import decomposition  # private; tried on 2.13 and 2.15
 
-    # Without a result there is nothing to compute, only a mark that must not vanish.
-    fusible = {op: Told(arithmetic, _warn_once) for op, arithmetic in ARITHMETIC.items() if op._schema.returns}
+    ours = {op: arithmetic for op, arithmetic in ARITHMETIC.items() if becomes(op, "plain") == "arithmetic"}
+    fusible = {op: Told(arithmetic, _warn_once) for op, arithmetic in ours.items()}
     decomposition.decompositions.update(fusible)
     decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made when it was first asked for
     tag = f"fxquant {source_digest()}"

@@ -28,12 +28,10 @@ def _quantize_dequantize(
 DEQUANTIZE = define(
     "dequantize_affine(Tensor code, Tensor scale, Tensor zero_point, int? axis, int? block_size=None) -> Tensor",
     _dequantize,
-    decompose=False,
 )
 QUANTIZE_DEQUANTIZE = define(
     "quantize_dequantize(Tensor input, float scale, int zero_point, int quant_min, int quant_max, str label) -> Tensor",
     _quantize_dequantize,
-    decompose=False,
 )
 
 

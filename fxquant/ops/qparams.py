@@ -134,13 +134,12 @@ AVERAGE_MIN_MAX = define(
     "average_min_max(Tensor low, Tensor high, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
     _average,
     fake=_average_like,
-    decompose=False,
 )
 UPDATE_MIN_MAX = define(
     "update_min_max(Tensor input, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
     _update,
     fake=_ranges_like,
-    decompose=_update_in_parts,
+    traced_as=_update_in_parts,
 )
 EXTEND_MIN_MAX = define(
     "extend_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _extend, fake=_ranges_like
@@ -152,7 +151,6 @@ AFFINE_QPARAMS = define(
     "affine_qparams(Tensor min, Tensor max, int quant_min, int quant_max, bool symmetric) -> (Tensor, Tensor)",
     _affine,
     fake=_affine_like,
-    decompose=False,
 )
 SYMMETRIC_QPARAMS = define(
     "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, fake=_symmetric_like

@@ -6,28 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.graph.inline import Bodies, of_operands, paste
 from fxquant.graph.meta import mark_masked_gradient
 from fxquant.graph.nodes import call_nodes
-from fxquant.ops import fake_quantize, quantize, saved
+from fxquant.ops import fake_quantize
 from fxquant.ops.library import ARITHMETIC
+from fxquant.ops.lowering_table import becomes
 from fxquant.passes.base import Pass, PassResult
 
-_OPS = (
-    *fake_quantize.FAKE_QUANTIZE,
-    *fake_quantize.BACKWARD,
-    *quantize.QUANTIZE,
-    *quantize.DEQUANTIZE,
-    *saved.FORWARD,
-    *saved.BACKWARD,
-)
-
-# As nodes that do not fuse, in the joint graph, these make the partitioner count what they read as stored; else it
-# takes a byte for two, no better than bfloat16.
-_READERS = (*quantize.DEQUANTIZE, *saved.BACKWARD)
+Where = Literal["joint", "beside integers", "post-grad", "anywhere"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,54 +28,31 @@ class LowerFakeQuantize(Pass):
     inlined keeps the node's recompute tags; in the backward op, what does not depend on the gradient (the clip mask)
     must be recomputed, so that it exists only inside fused kernels.
 
-    ``decompositions`` gives the table of the compiler behind, for ops that it takes in decomposed form only. ``where``
-    says which nodes are replaced: of a ``"joint"`` graph gradients only, or ``"beside integers"`` all but what reads
-    saved codes and masks; ``"behind"`` the partitioner what Inductor does not lower by itself (`fxquant.lowerings`);
-    by default all.
+    ``decompositions`` gives the table of the compiler that comes next, for ops that it takes in decomposed form only.
+    ``where`` is the stage, by which `fxquant.ops.lowering_table` says what is replaced; by default all.
     """
 
     decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] = field(default=dict, repr=False)
-    where: Literal["joint", "beside integers", "behind", "anywhere"] = "anywhere"
+    where: Where = "anywhere"
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every fake-quant node by its traced body."""
-        nodes = [node for node in call_nodes(gm.graph) if node.target in _OPS]
-        nodes = list(filter(_CHOICES[self.where], nodes))
+        nodes = [node for node in call_nodes(gm.graph) if self._is_due(node)]
         bodies = Bodies(self.decompositions() if nodes else {})
         for node in nodes:
             arithmetic = of_operands(ARITHMETIC[node.target], node.args, node.kwargs, _is_node)
             _replace(node, bodies.of(_form(node), arithmetic, _operands(node)))
         return len(nodes)
 
-
-def _is_gradient(node: fx.Node) -> bool:
-    """All else is one node to the partitioner as well: tags say what is recomputed (`TagRecompute`)."""
-    return node.target in fake_quantize.BACKWARD
+    def _is_due(self, node: fx.Node) -> bool:
+        return node.target in ARITHMETIC and becomes(node.target, self.where, _device(node)) == "arithmetic"
 
 
-def _is_no_reader(node: fx.Node) -> bool:
-    """Where products take codes, the partitioner has to see how they are computed.
-
-    Else it keeps fake-quantized floats beside them: of a mixer's block 250 kB instead of 119.
-    """
-    return node.target not in _READERS
-
-
-def _beyond_lowerings(node: fx.Node) -> bool:
-    """Whether Inductor has to meet the arithmetic as nodes.
-
-    On CPU it takes a fake-quant in one, which spares it half of the nodes of a graph; not on GPUs, where
-    `keep_divisions` looks for the divisions.
-    """
-    return any(n.meta["val"].device.type != "cpu" for n in (node, *_operands(node)))
-
-
-_CHOICES: dict[str, Callable[[fx.Node], bool]] = {
-    "joint": _is_gradient,
-    "beside integers": _is_no_reader,
-    "behind": _beyond_lowerings,
-    "anywhere": lambda node: True,
-}
+def _device(node: fx.Node) -> str:
+    """ "cpu" where all of a node's values are there."""
+    values = (each.meta.get("val") for each in (node, *_operands(node)))
+    devices = {value.device.type for value in values if isinstance(value, Tensor)}
+    return next(iter(devices - {"cpu"}), "cpu")
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from fxquant.errors import InvalidArgument, KernelUnavailable
 from fxquant.kernels import dispatch
 from fxquant.kernels.driver import dtype_of
 from fxquant.ops import library
+from fxquant.ops.lowering_table import KERNELS
 from tests.kernels.host import HostLauncher, assert_same_bits
 
 X = torch.linspace(-2, 2, 64).view(4, 16)
@@ -65,8 +66,8 @@ def aten(*args: Any, **kwargs: Any) -> str:
 
 
 def test_the_library_and_the_entries_name_the_same_ops() -> None:
-    assert set(dispatch.ENTRIES) == library.HAS_KERNEL
-    for name in library.HAS_KERNEL:
+    assert set(dispatch.ENTRIES) == KERNELS
+    for name in KERNELS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fxquant::{name}", "CUDA"), name
 
 
@@ -188,7 +189,7 @@ def on_cpu(state: Any, launcher: HostLauncher) -> Iterator[HostLauncher]:
     """CPU tensors dispatched as CUDA tensors are, by the same function under the same kind of key."""
     state.launcher = launcher
     with torch.library._scoped_library("fxquant", "IMPL") as temporary:
-        for name in library.HAS_KERNEL:
+        for name in KERNELS:
             packet, _, overload = name.partition(".")
             op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
             temporary.impl(name, library._by_dispatch(name, library.ARITHMETIC[op]), "CPU")

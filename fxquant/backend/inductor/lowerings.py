@@ -14,42 +14,35 @@ from torch import fx
 
 from fxquant.graph.inline import of_operands, traced
 from fxquant.numerics import planes
-from fxquant.ops import fake_quantize, quantize, saved
+from fxquant.ops import saved
 from fxquant.ops.library import ARITHMETIC, Arithmetic
+from fxquant.ops.lowering_table import becomes
 from fxquant.ops.marks import MATERIALIZE
 from fxquant.ops.qparams import AFFINE_QPARAMS, AVERAGE_MIN_MAX
 
 aten = torch.ops.aten
 
-_FUSED = (
-    *fake_quantize.FAKE_QUANTIZE,
-    *fake_quantize.BACKWARD,
-    *quantize.QUANTIZE,
-    *quantize.DEQUANTIZE,
-    saved.CLIP_MASK,
-    saved.UNPACK_PLANES,
-)
-
 
 def register_lowerings() -> None:
-    """Tells Inductor, once a process.
+    """Tells Inductor, once a process, of those that `fxquant.ops.lowering_table` has for "whole".
 
-    What `MATERIALIZE` gives is a buffer of its own. An update of ranges is stored, without what it is computed from:
-    as a node for each operation, Inductor stores every value that is a function of a range, once the range is updated
-    in place: 26 buffers a site, each of which it schedules and generates code for. Fake-quants are expressions that
-    fuse with their neighbours.
+    What `MATERIALIZE` gives is a buffer of its own. An update of ranges is stored, without what it is computed from.
+    Fake-quants are expressions that fuse with their neighbours.
     """
     from torch._inductor.lowering import lowerings, register_lowering  # private; tried on 2.11, 2.13 and 2.15
 
     if MATERIALIZE in lowerings:
         return
-    register_lowering(MATERIALIZE, type_promotion_kind=None)(_materialized)
-    register_lowering(AVERAGE_MIN_MAX, type_promotion_kind=None)(_averaged)
-    stored = functools.partial(_lowered, ARITHMETIC[AFFINE_QPARAMS], store=True)
-    register_lowering(AFFINE_QPARAMS, type_promotion_kind=None)(stored)
-    for op in _FUSED:
-        register_lowering(op, type_promotion_kind=None)(functools.partial(_lowered, ARITHMETIC[op]))
-    register_lowering(saved.PACK_PLANES, type_promotion_kind=None)(_packed)
+    of_its_own: dict[Any, Callable[..., Any]] = {
+        MATERIALIZE: _materialized,
+        AVERAGE_MIN_MAX: _averaged,
+        AFFINE_QPARAMS: functools.partial(_lowered, ARITHMETIC[AFFINE_QPARAMS], store=True),
+        saved.PACK_PLANES: _packed,
+    }
+    for op in ARITHMETIC:
+        if becomes(op, "inductor") == "whole":
+            lowering = of_its_own.get(op) or functools.partial(_lowered, ARITHMETIC[op])
+            register_lowering(op, type_promotion_kind=None)(lowering)
     _keep_dtype_rules()
 
 

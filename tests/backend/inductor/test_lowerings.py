@@ -182,7 +182,7 @@ def test_the_compiler_behind_meets_no_arithmetic(monkeypatch: pytest.MonkeyPatch
 
     def watched(self: LowerFakeQuantize, gm: fx.GraphModule, result: PassResult) -> int:
         done = rewrite(self, gm, result)
-        if self.where == "behind":
+        if self.where == "post-grad":
             seen.append({node.target for node in gm.graph.nodes})
         return done
 

@@ -111,7 +111,7 @@ def test_in_a_joint_graph_gradients_alone_are_replaced_or_beside_integers_all_bu
 
     inputs = (torch.ones(3), torch.ones(3), SCALE, POINT)
     left = {}
-    for where in ("joint", "beside integers", "behind", "anywhere"):
+    for where in ("joint", "beside integers", "post-grad", "anywhere"):
         gm = captured(model, *inputs)
         apply(LowerFakeQuantize(where=where), gm)
         left[where] = [n.target._schema.name.removeprefix("fxquant::") for n in call_nodes(gm.graph) if is_ours(n)]
@@ -120,7 +120,7 @@ def test_in_a_joint_graph_gradients_alone_are_replaced_or_beside_integers_all_bu
     assert left == {
         "joint": forward,
         "beside integers": ["dequantize_per_tensor"],
-        "behind": [*forward, backward],
+        "post-grad": [*forward, backward],
         "anywhere": [],
     }
 
