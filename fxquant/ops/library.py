@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fxquant.ops.lowering_table import becomes
 from fxquant.ops.metadata import Result, result_of
@@ -24,10 +25,10 @@ Arithmetic = Callable[..., Any]
 # Gradient of a named set of arguments, from the arguments by name and one gradient per output.
 Backward = Callable[..., Mapping[str, Tensor | None]]
 
-ARITHMETIC: dict[Any, Arithmetic] = {}
+ARITHMETIC: dict[OpOverload, Arithmetic] = {}
 """op → the function that it stands for, without value checks."""
 
-DECOMPOSITIONS: dict[Any, Arithmetic] = {}
+DECOMPOSITIONS: dict[OpOverload, Arithmetic] = {}
 """The part of `ARITHMETIC` that a compiler takes apart as it traces; the rest stays a node for our passes."""
 
 
@@ -41,7 +42,7 @@ def define(
     saves: Sequence[str] | None = None,
     traced_as: Arithmetic | None = None,
     lift: Callable[..., Sequence[Any] | None] | None = None,
-) -> Any:
+) -> OpOverload:
     """Registers ``schema`` for every device; returns its OpOverload.
 
     Args:
@@ -70,7 +71,7 @@ def define(
     if becomes(name, "eager", "cuda") == "kernel":
         LIBRARY.impl(name, _by_dispatch(name, eager), "CUDA")
     packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
+    op: OpOverload = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
     torch.library.register_fake(f"fxquant::{name}", _traced(op, _once(op, fake or arithmetic)), lib=LIBRARY)
     gradient = _Gradient(op, backward, saves) if backward is not None else None
     if gradient is not None:
@@ -99,7 +100,7 @@ _known: dict[tuple[object, ...], Result] = {}
 _MOST = 8192  # forms remembered: those of a few hundred models
 
 
-def _once(op: Any, fake: Arithmetic) -> Arithmetic:
+def _once(op: OpOverload, fake: Arithmetic) -> Arithmetic:
     """``fake``, run once for operands of one form: size, stride, dtype, device, and the numbers.
 
     A fake-quant is a dozen operations, and a compile asks for the metadata of each site as often. torch's own cache of
@@ -136,10 +137,10 @@ def _form(value: Any) -> object:
 WHEN_TRACED: list[Callable[[], None]] = []
 """Called when Dynamo first meets an operator, and again at the first of a family that was imported later."""
 
-_fused: set[Any] = set()
+_fused: set[OpOverload] = set()
 
 
-def _traced(op: Any, fake: Arithmetic) -> Arithmetic:
+def _traced(op: OpOverload, fake: Arithmetic) -> Arithmetic:
     """The fake implementation; the first time that Dynamo meets the op, it lets plain ``backend="inductor"`` fuse ours.
 
     Inductor's table of decompositions can only be extended once Inductor is loaded, which `import fxquant` must not
@@ -157,13 +158,13 @@ def _traced(op: Any, fake: Arithmetic) -> Arithmetic:
     return run
 
 
-def _by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     found = {argument.name: argument.default_value for argument in op._schema.arguments}
     found.update(zip(found, args, strict=False))
     return {**found, **kwargs}
 
 
-def _vmap_rule(op: Any, lift: Callable[..., Sequence[Any] | None] | None) -> Callable[..., Any]:
+def _vmap_rule(op: OpOverload, lift: Callable[..., Sequence[Any] | None] | None) -> Callable[..., Any]:
     """The op itself on the whole batch where ``lift`` can say how, else once for each sample.
 
     Either way autograd, tracing and further levels of vmap meet ordinary calls of the op.
@@ -199,7 +200,7 @@ def same_arguments(*args: Any) -> Sequence[Any]:
 class _Gradient:
     """A backward function in the form that torch.library takes."""
 
-    def __init__(self, op: Any, function: Backward, saves: Sequence[str] | None) -> None:
+    def __init__(self, op: OpOverload, function: Backward, saves: Sequence[str] | None) -> None:
         self.op = op
         self.function = function
         self.saves = saves

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from torch._ops import OpOverload
 
 Form = Literal["arithmetic", "node", "whole", "kernel"]
 Stage = Literal["eager", "plain", "aot eager", "aot", "joint", "beside integers", "post-grad", "inductor", "anywhere"]
@@ -175,7 +175,7 @@ KERNELS = frozenset(
 """Operators whose eager calls on CUDA tensors go by way of `fxquant.kernels.dispatch`: the names in its ENTRIES."""
 
 
-def becomes(op: torch._ops.OpOverload | str, stage: Stage, device: str = "cpu") -> Form:
+def becomes(op: OpOverload | str, stage: Stage, device: str = "cpu") -> Form:
     """What an operator becomes at a stage, on a type of device.
 
     >>> becomes("fake_quantize_per_channel_affine", "post-grad"), becomes("pack_planes", "post-grad", "cuda")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.graph.inline import Bodies, of_operands, paste
@@ -37,15 +38,16 @@ class LowerFakeQuantize(Pass):
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every fake-quant node by its traced body."""
-        nodes = [node for node in call_nodes(gm.graph) if self._is_due(node)]
-        bodies = Bodies(self.decompositions() if nodes else {})
-        for node in nodes:
-            arithmetic = of_operands(ARITHMETIC[node.target], node.args, node.kwargs, _is_node)
+        calls = [(node, node.target) for node in call_nodes(gm.graph)]
+        due = {node: op for node, op in calls if isinstance(op, OpOverload) and self._is_due(node, op)}
+        bodies = Bodies(self.decompositions() if due else {})
+        for node, op in due.items():
+            arithmetic = of_operands(ARITHMETIC[op], node.args, node.kwargs, _is_node)
             _replace(node, bodies.of(_form(node), arithmetic, _operands(node)))
-        return len(nodes)
+        return len(due)
 
-    def _is_due(self, node: fx.Node) -> bool:
-        return node.target in ARITHMETIC and becomes(node.target, self.where, _device(node)) == "arithmetic"
+    def _is_due(self, node: fx.Node, op: OpOverload) -> bool:
+        return op in ARITHMETIC and becomes(op, self.where, _device(node)) == "arithmetic"
 
 
 def _device(node: fx.Node) -> str:
