@@ -17,8 +17,8 @@ from fxquant.numerics import code_before_clamp, dequantize
 from fxquant.onnx.export import ABSORBED
 from fxquant.onnx.verify_report import CodeRow
 from fxquant.passes.export.freeze import held_name
-from fxquant.plan.plan import Role
-from fxquant.probe.recording import record
+from fxquant.probe.recording import named
+from fxquant.probe.visitor import Run, Use, visiting
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
 from fxquant.targets.session import input_names, run_codes
@@ -70,9 +70,10 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes]:
     feeds, absorbed = case.feeds, _absorbed_codes(case.path)
     theirs = run_codes(case.path, feeds, also=keys)
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
-    cascaded = _compare(case, theirs, follow=False)
-    _check_sites(case.path, cascaded.unknown - absorbed.keys())
-    return _compare(case, theirs, follow=True), cascaded
+    with visiting(case.model, "verify_onnx") as run:
+        cascaded = _compare(case, run, theirs, follow=False)
+        _check_sites(case.path, cascaded.unknown - absorbed.keys())
+        return _compare(case, run, theirs, follow=True), cascaded
 
 
 def _absorbed_codes(path: ModelPath) -> dict[str, np.ndarray | None]:
@@ -93,29 +94,31 @@ def _check_sites(path: ModelPath, absent: Set[str]) -> None:
         )
 
 
-def _compare(case: Case, found: Mapping[str, np.ndarray], *, follow: bool) -> Codes:
-    """Evaluates the model and compares every site; ``follow``: each goes on from the file's codes."""
+def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: bool) -> Codes:
+    """Runs the model and compares every site; ``follow``: each goes on from the file's codes."""
     result = Codes()
     inputs = {tensor.data_ptr() for tensor in case.tensors}
 
-    def visit(key: str, role: Role, x: Tensor, scale: Tensor, zero_point: Tensor, y: Tensor) -> Tensor | None:
-        if role == "weight":
+    def visit(key: str, use: Use) -> Tensor | None:
+        if use.role == "weight":
             return None
         if key not in found:
             result.unknown.add(key)
             return None
+        y = use.quantized
         theirs = torch.from_numpy(found[key].astype("int64")).reshape(y.shape)
-        ours = code_before_clamp(y, scale, zero_point, "divide").to(torch.int64)
+        ours = code_before_clamp(y, use.scale, use.zero_point, "divide").to(torch.int64)
         distance = (theirs - ours).abs()
         differing = int((distance > 0).sum())
         largest = int(distance.max()) if distance.numel() else 0
         result.rows.append(CodeRow(key=key, differing=differing, compared=distance.numel(), largest=largest))
-        result.at_inputs += differing if x.data_ptr() in inputs else 0
+        result.at_inputs += differing if use.input.data_ptr() in inputs else 0
         if not (follow and differing):
             return None
-        return torch.empty_like(y).copy_(dequantize(theirs, scale, zero_point))  # in y's strides, which views rely on
+        # In y's strides, which views rely on.
+        return torch.empty_like(y).copy_(dequantize(theirs, use.scale, use.zero_point))
 
-    record(case.model, case.args, case.kwargs, visit)
+    run(case.args, case.kwargs, named(visit))
     return result
 
 

@@ -5,8 +5,8 @@ from fxquant.report.coverage import Coverage
 from fxquant.report.explanation import Explanation, explain
 from fxquant.report.sqnr import sqnr
 from fxquant.search.mixed import MixedRecipe, mixed
+from fxquant.search.mixed_recipe import Mixed
 from fxquant.search.sensitivity import SensitivityReport, SensitivityRow, sensitivity
-from fxquant.search.within import Mixed
 
 __all__ = [
     "Cost",

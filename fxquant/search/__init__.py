@@ -1,7 +1,7 @@
 """Formats by measurement: what each site costs, and the best formats under a budget."""
 
 from fxquant.search.mixed import MixedRecipe, mixed
+from fxquant.search.mixed_recipe import Mixed
 from fxquant.search.sensitivity import SensitivityReport, SensitivityRow, sensitivity
-from fxquant.search.within import Mixed
 
 __all__ = ["Mixed", "MixedRecipe", "SensitivityReport", "SensitivityRow", "mixed", "sensitivity"]

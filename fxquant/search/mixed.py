@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant.errors import InvalidArgument
-from fxquant.ops import fake_quantize, qparams
-from fxquant.plan.plan import Plan, Site
-from fxquant.prepared.quantizer import quantizers
+from fxquant.plan.plan import Plan
 from fxquant.prepared.root import require_plan, unwrap
-from fxquant.search.switching import Look, Loss, Setting, Sweep, Use, only, sweep
+from fxquant.search.budget import check_budget, widths_on_target
+from fxquant.search.choice import Option, cheapest
+from fxquant.search.meters import Loss
+from fxquant.search.sweep import Setting, Sweep, sweep
+from fxquant.search.weights import Readers, Weight, alone_as, alone_with_activations, switched_on_weights
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.support.table import megabytes, table
 from fxquant.targets.profiles import get_profile
 
-_MOST_POINTS = 20_000  # of the frontier that the choice keeps: above, it is thinned
 _UNSEEN = 0.01  # share of the quantized model's effect that no wider format is bought for
-Budget = Literal["weight_bytes", "integer_share"]
 
 
 class MixedRecipe(dict[str, QuantSpec | None]):
@@ -56,25 +56,6 @@ class MixedRecipe(dict[str, QuantSpec | None]):
             f"integers; predicted {self.measure} {self.effect:.4g}"
         )
         return f"{title}\n{table(('weight', 'format', 'effect alone'), self._rows)}"
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A format that one weight may get: what it costs the result, and what it takes from the budget."""
-
-    spec: QuantSpec | None
-    cost: float
-    price: int
-
-
-@dataclass(frozen=True)
-class _Weight:
-    site: Site
-    count: int  # elements
-    float_bytes: int  # of one element
-
-    def bytes(self, spec: QuantSpec | None) -> int:
-        return self.count * self.float_bytes if spec is None else -(-self.count * spec.bits // 8)
 
 
 def mixed(
@@ -114,105 +95,40 @@ def mixed(
     """
     plan = require_plan(model, "mixed")
     plain = unwrap(model)
-    budget, amount = check_budget(weight_bytes, integer_share)
-    weights = _weights(plain, plan)
+    budget, share = check_budget(weight_bytes, integer_share)
+    weights = switched_on_weights(plain, plan)
     if not weights:
         raise InvalidArgument("mixed must be given a model with quantized weights: got none that are switched on.")
+    measure = functools.partial(sweep, plain, "mixed", data, loss, progress=progress)
     if budget == "weight_bytes":
-        return _by_bytes(plain, plan, weights, data, loss, amount, _widths(bits, plan), progress)
-    return _by_share(plain, plan, weights, data, loss, amount, progress)
-
-
-def check_budget(weight_bytes: float | None, integer_share: float | None) -> tuple[Budget, float]:
-    """The one budget that is given."""
-    if (weight_bytes is None) == (integer_share is None):
-        given = "none" if weight_bytes is None else "both"
-        raise InvalidArgument(f"mixed must be given one budget, weight_bytes or integer_share: got {given}.")
-    if weight_bytes is not None:
-        if not (0 < weight_bytes < math.inf):
-            raise InvalidArgument(f"weight_bytes must be a positive share of the int8 bytes: got {weight_bytes}.")
-        return "weight_bytes", weight_bytes
-    assert integer_share is not None
-    if not 0 <= integer_share <= 1:
-        raise InvalidArgument(f"integer_share must be from 0 to 1: got {integer_share}.")
-    return "integer_share", integer_share
-
-
-def check_bits(bits: Sequence[int | None]) -> None:
-    """Raises InvalidArgument for what is no list of widths."""
-    wrong = [b for b in bits if b is not None and not (isinstance(b, int) and 2 <= b <= 16)]
-    if wrong or not bits:
-        raise InvalidArgument(f"bits must hold widths from 2 to 16, or None for float: got {list(bits)}.")
-
-
-def _widths(bits: Sequence[int | None], plan: Plan) -> list[int | None]:
-    check_bits(bits)
-    known = get_profile(plan.target).weight_bits
-    found = [b for b in dict.fromkeys(bits) if b is None or b in known]
-    if not found:
-        raise InvalidArgument(
-            f"bits must hold a width of target {plan.target!r}, {known.start} to {known.stop - 1}: got {list(bits)}."
-        )
-    return found
-
-
-def _weights(model: nn.Module, plan: Plan) -> dict[str, _Weight]:
-    """The weight sites that are on; sizes are filled in by the first run."""
-    on = {key for key, quantizer in quantizers(model) if quantizer.enabled}
-    return {s.key: _Weight(s, 0, 0) for s in plan.sites if s.local.role == "weight" and s.key in on}
-
-
-def _requantizing(key: str, spec: QuantSpec, sizes: dict[str, _Weight]) -> Look:
-    """Only this weight, in another format, as `InsertFakeQuantize` computes it."""
-
-    def look(keys: tuple[str, ...], x: Tensor, quantized: Any) -> Tensor:
-        if key not in keys:
-            return x
-        sizes[key] = dataclasses.replace(sizes[key], count=x.numel(), float_bytes=x.element_size())
-        site, axis, rows = sizes[key].site, spec.axis, x
-        if site.local.spec.group_size is not None and site.matrix is not None:  # x has a group in each row
-            axis, rows = 0, x.reshape(-1, spec.group_size or site.matrix[1])
-        scale, zero_point = qparams.SYMMETRIC_QPARAMS(rows, axis, spec.quant_max)
-        limits = (spec.quant_min, spec.quant_max)
-        if axis is None:
-            return fake_quantize.PER_TENSOR(x, scale, zero_point, *limits, rounding=spec.rounding)
-        y = fake_quantize.PER_CHANNEL(rows, scale, zero_point, axis, *limits, rounding=spec.rounding)
-        return y.reshape(x.shape)
-
-    return look
+        return _by_bytes(plan, weights, measure, share, widths_on_target(bits, plan))
+    return _by_share(plan, weights, measure, share)
 
 
 def _by_bytes(
-    model: nn.Module,
-    plan: Plan,
-    weights: dict[str, _Weight],
-    data: Iterable[Any],
-    loss: Loss | None,
-    share: float,
-    widths: list[int | None],
-    progress: bool,
+    plan: Plan, weights: dict[str, Weight], measure: Callable[..., Sweep[Any]], share: float, widths: list[int | None]
 ) -> MixedRecipe:
     specs = {key: [_with_bits(w.site.local.spec, b, plan) for b in widths] for key, w in weights.items()}
-    settings = {
-        (key, spec): Setting(look=_requantizing(key, spec, weights), keys=frozenset({key}))
-        for key, those in specs.items()
-        # At least one format is run: it tells the size.
-        for spec in [s for s in those if s is not None] or [weights[key].site.local.spec]
-    }
-    found = sweep(model, "mixed", data, loss, settings, progress=progress)
+    sums = measure(
+        {
+            (key, spec): Setting(visit=alone_as(weights[key], spec), keys=frozenset({key}))
+            for key, those in specs.items()
+            # At least one format is run: it tells the size.
+            for spec in [s for s in those if s is not None] or [weights[key].site.local.spec]
+        }
+    )
     ran = {key: weight for key, weight in weights.items() if weight.count}
     options = [
-        [_Option(s, 0.0 if s is None else found.costs[key, s], w.bytes(s)) for s in specs[key]]
-        for key, w in ran.items()
+        [Option(s, 0.0 if s is None else sums.costs[key, s], w.bytes(s)) for s in specs[key]] for key, w in ran.items()
     ]
     whole = sum(weight.count for weight in ran.values())
-    chosen = cheapest(options, math.floor(share * whole + 1e-9), _negligible(found))
+    chosen = cheapest(options, math.floor(share * whole + 1e-9), _negligible(sums))
     if chosen is None:
         least = sum(min(option.price for option in those) for those in options) / whole
         raise InvalidArgument(
             f"weight_bytes must be at least {_up(least)}, what the narrowest of bits={widths} takes: got {share:g}."
         )
-    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), found, f"weight_bytes={share:g}")
+    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), sums, f"weight_bytes={share:g}")
 
 
 def _with_bits(spec: QuantSpec, bits: int | None, plan: Plan) -> QuantSpec | None:
@@ -223,111 +139,43 @@ def _with_bits(spec: QuantSpec, bits: int | None, plan: Plan) -> QuantSpec | Non
     return dataclasses.replace(spec, bits=bits, group_size=size)
 
 
-def _by_share(
-    model: nn.Module,
-    plan: Plan,
-    weights: dict[str, _Weight],
-    data: Iterable[Any],
-    loss: Loss | None,
-    share: float,
-    progress: bool,
-) -> MixedRecipe:
-    readers = _Readers(plan)
-    settings = {key: Setting(look=_grouped(key, readers, weights), keys=frozenset({key})) for key in weights}
-    found = sweep(model, "mixed", data, loss, settings, progress=progress, uses=readers.uses)
+def _by_share(plan: Plan, weights: dict[str, Weight], measure: Callable[..., Sweep[Any]], share: float) -> MixedRecipe:
+    readers = Readers(plan)
+    settings = {
+        key: Setting(visit=alone_with_activations(weight, readers), keys=frozenset({key}))
+        for key, weight in weights.items()
+    }
+    sums = measure(settings, operator_runs=readers.operator_runs)
     ran = {key: weight for key, weight in weights.items() if weight.count}
+    integer = [one for one in sums.operator_runs if one.is_integer]
     options = []
     for key, weight in ran.items():
-        macs = sum(use.macs for use in readers.uses if key in use.keys and use.is_integer)
-        keep = _Option(weight.site.local.spec, found.costs[key], 0)
-        options.append([keep, _Option(None, 0.0, macs)] if macs else [keep])
-    total = sum(use.macs for use in readers.uses)
-    now = sum(use.macs for use in readers.uses if use.is_integer)
+        macs = sum(one.macs for one in integer if key in one.keys)
+        keep = Option(weight.site.local.spec, sums.costs[key], 0)
+        options.append([keep, Option(None, 0.0, macs)] if macs else [keep])
+    total = sum(one.macs for one in sums.operator_runs)
+    now = sum(one.macs for one in integer)
     if now < share * total:
         most = math.floor(1e4 * now / total) / 1e4
         raise InvalidArgument(
             f"integer_share must be at most {most:g}, where every quantized operator stays quantized: got {share:g}."
         )
-    chosen = cheapest(options, math.floor(now - share * total), _negligible(found))
+    chosen = cheapest(options, math.floor(now - share * total), _negligible(sums))
     assert chosen is not None, "keeping every format costs nothing of the budget"
-    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), found, f"integer_share={share:g}")
+    return _recipe(plan, ran, dict(zip(ran, chosen, strict=True)), sums, f"integer_share={share:g}")
 
 
-def _negligible(found: Sweep[Any]) -> float:
+def _negligible(sums: Sweep[Any]) -> float:
     """The cost that moves the effect of all sites together by `_UNSEEN`; 0 where that effect is not finite."""
-    share = (1 + _UNSEEN) ** 2 - 1 if found.measure == "output error" else _UNSEEN  # of squares, and of a loss
-    return share * abs(found.every) if math.isfinite(found.every) else 0.0
-
-
-def _grouped(key: str, readers: _Readers, sizes: dict[str, _Weight]) -> Look:
-    """Only this weight, and the activations that its operators alone read."""
-
-    def look(keys: tuple[str, ...], x: Tensor, quantized: Any) -> Tensor:
-        if key in keys:
-            sizes[key] = dataclasses.replace(sizes[key], count=x.numel(), float_bytes=x.element_size())
-        return only(readers.only_for({key}) | {key})(keys, x, quantized)
-
-    return look
-
-
-class _Readers:
-    """Which operators read through which sites, as far as batches have run."""
-
-    def __init__(self, plan: Plan, uses: list[Use] | None = None) -> None:
-        self.activations = {site.key for site in plan.sites if site.local.role == "activation"}
-        self.uses = [] if uses is None else uses
-        self._known = -1
-        self._by_site: dict[str, set[frozenset[str]]] = {}
-
-    def only_for(self, weights: Collection[str]) -> set[str]:
-        """Activations every reader of which has one of these weights."""
-        if self._known != len(self.uses):
-            self._known, self._by_site = len(self.uses), {}
-            for use in self.uses:
-                for key in use.keys & self.activations:
-                    self._by_site.setdefault(key, set()).add(use.keys)
-        return {key for key, those in self._by_site.items() if not any(keys.isdisjoint(weights) for keys in those)}
-
-
-def cheapest(options: Sequence[Sequence[_Option]], budget: int, slack: float = 0.0) -> list[_Option] | None:
-    """One option of each list, with the summed price within budget; None if nothing is.
-
-    Their summed cost is at most ``slack`` above the least one within budget, and of all such sums theirs has the
-    least price. Of sums that neither cost nor price tells apart, the first is kept. Exact while at most `_MOST_POINTS`
-    sums are undominated; then the frontier is thinned, and the sum may be a little above the least.
-    """
-    least = [min(option.price for option in those) for those in options]
-    points: list[tuple[int, float, Any]] = [(0, 0.0, None)]
-    for index, those in enumerate(options):
-        room = budget - sum(least[index + 1 :])
-        grown = [
-            (price + option.price, cost + option.cost, (option, chain))
-            for price, cost, chain in points
-            for option in those
-            if price + option.price <= room
-        ]
-        grown.sort(key=lambda point: point[:2])
-        points = []
-        for point in grown:
-            if not points or point[1] < points[-1][1]:
-                points.append(point)
-        points = points[:: -(-len(points) // _MOST_POINTS)] if points else []
-    if not points:
-        return None
-    # Prices rise and costs fall along the frontier.
-    chain = next(chain for _, cost, chain in points if cost <= points[-1][1] + slack)
-    found = []
-    while chain is not None:
-        option, chain = chain
-        found.append(option)
-    return found[::-1]
+    share = (1 + _UNSEEN) ** 2 - 1 if sums.measure == "output error" else _UNSEEN  # of squares, and of a loss
+    return share * abs(sums.every) if math.isfinite(sums.every) else 0.0
 
 
 def _recipe(
-    plan: Plan, weights: dict[str, _Weight], chosen: dict[str, _Option], found: Sweep[Any], budget: str
+    plan: Plan, weights: dict[str, Weight], chosen: dict[str, Option], sums: Sweep[Any], budget: str
 ) -> MixedRecipe:
     floats = {key for key, option in chosen.items() if option.spec is None}
-    floats |= _Readers(plan, found.uses).only_for(floats) if floats else set()
+    floats |= Readers(plan, sums.operator_runs).only_for(floats) if floats else set()
     formats = {
         site.key: chosen[site.key].spec if site.key in chosen else None
         for site in plan.sites
@@ -338,16 +186,16 @@ def _recipe(
             f"the budget must leave a site quantized: got {budget}, under which every weight, and with it every site, "
             "is best in float. Allow less, or fxquant.strip the model."
         )
-    macs = sum(use.macs for use in found.uses)
-    integer = sum(use.macs for use in found.uses if use.is_integer and use.keys.isdisjoint(floats))
+    macs = sum(one.macs for one in sums.operator_runs)
+    integer = sum(one.macs for one in sums.operator_runs if one.is_integer and one.keys.isdisjoint(floats))
     return MixedRecipe(
         formats,
-        effect=found.effect(sum(option.cost for option in chosen.values())),
-        measure=found.measure,
+        effect=sums.effect(sum(option.cost for option in chosen.values())),
+        measure=sums.measure,
         weight_bytes=sum(weights[key].bytes(option.spec) for key, option in chosen.items()),
         int8_bytes=sum(weight.count for weight in weights.values()),
         integer_share=integer / macs if macs else 0.0,
-        rows=[(key, str(o.spec or "float"), f"{found.effect(o.cost):.4g}") for key, o in chosen.items()],
+        rows=[(key, str(o.spec or "float"), f"{sums.effect(o.cost):.4g}") for key, o in chosen.items()],
     )
 
 

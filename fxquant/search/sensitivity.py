@@ -15,23 +15,13 @@ from typing import Any
 from torch import nn
 
 from fxquant.errors import InvalidArgument
+from fxquant.plan.plan import Plan
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan, unwrap
-from fxquant.search.switching import Loss, Setting, Sweep, all_but, only, sweep
-from fxquant.support.require import require
+from fxquant.search.chart import draw_bars
+from fxquant.search.meters import Loss
+from fxquant.search.sweep import Setting, Sweep, all_but, only, sweep
 from fxquant.support.table import table
-
-_NO_MATPLOTLIB = 'plot must have matplotlib to draw with: found none. Install it with: pip install "fxquant[report]"'
-_COLORS = {"weight": "#0072B2", "activation": "#D55E00", "output": "#009E73"}  # Okabe and Ito, as in the demo
-
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "fxquant",  # equal reports give equal files
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +31,7 @@ class SensitivityRow:
     Attributes:
         key, role, spec: as `fxquant.explain` shows them.
         sqnr_db: signal to quantization noise of the tensor over all batches, ``10 · log₁₀(Σ x² / Σ (q(x) − x)²)``,
-            behind the quantizers before it; ``inf`` where nothing was lost.
+            after the quantizers before it; ``inf`` where nothing was lost.
         alone: the effect with only this site on.
         without: the effect with every site on but this one.
         rank: 1 for the largest ``alone``.
@@ -100,36 +90,9 @@ class SensitivityReport:
         Bars show the effect of each site alone, colored by role; the dashed line is the effect of all together.
         Raises MissingDependency without matplotlib, InvalidArgument for another suffix.
         """
-        path = Path(path)
-        form = path.suffix.lower().lstrip(".")
-        if form not in ("svg", "png"):
-            raise InvalidArgument(f"path must end in .svg or .png: got {path.name!r}.")
         if most < 1:
             raise InvalidArgument(f"most must be at least 1: got {most}.")
-        figures = require("matplotlib.figure", _NO_MATPLOTLIB)
-        with require("matplotlib", _NO_MATPLOTLIB).rc_context(_STYLE):
-            figure = _bars(figures, self, self.rows[:most])
-            metadata = {"Date": None} if form == "svg" else {}
-            figure.savefig(path, format=form, dpi=160, metadata=metadata)
-
-
-def _bars(figures: Any, report: SensitivityReport, rows: tuple[SensitivityRow, ...]) -> Any:
-    figure = figures.Figure(figsize=(7.5, 0.19 * len(rows) + 1.4), layout="constrained")
-    axis = figure.subplots()
-    for role, color in _COLORS.items():
-        mine = [row for row in rows if row.role == role]
-        if mine:
-            axis.barh([row.rank for row in mine], [row.alone for row in mine], color=color, height=0.75, label=role)
-    axis.axvline(report.every, color="#555555", linewidth=1, linestyle="--", label="all sites together")
-    axis.set_yticks([row.rank for row in rows], [row.key for row in rows], fontsize=7.5)
-    axis.tick_params(axis="y", length=0)
-    axis.set_ylim(len(rows) + 0.6, 0.4)
-    axis.grid(axis="x", color="#eeeeee", linewidth=0.8)
-    axis.set_axisbelow(True)
-    unit = "‖y − y₀‖ / ‖y₀‖ of the output" if report.measure == "output error" else "loss above the float model's"
-    axis.set_xlabel(f"{unit}, only this site quantized")
-    figure.legend(loc="outside upper left", ncols=4)
-    return figure
+        draw_bars(path, self.rows[:most], self.every, self.measure)
 
 
 def sensitivity(
@@ -152,21 +115,19 @@ def sensitivity(
             loss, a loss that is not one finite number, or no site that ran quantized.
         RangeNotSet: a site that the data runs has no range yet.
     """
-    require_plan(model, "sensitivity")
+    plan = require_plan(model, "sensitivity")
     plain = unwrap(model)
     keys = [key for key, quantizer in quantizers(plain) if quantizer.enabled]
     settings: dict[tuple[str, str], Setting] = {}
     for key in keys:
-        settings["alone", key] = Setting(look=only({key}), keys=frozenset({key}))
-        settings["without", key] = Setting(look=all_but({key}), keys=frozenset({key}), rest_on=True)
-    found = sweep(plain, "sensitivity", data, loss, settings, progress=progress)
-    return _report(plain, found)
+        settings["alone", key] = Setting(visit=only({key}), keys=frozenset({key}))
+        settings["without", key] = Setting(visit=all_but({key}), keys=frozenset({key}), rest_on=True)
+    return _report(plan, sweep(plain, "sensitivity", data, loss, settings, progress=progress))
 
 
-def _report(model: nn.Module, found: Sweep[tuple[str, str]]) -> SensitivityReport:
-    plan = require_plan(model, "sensitivity")
-    measured = [site for site in plan.sites if site.key in found.noise]
-    effect = {name: found.effect(cost) for name, cost in found.costs.items()}
+def _report(plan: Plan, sums: Sweep[tuple[str, str]]) -> SensitivityReport:
+    measured = [site for site in plan.sites if site.key in sums.noise]
+    effect = {name: sums.effect(cost) for name, cost in sums.costs.items()}
     order = {site.key: i for i, site in enumerate(measured)}
     measured.sort(key=lambda site: (-effect["alone", site.key], effect["without", site.key], order[site.key]))
     rows = tuple(
@@ -174,7 +135,7 @@ def _report(model: nn.Module, found: Sweep[tuple[str, str]]) -> SensitivityRepor
             key=site.key,
             role=site.local.role,
             spec=str(site.local.spec),
-            sqnr_db=_decibel(*found.noise[site.key]),
+            sqnr_db=_decibel(*sums.noise[site.key]),
             alone=effect["alone", site.key],
             without=effect["without", site.key],
             rank=rank,
@@ -183,10 +144,10 @@ def _report(model: nn.Module, found: Sweep[tuple[str, str]]) -> SensitivityRepor
     )
     return SensitivityReport(
         rows=rows,
-        measure=found.measure,
-        every=found.effect(found.every),
-        float_loss=found.float_loss,
-        unmeasured=tuple(site.key for site in plan.sites if site.key not in found.noise),
+        measure=sums.measure,
+        every=sums.effect(sums.every),
+        float_loss=sums.float_loss,
+        unmeasured=tuple(site.key for site in plan.sites if site.key not in sums.noise),
     )
 
 

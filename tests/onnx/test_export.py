@@ -115,9 +115,9 @@ def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
     model, _, _ = exported
     seen = {}
 
-    def visit(key, role, x, scale, zero_point, y):
-        if role != "weight":
-            seen[key] = (scale.item(), zero_point.item())
+    def visit(key, use):
+        if use.role != "weight":
+            seen[key] = (use.scale.item(), use.zero_point.item())
 
     x = torch.randn(4, 3, 8, 8)
     record(model, (x,), None, visit)

@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import random
-import sys
 from typing import Any
 
 import pytest
@@ -19,13 +18,12 @@ from fxquant.errors import InvalidArgument, RangeNotSet
 from fxquant.plan.plan import Plan
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import plan_of
-from fxquant.search import mixed
+from fxquant.search import choice, mixed
 from fxquant.search import sensitivity as measured
-from fxquant.search.switching import sweep
+from fxquant.search.sweep import sweep
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 
-chooser: Any = sys.modules["fxquant.search.mixed"]  # the package holds the function under that name
 W8 = QuantSpec(narrow=True, axis=0, range=CurrentTensor())
 
 
@@ -268,9 +266,8 @@ def test_no_set_of_float_layers_within_the_share_is_better_by_what_counts(
 def test_multiply_adds(net: Any, shape: tuple[int, ...], macs: int) -> None:
     x = torch.randn(shape)
     model = fxquant.calibrate(fxquant.prepare(net(), (x,)), [x])
-    uses: list[Any] = []
-    sweep(model, "mixed", [x, x], None, {}, progress=False, uses=uses)
-    assert sum(use.macs for use in uses) == 2 * macs and all(use.is_integer for use in uses if use.macs)
+    runs = sweep(model, "mixed", [x, x], None, {}, progress=False).operator_runs
+    assert sum(one.macs for one in runs) == 2 * macs and all(one.is_integer for one in runs if one.macs)
 
 
 def test_attention_multiplies_its_probabilities_in_float() -> None:
@@ -297,7 +294,7 @@ def test_attention_multiplies_its_probabilities_in_float() -> None:
 def options(seed: int, sites: int) -> list[list[Any]]:
     chance = random.Random(seed)
     return [
-        [chooser._Option(None, chance.choice([0.0, chance.random(), -0.1]), chance.randrange(12)) for _ in range(3)]
+        [choice.Option(None, chance.choice([0.0, chance.random(), -0.1]), chance.randrange(12)) for _ in range(3)]
         for _ in range(sites)
     ]
 
@@ -311,7 +308,7 @@ def least(those: list[list[Any]], budget: int) -> float | None:
 def test_cheapest_is_the_least_of_all_sums(seed: int) -> None:
     those = options(seed, 5)
     for budget in (0, 5, 15, 25, 35, 60):
-        found, wanted = chooser.cheapest(those, budget), least(those, budget)
+        found, wanted = choice.cheapest(those, budget), least(those, budget)
         if wanted is None:
             assert found is None
         else:
@@ -327,7 +324,7 @@ def test_cheapest_takes_the_least_price_within_the_slack(seed: int, slack: float
     for budget in (15, 25, 60):
         sums = [(sum(o.price for o in each), sum(o.cost for o in each)) for each in itertools.product(*those)]
         within = [each for each in sums if each[0] <= budget]
-        found = chooser.cheapest(those, budget, slack)
+        found = choice.cheapest(those, budget, slack)
         if not within:
             assert found is None
             continue
@@ -338,15 +335,15 @@ def test_cheapest_takes_the_least_price_within_the_slack(seed: int, slack: float
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_thinned_frontier_keeps_the_budget_and_finds_what_fits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_MOST_POINTS", 4)
+    monkeypatch.setattr(choice, "MOST_POINTS", 4)
     those = options(seed, 6)
     lowest = sum(min(o.price for o in each) for each in those)
     for budget in (lowest, lowest + 6, lowest + 20):
-        found, wanted = chooser.cheapest(those, budget), least(those, budget)
+        found, wanted = choice.cheapest(those, budget), least(those, budget)
         assert found is not None and wanted is not None
         assert sum(o.price for o in found) <= budget
         assert sum(o.cost for o in found) >= wanted - 1e-12
-    assert chooser.cheapest(those, lowest - 1) is None
+    assert choice.cheapest(those, lowest - 1) is None
 
 
 # ---------------------------------------------------------------- messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import InvalidArgument, MissingDependency, NotQuantizedWarning, RangeNotSet
 from fxquant.prepared.quantizer import quantizers
+from fxquant.probe import visitor
 from fxquant.report import SensitivityReport, SensitivityRow, sqnr
-from fxquant.search import switching
+from fxquant.search import sweep
 
 
 class Net(nn.Module):
@@ -259,9 +261,14 @@ def test_a_batch_costs_two_runs_a_site_and_a_shape_one_compile(
             counts["steps"] += 1
             yield item
 
-    monkeypatch.setattr(switching.Bench, "run", counting("runs", switching.Bench.run))
-    monkeypatch.setattr(switching, "quantize_graph", counting("compiles", switching.quantize_graph))
-    monkeypatch.setattr(switching, "track", track)
+    @contextlib.contextmanager
+    def visiting(*args: Any) -> Iterator[visitor.Run]:
+        with visitor.visiting(*args) as run:
+            yield counting("runs", run)
+
+    monkeypatch.setattr(sweep, "visiting", visiting)
+    monkeypatch.setattr(visitor, "quantize_graph", counting("compiles", visitor.quantize_graph))
+    monkeypatch.setattr(sweep, "track", track)
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
         report = fxquant.sensitivity(model, [random(size, 6) for size in shapes])
         assert torch._dynamo.config.recompile_limit == 1

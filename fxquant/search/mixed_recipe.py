@@ -12,8 +12,9 @@ from fxquant.errors import InvalidArgument
 from fxquant.prepared.override import override
 from fxquant.prepared.prepare import Measured
 from fxquant.probe.calibrate import calibrate
-from fxquant.search.mixed import check_bits, check_budget, mixed
-from fxquant.search.switching import Loss, parts
+from fxquant.search.budget import check_bits, check_budget
+from fxquant.search.meters import Loss, parts
+from fxquant.search.mixed import mixed
 from fxquant.spec.recipes import Recipe, get_recipe
 
 
@@ -24,7 +25,7 @@ class Mixed(Measured):
     >>> fxquant.prepare(model, (x,), recipe=fxquant.Mixed(data=batches, weight_bytes=0.6))
 
     `fxquant.prepare` quantizes by ``base``, sets the ranges with `fxquant.calibrate`, measures with `fxquant.mixed`,
-    and applies what it found with `fxquant.override`: the plan, and with it every checkpoint, holds the formats
+    and applies what that found with `fxquant.override`: the plan, and with it every checkpoint, holds the formats
     themselves. The ranges stay. After an error or an interrupt the model is as it was before.
 
     Attributes:
@@ -56,7 +57,7 @@ class Mixed(Measured):
     def fit(self, model: nn.Module) -> None:
         """Calibrates, measures and overrides a model that was just prepared by ``base``."""
         calibrate(model, self._inputs(), progress=self.progress)
-        found = mixed(
+        formats = mixed(
             model,
             self.data,
             self.loss,
@@ -65,7 +66,7 @@ class Mixed(Measured):
             bits=self.bits,
             progress=self.progress,
         )
-        override(model, found)
+        override(model, formats)
 
     def _inputs(self) -> Iterator[Any]:
         """The batches without targets."""

@@ -18,7 +18,7 @@ from fxquant.errors import InvalidArgument, PlanMismatch
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import plan_of
 from fxquant.report import sqnr
-from fxquant.search.within import Mixed
+from fxquant.search.mixed_recipe import Mixed
 from tests.nets import ConvNet, ranges, step, unset
 
 SIX = torch.randn(32, 6, generator=torch.Generator().manual_seed(4))
@@ -210,7 +210,7 @@ def test_progress_is_drawn_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -
         drawn.append((description, show))
         return items
 
-    for name in ("fxquant.probe.calibrate", "fxquant.search.switching"):
+    for name in ("fxquant.probe.calibrate", "fxquant.search.sweep"):
         monkeypatch.setattr(sys.modules[name], "track", track)  # the package holds a function under the first name
     for show in (True, False):
         recipe = fxquant.Mixed(data=[SIX], weight_bytes=1.0, bits=(8,), progress=show)
