@@ -22,8 +22,9 @@ from fxquant.prepared.quantizer import Quantizer, owners, quantizers
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
+from fxquant.report.example_run import ExampleRun, run_on_examples
 from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, operations, place_of
-from fxquant.report.operators import Captured, Operator, capture_operators
+from fxquant.report.operators import Operator
 from fxquant.support.table import short, table
 from fxquant.targets.expected import FLOAT
 
@@ -153,7 +154,7 @@ def explain(
     plan = require_plan(model, "explain")
     model = unwrap(model)
     given = args is not None or kwargs is not None
-    captured = capture_operators(model, plan, () if args is None else args, kwargs) if given else None
+    captured = run_on_examples(model, plan, () if args is None else args, kwargs) if given else None
     found = operations(plan, captured.results, captured.served) if captured else operations(plan)
     keys = {bound.key for bound in _bound(model).values()}
     reports = [report for report in compile_reports() if keys & set(report.digests)]
@@ -203,7 +204,7 @@ def _rows(
 
 
 def _graphs(
-    captured: Captured | None, found: Mapping[Place, Operation], target: str
+    captured: ExampleRun | None, found: Mapping[Place, Operation], target: str
 ) -> tuple[tuple[Operator, ...], ...] | None:
     """The graphs, each operator of the plan with what it is expected to become."""
     if captured is None:
@@ -270,7 +271,7 @@ def _wrapped(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: Seq
     for number, column in enumerate(columns):
         fair = room // (len(columns) - number)
         later = sum(widths[c] for c in columns[number + 1 :])
-        # What the columns behind do not need is this one's.
+        # What the columns after it do not need is this one's.
         words = [len(word) for row in rows for word in row[column].split()]
         least = min(32, max(words, default=0))
         widths[column] = min(widths[column], max(fair, room - later, least))

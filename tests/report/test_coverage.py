@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.report.coverage import Coverage, Product
+from fxquant.report.coverage import Coverage
+from fxquant.report.products import Product
 from tests.report.nets import IMAGE, MAPS, Repeated, Residual
 
 

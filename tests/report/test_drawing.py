@@ -116,7 +116,7 @@ def test_graph_breaks_and_what_the_inputs_do_not_reach(tmp_path: Path) -> None:
     model = fxquant.prepare(Repeated(), (MAPS,))
     root = drawn(fxquant.explain(model, (MAPS,), {"extra": False}), tmp_path)
     texts = [text.text for text in root.findall(f"{SVG}text")]
-    assert "graph 2, behind a graph break" in texts and "sites that these inputs do not reach:" in texts
+    assert "graph 2, after a graph break" in texts and "sites that these inputs do not reach:" in texts
     shown = [
         text.text for g in root.iter(f"{SVG}g") if "data-operator" not in g.attrib for text in g.findall(f"{SVG}text")
     ]
