@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxquant.graph.meta import site_of, sites_served
+from fxquant.passes.captured.insert_fake_quantize import Insertion
 from fxquant.plan.plan import Role
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan
@@ -26,11 +28,13 @@ class GraphSite:
     state: int | None
 
     @classmethod
-    def of(cls, node: fx.Node, placeholders: Sequence[fx.Node]) -> GraphSite:
-        """The sites of a fake-quant node: also those whose own nodes were found to be the same."""
-        site = node.meta["site"]
+    def of(cls, node: fx.Node, placeholders: Sequence[fx.Node]) -> GraphSite | None:
+        """The sites of a fake-quant node, also those that it stands for; None where the model calls it itself."""
+        site = site_of(node)
+        if not isinstance(site, Insertion):
+            return None
         state = placeholders.index(site.state[0]) if site.state and site.state[0] in placeholders else None
-        return cls(labels=(site.label, *node.meta.get("stands_for", ())), role=site.role, state=state)
+        return cls(labels=(site.label, *sites_served(node)), role=site.role, state=state)
 
 
 class SiteKeys:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from fxquant.backend.eager import aot_eager
 from fxquant.backend.quantize import quantize_graph
 from fxquant.capture.aside import compiled_aside, evaluating
 from fxquant.graph.bodies import execution_order
-from fxquant.ops import fake_quantize
+from fxquant.graph.views import FakeQuant
 from fxquant.plan.plan import Role
 from fxquant.probe.site_keys import GraphSite, SiteKeys
 
@@ -40,7 +41,7 @@ class Use:
 
     @functools.cached_property
     def quantized(self) -> Tensor:
-        """The tensor after the quantizer, computed when it is first asked for."""
+        """The tensor after the quantizer, computed when the visit first asks for it."""
         return self.compute()
 
 
@@ -48,8 +49,8 @@ class Use:
 Visit = Callable[[Use], Tensor | None]
 Run = Callable[[tuple[Any, ...], Mapping[str, Any], Visit], Any]  # (args, kwargs, visit) → the model's output
 Keys = Sequence[tuple[str, ...]]
-# Called with each graph and its fake-quant nodes as it is compiled; what it returns is called, with the keys of those
-# nodes, each time that the graph runs.
+# Called with each graph and its fake-quant nodes as it is compiled; what it returns is called each time that the graph
+# runs, with the keys of those nodes: none of one that the model calls itself.
 Watch = Callable[[fx.GraphModule, Sequence[fx.Node]], Callable[[Keys], None]]
 
 
@@ -90,7 +91,7 @@ class _Probe:
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles a graph of Dynamo's."""
         captured = quantize_graph(gm, example_inputs)
-        nodes = [node for node in execution_order(captured) if node.target in fake_quantize.FAKE_QUANTIZE]
+        nodes = [node for node in execution_order(captured) if FakeQuant.of(node)]
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
         sites = [GraphSite.of(node, placeholders) for node in nodes]
         ran = self.watch(captured, nodes) if self.watch else None
@@ -102,7 +103,7 @@ class _Probe:
         compiled = aot_eager(captured, example_inputs, interpreted)
 
         def run(*inputs: Any) -> Any:
-            keys[:] = [self.keys.resolve(site, inputs) for site in sites]
+            keys[:] = [self.keys.resolve(site, inputs) if site else () for site in sites]
             if ran is not None:
                 ran(list(keys))
             return compiled(*inputs)
@@ -113,23 +114,22 @@ class _Probe:
 class _Interpreter(fx.Interpreter):
     """Runs an AOT graph, whose fake-quant nodes stand in the order of the captured graph's."""
 
-    def __init__(
-        self, gm: fx.GraphModule, sites: Sequence[GraphSite], keys: Sequence[tuple[str, ...]], probe: _Probe
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, sites: Sequence[GraphSite | None], keys: Keys, probe: _Probe) -> None:
         super().__init__(gm)
-        nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in fake_quantize.FAKE_QUANTIZE]
+        nodes = [node for node in gm.graph.nodes if FakeQuant.of(node)]
         assert len(nodes) == len(sites), "AOTAutograd keeps every fake-quant node, in order"
-        self.numbers = {node: number for number, node in enumerate(nodes)}
-        self.sites, self.keys, self.probe = sites, keys, probe
+        numbered = zip(nodes, sites, itertools.count())
+        self.sites = {node: (site, number) for node, site, number in numbered if site is not None}
+        self.keys, self.probe = keys, probe
 
     def run_node(self, n: fx.Node) -> Any:
-        number = self.numbers.get(n)
-        if number is None:
+        if n not in self.sites:
             return super().run_node(n)
+        site, number = self.sites[n]
         args, _ = self.fetch_args_kwargs_from_env(n)
         use = Use(
             keys=self.keys[number],
-            role=self.sites[number].role,
+            role=site.role,
             input=args[0],
             scale=args[1],
             zero_point=args[2],
