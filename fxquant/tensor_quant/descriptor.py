@@ -192,8 +192,6 @@ class ScaledQuantDescriptor:
             return NotImplemented
         return self.dict() == other.dict()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.dict().items())
         return f"{type(self).__name__}({shown})"

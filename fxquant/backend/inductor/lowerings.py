@@ -122,7 +122,8 @@ def _loop_apart(buffer: Any, groups: Callable[[], list[list[int]]]) -> None:
             extra_indexing_constraints = constraints(body.var_ranges, linear)
         return simplify(extra_indexing_constraints, recompute_sizes_body_func)
 
-    buffer.simplify_and_reorder = apart  # type: ignore[method-assign]
+    own: Any = buffer  # this buffer alone, whatever its class does
+    own.simplify_and_reorder = apart
 
 
 def _averaged(low: Any, high: Any, minimum: Any, maximum: Any, constant: float) -> tuple[Any, ...]:
