@@ -30,7 +30,7 @@ from fxquant.prepared.root import require_plan, unwrap
 from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
-from fxquant.targets.registry import get_profile
+from fxquant.targets.profiles import get_profile
 
 ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
 WeightStorage = Literal["int8", "int4"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fxquant.errors import InvalidArgument
 from fxquant.targets import generic, onnxruntime, openvino, tensorrt
-from fxquant.targets.profile import Profile
 from fxquant.targets.target import Target
 
 # In the order in which messages name them.
@@ -19,8 +18,3 @@ def get_target(name: str) -> Target:
         known = ", ".join(repr(known) for known in TARGETS)
         raise InvalidArgument(f"target must be one of {known}: got {name!r}.")
     return TARGETS[name]
-
-
-def get_profile(name: str) -> Profile:
-    """The profile of a target's name; InvalidArgument as `get_target`."""
-    return get_target(name).profile

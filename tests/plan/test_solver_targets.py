@@ -18,7 +18,7 @@ from fxquant.plan.solver import place
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.recipes import INT8
 from fxquant.spec.rules import Rule, Rulebook
-from fxquant.targets.profiles import GENERIC, OPENVINO, PROFILES, TENSORRT, Profile
+from fxquant.targets.profiles import GENERIC, OPENVINO, TENSORRT, Profile
 from tests.passes.graphs import captured
 
 IMAGE = torch.randn(2, 4, 8, 8)
@@ -190,23 +190,6 @@ activation s8: conv2d_1.input
 weight s8 axis 0: conv2d_1.weight
 """,
     )
-
-
-@pytest.mark.parametrize(
-    ("target", "operands", "positive", "fitted"),
-    [
-        ("onnxruntime", ("matmul.rhs",), False, "u8"),
-        ("generic", ("matmul.rhs",), False, "u8"),
-        ("tensorrt", (), True, "s8"),
-        ("openvino", ("linear.input",), False, "u8"),
-        ("openvino", ("linear.input", "matmul.rhs"), False, "s8"),
-        ("openvino", ("matmul.rhs",), True, "s8"),
-        ("openvino", ("matmul.lhs",), False, "s8"),
-        ("openvino", ("matmul.lhs",), True, "u8"),
-    ],
-)
-def test_formats_are_fitted_to_the_target(target: str, operands: tuple[str, ...], positive: bool, fitted: str) -> None:
-    assert str(PROFILES[target].fit(U8, operands, is_positive=positive)) == fitted
 
 
 def test_a_rule_cannot_give_what_the_target_refuses() -> None:

@@ -10,7 +10,6 @@ from fxquant.errors import InvalidArgument
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor, Fixed, MovingAverage, get_range
 from fxquant.spec.recipes import INT4_WEIGHT_ONLY, INT8, Recipe, get_recipe
-from fxquant.targets.profiles import ONNXRUNTIME, PROFILES, Profile, get_profile
 
 SPECS = [
     QuantSpec(),
@@ -137,18 +136,14 @@ def test_invalid_recipes(fields: dict[str, Any], message: str) -> None:
         Recipe(name="mine", **fields)
 
 
-def test_names_of_recipes_and_profiles() -> None:
-    assert get_recipe("int8") is INT8 and get_recipe(INT8) is INT8 and get_profile("onnxruntime") is ONNXRUNTIME
+def test_names_of_recipes() -> None:
+    assert get_recipe("int8") is INT8 and get_recipe(INT8) is INT8
     with pytest.raises(
         InvalidArgument, match="recipe must be a Recipe or one of 'int8', 'w4a8', 'int4_weight_only': got 'int7'"
     ):
         get_recipe("int7")
     with pytest.raises(InvalidArgument, match="got 8"):
         get_recipe(8)  # type: ignore[arg-type]
-    with pytest.raises(
-        InvalidArgument, match="target must be one of 'onnxruntime', 'openvino', 'tensorrt', 'generic': got 'tpu'"
-    ):
-        get_profile("tpu")
 
 
 def test_with_range() -> None:
@@ -169,10 +164,3 @@ def test_ranges_by_name() -> None:
             "ranges must be one of 'moving_average', 'delayed', or a MovingAverage, CurrentTensor or Fixed: "
             f"got {wrong!r}."
         )
-
-
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda p: p.name)
-def test_a_profile_puts_each_kind_in_one_place(profile: Profile) -> None:
-    assert not profile.hard & profile.soft and not (profile.hard | profile.soft) & profile.refused.keys()
-    assert len(profile.group_bits) and set(profile.group_bits) <= set(range(2, 17))
-    assert profile.needs_output | profile.skips | profile.one_scale <= profile.hard

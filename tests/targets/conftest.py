@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fxquant.targets import onnxruntime_rows
+from fxquant.targets import session as runtime
+
+
+@pytest.fixture
+def plain_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime's optimizer must not see these graphs: it takes some of them wrong."""
+    built = runtime.session
+
+    def session(*args: Any, optimize: bool, **kwargs: Any) -> Any:
+        assert not optimize
+        return built(*args, optimize=optimize, **kwargs)
+
+    for module in (runtime, onnxruntime_rows):
+        monkeypatch.setattr(module, "session", session)
