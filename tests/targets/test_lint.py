@@ -480,6 +480,27 @@ def test_a_u8_right_operand_around_128_is_symmetric(tmp_path: Path) -> None:
     assert lint(case, True, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("target", "rule"), [("tensorrt", "nothing-between-dequantize-and-product"), ("generic", "operands-go-together")]
+)
+def test_one_finding_where_a_rule_of_the_target_s_own_says_it(target: str, rule: str, tmp_path: Path) -> None:
+    """A Cast hides an operand's DequantizeLinear: TensorRT says so itself, for others the operand is float."""
+
+    def between(g: Graph, broken: bool) -> str:
+        y = pair(g, vectors(g, "y"))
+        return g.op("MatMul", pair(g, vectors(g)), g.op("Cast", y, to=FLOAT) if broken else y)
+
+    case = Case(rule, between, "", target)
+    assert [finding.rule for finding in lint(case, True, tmp_path).findings] == [rule]
+    assert lint(case, False, tmp_path)
+
+
+def test_scales_of_a_target_s_own_quantizer_are_none_for_another(tmp_path: Path) -> None:
+    assert lint(Case("", _fp4(), "", "tensorrt", checked=False), False, tmp_path)
+    found = lint(Case("", _fp4(), "", "generic", checked=False), False, tmp_path)
+    assert {finding.message for finding in found.findings} >= {"its scale is computed at run time"}
+
+
 def test_a_report_names_node_rule_and_count(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.rule == "skip-is-quantized")
     report = lint(case, True, tmp_path)

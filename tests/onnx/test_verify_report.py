@@ -1,0 +1,131 @@
+"""What a report adds up and how it prints, from numbers that nothing had to be run for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from fxquant.onnx.lint import Finding, LintReport
+from fxquant.onnx.verify_report import CodeRow, VerifyReport
+from fxquant.targets.target import KernelRow
+
+ROWS = (
+    KernelRow(name="conv", op_type="Conv", kernel="QLinearConv", integer=True, reason=None),
+    KernelRow(name="head", op_type="MatMul", kernel="MatMul", integer=False, reason="operand 0 'x' is a graph input"),
+)
+CODES = (
+    CodeRow(key="conv.input", differing=0, compared=90, largest=0),
+    CodeRow(key="head.input", differing=3, compared=10, largest=2),
+)
+HERE = VerifyReport(
+    path="net.onnx",
+    target="onnxruntime",
+    runtime="onnxruntime",
+    rows=ROWS,
+    lint=None,
+    codes=CODES,
+    input_differing_codes=1,
+    cascaded_codes=5,
+    max_output_difference=0.125,
+    optimized_output_difference=0.25,
+    outputs_within_code=0.99875,
+    output_spread=1.5,
+    latency=0.002,
+    float_latency=0.008,
+    integer_dot=None,
+)
+ELSEWHERE = dataclasses.replace(
+    HERE, target="openvino", runtime="OpenVINO 2026.1", latency=math.nan, float_latency=math.nan, integer_dot="No dots."
+)
+FINDINGS = (Finding(rule="axis-is-given", node="dq", message="it has 4 scales and no axis"),)
+NOWHERE = dataclasses.replace(
+    ELSEWHERE,
+    target="tensorrt",
+    runtime=None,
+    rows=(),
+    lint=LintReport(path="net.onnx", target="tensorrt", findings=FINDINGS, checked=7),
+    optimized_output_difference=math.nan,
+    outputs_within_code=math.nan,
+    integer_dot=None,
+)
+
+
+def test_sums() -> None:
+    assert (HERE.differing_codes, HERE.compared_codes, HERE.largest_code_difference) == (3, 100, 2)
+    assert HERE.integer_share == 0.5 and HERE.latency_ratio == 0.25
+    empty = dataclasses.replace(HERE, rows=(), codes=())
+    assert empty.integer_share == 1.0 and (empty.differing_codes, empty.largest_code_difference) == (0, 0)
+    assert math.isnan(NOWHERE.integer_share) and math.isnan(NOWHERE.latency_ratio)
+
+
+def test_in_the_reference_runtime() -> None:
+    assert (
+        str(HERE)
+        == """\
+net.onnx in onnxruntime
+node  op      kernel       integer  why not
+────  ──────  ───────────  ───────  ──────────────────────────────
+conv  Conv    QLinearConv  yes
+head  MatMul  MatMul       no       operand 0 'x' is a graph input
+1 of 2 conv/gemm/matmul nodes run on integers (50.0 %)
+3 of 100 codes differ from fxquant_eager (1 at inputs, by 2 at most); 5 when differences run on through the net
+site        differ  of  largest
+──────────  ──────  ──  ───────
+head.input  3       10  2
+outputs differ by 0.125 unoptimized, 0.25 optimized (spread 1.5); 99.88 % of them by an 8-bit code at most
+latency 2.000 ms, float 8.000 ms: ratio 0.25 (below 1 is faster)"""
+    )
+
+
+def test_in_another_runtime() -> None:
+    assert (
+        str(ELSEWHERE)
+        == """\
+net.onnx in OpenVINO 2026.1
+node  op      kernel       integer  why not
+────  ──────  ───────────  ───────  ──────────────────────────────
+conv  Conv    QLinearConv  yes
+head  MatMul  MatMul       no       operand 0 'x' is a graph input
+1 of 2 conv/gemm/matmul nodes run on integers (50.0 %)
+in onnxruntime without optimizations, 3 of 100 codes differ from fxquant_eager (1 at inputs, by 2 at most); 5 when \
+differences run on through the net
+site        differ  of  largest
+──────────  ──────  ──  ───────
+head.input  3       10  2
+outputs differ by 0.125 in onnxruntime without optimizations, OpenVINO 2026.1's from those by 0.25 (spread 1.5); \
+99.88 % of them by an 8-bit code at most
+No dots."""
+    )
+
+
+def test_where_it_is_not_run() -> None:
+    assert (
+        str(NOWHERE)
+        == """\
+net.onnx for tensorrt, which is not run here: its kernels are not known
+net.onnx for tensorrt: 1 findings in 7 nodes
+node  finding                      rule
+────  ───────────────────────────  ─────────────
+dq    it has 4 scales and no axis  axis-is-given
+in onnxruntime without optimizations, 3 of 100 codes differ from fxquant_eager (1 at inputs, by 2 at most); 5 when \
+differences run on through the net
+site        differ  of  largest
+──────────  ──────  ──  ───────
+head.input  3       10  2
+outputs differ by 0.125 in onnxruntime without optimizations (spread 1.5)"""
+    )
+
+
+@pytest.mark.parametrize("report", [HERE, ELSEWHERE, NOWHERE], ids=lambda report: report.target)
+def test_plain_values(report: VerifyReport) -> None:
+    fields = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert list(fields)[: len(vars(report))] == list(vars(report))
+    assert fields["codes"][1] == {"key": "head.input", "differing": 3, "compared": 10, "largest": 2}
+    assert fields["compared_codes"] == 100 and len(fields["rows"]) == len(report.rows)
+    for name in ("latency", "latency_ratio", "integer_share", "outputs_within_code"):
+        value = getattr(report, name)
+        assert fields[name] == (None if math.isnan(value) else value)
+    assert (fields["lint"] is None) is (report.lint is None)
