@@ -17,6 +17,7 @@ from fxquant.backend.quantize import quantize_graph
 from fxquant.backend.reuse import reused
 from fxquant.errors import InvalidArgument
 from fxquant.graph.bodies import execution_order
+from fxquant.graph.meta import site_of
 from fxquant.passes.pipelines import joint_passes
 from fxquant.prepared.bound_forward import settle_after
 from fxquant.spec.mode import Mode
@@ -50,8 +51,8 @@ def fxquant(
 
 def _takes_first_ranges(gm: fx.GraphModule) -> bool:
     """Whether a delayed range may be unset at entry."""
-    sites = (node.meta["site"] for node in execution_order(gm) if "site" in node.meta)
-    return any(site.mode is Mode.FIRST for site in sites)
+    sites = map(site_of, execution_order(gm))
+    return any(site is not None and site.mode is Mode.FIRST for site in sites)
 
 
 def fxquant_eager(

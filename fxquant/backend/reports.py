@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxquant.graph.bodies import execution_order
+from fxquant.graph.meta import site_of
 from fxquant.passes.base import Decline, Pass, PassResult
 from fxquant.passes.joint.use_integer_matmul import UseIntegerMatmul
 
@@ -80,7 +81,7 @@ def unreported() -> Iterator[None]:
 
 
 def report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) -> None:
-    count = sum(1 for node in execution_order(gm) if "site" in node.meta)
+    count = sum(1 for node in execution_order(gm) if site_of(node) is not None)
     # A graph that only observes (calibration) has nothing for the later passes: what they say of it means nothing.
     declines = tuple(result.declines) if count or not digests else ()
     told = gm.meta[LOG] = Log(CompileReport(digests=digests, quantized=count, declines=(), seconds=result.seconds))

@@ -70,7 +70,7 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 def argument_at(node: fx.Node, index: int) -> Any:
     """`argument` by where it stands in the schema: operators of one kind call alike arguments differently."""
-    return argument(node, name_at(node, index))
+    return node.args[index] if index < len(node.args) else argument(node, name_at(node, index))
 
 
 def name_at(node: fx.Node, index: int) -> str:

@@ -69,7 +69,7 @@ def _key(mode: Any, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         return None
 
 
-_SYMBOLS: tuple[type, ...] = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _TORCH: tuple[type, ...] = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _STATIC: tuple[type, ...] = (bool, int, float, complex, str, type(None), *_TORCH)
 
@@ -82,7 +82,7 @@ def _form(value: Any) -> object:
         sizes = tuple(map(_form, (*value.shape, *value.stride(), value.storage_offset())))
         return value.dtype, value.device, value.is_conj(), value.is_neg(), value.requires_grad, sizes
     if isinstance(value, _SYMBOLS):
-        return type(value), value.node.expr  # type: ignore[attr-defined]
+        return type(value), value.node.expr
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(_form, value))
     if isinstance(value, _STATIC):

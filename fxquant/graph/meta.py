@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
 
 # Of placeholders, written by capture.
@@ -36,6 +37,14 @@ class Site(Protocol):
     @property
     def spec(self) -> QuantSpec:
         """Its format."""
+
+    @property
+    def mode(self) -> Mode:
+        """What becomes of its range in this graph."""
+
+    @property
+    def state(self) -> tuple[fx.Node, ...]:
+        """The inputs that hold its range, where it has one."""
 
 
 def site_of(node: fx.Node) -> Site | None:

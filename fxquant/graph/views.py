@@ -33,17 +33,18 @@ Number = int | float
 
 @dataclass(frozen=True)
 class View:
-    """A node of one of ``OPS``: overloads, or packets for all of theirs."""
+    """A node of one of ``OPS``, or of any overload of ``PACKETS``."""
 
     node: fx.Node
     OPS: ClassVar[Collection[Any]] = ()
+    PACKETS: ClassVar[Collection[Any]] = ()
 
     @classmethod
     def of(cls, value: object) -> Self | None:
         """The view of a node of these operators; None for other values."""
         if not isinstance(value, fx.Node) or value.op != "call_function":
             return None
-        return cls(value) if value.target in cls.OPS or packet(value) in cls.OPS else None
+        return cls(value) if value.target in cls.OPS or (cls.PACKETS and packet(value) in cls.PACKETS) else None
 
     def optional(self, name: str) -> fx.Node | None:
         """An argument that is a node or None."""
@@ -273,7 +274,7 @@ class Bind(View):
 class BatchNorm(View):
     """``batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, …)``."""
 
-    OPS: ClassVar[Collection[Any]] = (aten.batch_norm,)
+    PACKETS: ClassVar[Collection[Any]] = (aten.batch_norm,)
 
     @property
     def input(self) -> fx.Node:
@@ -320,7 +321,7 @@ class BatchNorm(View):
 class Convolution(View):
     """A convolution of one to three dimensions, transposed or not."""
 
-    OPS: ClassVar[Collection[Any]] = (
+    PACKETS: ClassVar[Collection[Any]] = (
         *(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution),
         *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
     )

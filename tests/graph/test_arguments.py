@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import fx
 
-from fxquant.graph.arguments import argument, has_argument, named_arguments, operand, set_argument
+from fxquant.graph.arguments import (
+    argument,
+    argument_at,
+    has_argument,
+    name_at,
+    named_arguments,
+    operand,
+    set_argument,
+)
 from fxquant.ops import fake_quantize, quantize
 from tests.graph.written import Op, Written
 
@@ -44,6 +52,15 @@ def test_read_alike_however_written(op: Op) -> None:
         assert {name: argument(node, name) for name in written.given} == written.given
         assert from_schema(node) == written.given
         assert named_arguments(node) == written.given
+
+
+@by_op
+def test_read_by_place_in_the_schema(op: Op) -> None:
+    names = [each.name for each in op._schema.arguments]
+    for write in ("in_place", "by_keyword", "required"):
+        node = getattr(Written(op), write)()
+        assert [name_at(node, index) for index in range(len(names))] == names
+        assert [argument_at(node, index) for index in range(len(names))] == [argument(node, name) for name in names]
 
 
 @by_op

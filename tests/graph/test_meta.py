@@ -80,6 +80,7 @@ def test_an_insertion_is_a_site() -> None:
     marked.meta[meta.SITE] = Insertion(label="fc.weight", role="weight", spec=spec, edges=(), mode=Mode.STATIC)
     site = meta.site_of(marked)
     assert site is not None and (site.label, site.role, site.spec) == ("fc.weight", "weight", spec)
+    assert (site.mode, site.state) == (Mode.STATIC, ())
 
 
 def test_sites_served() -> None:

@@ -107,7 +107,7 @@ def test_reads_defaults(case: Case) -> None:
 
 @by_case
 def test_every_field_is_tested(case: Case) -> None:
-    derived = {"OPS", "of", "optional", "grid", "has_grid_of", "has_numbers", "node"}
+    derived = {"OPS", "PACKETS", "of", "optional", "grid", "has_grid_of", "has_numbers", "node"}
     assert {name for name in dir(case.view) if not name.startswith("_")} - derived == set(case.fields)
 
 
@@ -116,9 +116,9 @@ def test_every_operator_of_every_view_is_tested() -> None:
         return {getattr(op, "overloadpacket", op) for op in ops}
 
     for view in {case.view for case in CASES}:
-        assert packets(view.OPS) == packets(case.op for case in CASES if case.view is view)
-    classes = {each for each in vars(views).values() if isinstance(each, type) and issubclass(each, View) and each.OPS}
-    assert classes == {case.view for case in CASES} | {Item}
+        assert packets((*view.OPS, *view.PACKETS)) == packets(case.op for case in CASES if case.view is view)
+    classes = {each for each in vars(views).values() if isinstance(each, type) and issubclass(each, View)}
+    assert classes == {case.view for case in CASES} | {View, views._Affine, Item}
 
 
 @by_case

@@ -12,7 +12,9 @@ import sympy
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument
 from fxquant.graph.inline import of_operands, traced
+from fxquant.graph.views import AverageMinMax, Item
 from fxquant.numerics import planes
 from fxquant.ops import saved
 from fxquant.ops.library import ARITHMETIC, Arithmetic
@@ -156,16 +158,20 @@ def _is_only_updated() -> bool:
     from torch._inductor.virtualized import V  # private; tried on 2.11, 2.13 and 2.15
 
     current: Any = V.graph.current_node
-    items = {user.args[1]: user for user in current.users}
-    for position, state in enumerate(current.args[2:4]):
-        new, others = items.get(position), [user for user in state.users if user is not current]
-        if new is None or state.op != "placeholder" or len(others) != 1 or others[0].args != (state, new):
-            return False
-        if others[0].target is not aten.copy_.default:
-            return False
-        if not all(user is others[0] or user.target is AFFINE_QPARAMS for user in new.users):
-            return False
-    return True
+    new = {part.index: part.node for user in current.users if (part := Item.of(user)) is not None}
+    states = AverageMinMax(current).state
+    return all(_replaces(new.get(index), state, current) for index, state in enumerate(states))
+
+
+def _replaces(new: fx.Node | None, state: fx.Node, current: fx.Node) -> bool:
+    """Whether ``new`` is copied into an input that is read for it alone, and else makes scale and zero point only."""
+    others = [user for user in state.users if user is not current]
+    if new is None or state.op != "placeholder" or len(others) != 1 or others[0].target is not aten.copy_.default:
+        return False
+    (copy,) = others
+    if argument(copy, "self") is not state or argument(copy, "src") is not new:
+        return False
+    return all(user is copy or user.target is AFFINE_QPARAMS for user in new.users)
 
 
 def _lowered(arithmetic: Arithmetic, *args: Any, store: bool = False, **kwargs: Any) -> Any:
@@ -240,7 +246,7 @@ def _packed(values: Any, bits: int, dim: int) -> Any:
         return _lowered(ARITHMETIC[saved.PACK_PLANES], values, bits, dim)
     # In the order of memory, so that the loops of the sum, which follow what they read, are those of the bytes.
     current: Any = V.graph.current_node
-    strides = current.args[0].meta["val"].stride()
+    strides = argument(current, "values").meta["val"].stride()
     order = list(reversed(ir.get_fill_order(strides, V.graph.sizevars.shape_env)))
     dim = order.index(dim)
     total = _lowered(planes.sum_masks, lowerings[aten.permute.default](values, order), dim)

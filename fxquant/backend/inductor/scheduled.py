@@ -14,6 +14,7 @@ import sympy
 from torch import fx
 
 from fxquant.graph.edit import copied
+from fxquant.graph.nodes import results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def recorder(found: list[Lowered]) -> Callable[..., Any]:
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         partitioned = copied(gm)  # Inductor's post-grad passes rewrite the graph, and rename nodes
         backward = bool(settings.get("is_backward"))
-        outputs = partitioned.graph.find_nodes(op="output")[0].args[0]
+        outputs = results(partitioned.graph)
         read: dict[str, Any] = {"storages": [None] * len(outputs)}
         try:
             with mock.patch.object(GraphLowering, "compile_to_module", schedule):

@@ -23,9 +23,10 @@ from fxquant.backend.quantize import quantize_graph
 from fxquant.backend.reports import unreported
 from fxquant.capture.aside import compiled_aside, untouched
 from fxquant.errors import InvalidArgument, UnsupportedModel
+from fxquant.graph import meta
 from fxquant.graph.bodies import execution_order, nested_graphs
 from fxquant.graph.nodes import is_bind
-from fxquant.ops import fake_quantize
+from fxquant.graph.views import FakeQuant
 from fxquant.prepared.quantizer import quantizers
 from fxquant.support.table import short
 
@@ -242,10 +243,10 @@ def _without_binds(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _mark_sites(gm: fx.GraphModule) -> None:
     """Writes the site into what a quantizer consists of: the fake-quant node, and what computes and keeps its range."""
-    nodes = [n for n in execution_order(gm) if n.target in fake_quantize.FAKE_QUANTIZE and "site" in n.meta]
-    sources = {node.args[0] for node in nodes}
-    for node in nodes:
-        site = node.meta["site"]
+    found = [(view, site) for n in execution_order(gm) if (view := FakeQuant.of(n)) and (site := meta.site_of(n))]
+    sources = {view.input for view, _ in found}
+    for view, site in found:
+        node = view.node
         kept = [user for state in site.state for user in state.users if user.target is torch.ops.aten.copy_.default]
         seen: set[fx.Node] = set()
         todo = [node, *kept]
@@ -256,4 +257,4 @@ def _mark_sites(gm: fx.GraphModule) -> None:
             seen.add(one)
             stack = one.meta.get("nn_module_stack") or {}
             one.meta["nn_module_stack"] = stack if _SITE in stack else {_SITE: (site.label, nn.Module), **stack}
-            todo += [n for n in one.all_input_nodes if n is not node.args[0]]
+            todo += [n for n in one.all_input_nodes if n is not view.input]
