@@ -291,7 +291,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         },
     ),
     (
-        "fxquant/onnx/verify.py",
+        "fxquant/onnx/compare.py",
         "tests/onnx/test_verify.py",
         {"differing = int((distance > 0).sum())": "differing = int((distance > 1).sum())"},
     ),
