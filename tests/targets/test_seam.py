@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import onnx
@@ -104,16 +103,27 @@ def wonder(monkeypatch: pytest.MonkeyPatch) -> Target:
     return TARGET
 
 
-def register(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    monkeypatch.setitem(TARGETS, "wonder", dataclasses.replace(TARGET, **changes))
+Exported = tuple[nn.Module, Path]
 
 
-def exported(folder: Path) -> tuple[nn.Module, Path]:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A model prepared for it, and its file."""
     torch.manual_seed(0)
-    model = calibrated(Net(), X, target="wonder")
-    report = fxquant.export_onnx(model, (X,), folder / "net.onnx")
+    path = tmp_path_factory.mktemp("wonder") / "net.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TARGETS, "wonder", TARGET)
+        model = calibrated(Net(), X, target="wonder")
+        report = fxquant.export_onnx(model, (X,), path)
     assert (report.target, report.opset) == ("wonder", 21)
-    return model, folder / "net.onnx"
+    return model, path
+
+
+def verified(exported: Exported, monkeypatch: pytest.MonkeyPatch, runtime: Runtime | None) -> VerifyReport:
+    """The report where the target is run like that."""
+    monkeypatch.setitem(TARGETS, "wonder", dataclasses.replace(TARGET, runtime=runtime))
+    model, path = exported
+    return fxquant.verify_onnx(model, (X,), path, rounds=3)
 
 
 # ---------------------------------------------------------------- its way through fxquant
@@ -162,24 +172,25 @@ def test_its_forecast_knows_widths(wonder: Target, recipe: Recipe, kernels: set[
 
 
 def test_what_it_foretells_nothing_about_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, forecast=Forecast())
+    monkeypatch.setitem(TARGETS, "wonder", dataclasses.replace(TARGET, forecast=Forecast()))
     rows = fxquant.explain(fxquant.prepare(Net(), (X,), target="wonder")).rows
     assert {kernel for row in rows for kernel in row.kernels} == {"not known"}
 
 
-def test_it_is_exported_in_its_opsets(wonder: Target, tmp_path: Path) -> None:
-    model, path = exported(tmp_path)
-    codes = {node.op_type for node in onnx.load(path).graph.node}
-    assert "QuantizeLinear" in codes and "Conv" in codes
+def test_it_is_exported_in_its_opsets(wonder: Target, exported: Exported, tmp_path: Path) -> None:
+    model, path = exported
+    assert {"QuantizeLinear", "Conv"} <= {node.op_type for node in onnx.load(path).graph.node}
+    path = tmp_path / "higher.onnx"
     fxquant.export_onnx(model, (X,), path, opset=22)
+    assert {entry.version for entry in onnx.load(path).opset_import if not entry.domain} == {22}
     with pytest.raises(InvalidArgument, match=r"opset must be from 21 to 22 for wonder: got 23\."):
         fxquant.export_onnx(model, (X,), path, opset=23)
 
 
 def test_it_is_linted_by_its_rules_and_the_common_ones(
-    wonder: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wonder: Target, exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, path = exported(tmp_path)
+    _, path = exported
     assert list(rules("wonder")) == [*COMMON, "no-relu"]
     assert rules("wonder")["no-relu"] == "Activations are a Max: there is no Relu."
     report = lint_onnx(path, "wonder")
@@ -188,13 +199,8 @@ def test_it_is_linted_by_its_rules_and_the_common_ones(
     assert "wonder has no Relu" in capsys.readouterr().out
 
 
-def verified(folder: Path) -> VerifyReport:
-    model, path = exported(folder)
-    return fxquant.verify_onnx(model, (X,), path, rounds=3)
-
-
-def test_it_is_run(wonder: Target, tmp_path: Path) -> None:
-    report = verified(tmp_path)
+def test_it_is_run(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = verified(exported, monkeypatch, TARGET.runtime)
     assert report.target == "wonder" and report.runtime == "Wonder 1.0" and report.lint is None
     assert [(row.op_type, row.kernel) for row in report.rows] == [
         ("Conv", "Wonder8"),
@@ -204,11 +210,11 @@ def test_it_is_run(wonder: Target, tmp_path: Path) -> None:
     assert report.integer_share == 1.0 and report.outputs_within_code == 1.0 and math.isnan(report.latency)
     assert report.optimized_output_difference < 1e-5 < report.output_spread
     text = str(report)
-    assert f"{tmp_path / 'net.onnx'} in Wonder 1.0" in text and text.endswith("This is no real machine.")
+    assert f"{exported[1]} in Wonder 1.0" in text and text.endswith("This is no real machine.")
     assert "in onnxruntime without optimizations, Wonder 1.0's from those by" in text and "latency" not in text
 
 
-def test_it_may_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_may_be_timed(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], bool, int]] = []
 
     def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int) -> dict[str, float]:
@@ -216,36 +222,32 @@ def test_it_may_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         asked.append((list(feeds), "QuantizeLinear" in floats, rounds))
         return {"quantized": 0.5, "float": 2.0}
 
-    register(monkeypatch, runtime=Runtime(require=_require, run=run, latency=latency))
-    report = verified(tmp_path)
+    report = verified(exported, monkeypatch, Runtime(require=_require, run=run, latency=latency))
     assert asked == [(["x"], False, 3)]
     assert (report.latency, report.float_latency, report.latency_ratio) == (0.5, 2.0, 0.25)
     assert "ratio 0.25 (below 1 is faster)" in str(report)
 
 
-def test_what_differs_in_it_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_differs_in_it_is_noticed(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(path: ModelPath, feeds: Feeds) -> Ran:
         ran = run(path, feeds)
         return dataclasses.replace(ran, outputs=[output + np.float32(1) for output in ran.outputs])
 
-    register(monkeypatch, runtime=Runtime(require=_require, run=wrong))
-    report = verified(tmp_path)
+    report = verified(exported, monkeypatch, Runtime(require=_require, run=wrong))
     assert report.optimized_output_difference == pytest.approx(1.0, abs=1e-4)
     assert report.outputs_within_code == 0.0 and report.max_output_difference < 1e-5
 
 
-def test_its_package_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_its_package_may_be_missing(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> ModuleType:
         return require("wonder_runtime", "wonder must be installed: it is not.")
 
-    register(monkeypatch, runtime=Runtime(require=absent, run=run))
     with pytest.raises(MissingDependency, match=r"^wonder must be installed: it is not\.$"):
-        verified(tmp_path)
+        verified(exported, monkeypatch, Runtime(require=absent, run=run))
 
 
-def test_without_a_run_its_rules_are_the_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    register(monkeypatch, runtime=None)
-    report = verified(tmp_path)
+def test_without_a_run_its_rules_are_the_proof(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = verified(exported, monkeypatch, None)
     assert report.runtime is None and report.rows == () and math.isnan(report.integer_share)
     assert report.lint is not None and [finding.rule for finding in report.lint.findings] == ["no-relu"]
     assert "for wonder, which is not run here: its kernels are not known" in str(report)
