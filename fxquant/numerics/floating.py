@@ -65,7 +65,7 @@ def _round_half_even(magnitude: Tensor, format: FloatFormat) -> Tensor:
     _, mantissa, _ = _LAYOUT[magnitude.dtype]
     shift = mantissa - format.mantissa_bits
     # Veltkamp's splitting: about the upper half of the bits. Not as a product with 2^k + 1: fused with the differences
-    # behind, that would give all bits. A product with a power of two is exact, fused or not.
+    # after it, that would give all bits. A product with a power of two is exact, fused or not.
     upper = magnitude * 2.0 ** (mantissa // 2 + 1) + magnitude
     head = upper - (upper - magnitude)
     carrier = (head * 2.0**shift).clamp(min=2.0 ** (shift + format.emin))

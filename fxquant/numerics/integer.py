@@ -123,7 +123,7 @@ def rescale(total: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, bias: Tensor | 
 
 
 def pack_nibbles(code: Tensor) -> Tensor:
-    """``[…, n]`` codes as ``[…, ⌈n/2⌉]`` bytes, the first of a pair in the low four bits, 0 behind an odd end."""
+    """``[…, n]`` codes as ``[…, ⌈n/2⌉]`` bytes, the first of a pair in the low four bits, 0 after an odd end."""
     nibble = code.to(torch.uint8) & 15
     # The odd half of a padded copy is as long as the even half of the original, whether n is even or odd.
     return nibble[..., 0::2] | (functional.pad(nibble, (0, 1))[..., 1::2] << 4)

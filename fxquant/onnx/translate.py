@@ -55,9 +55,6 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         shape = np.array([0] * (start_dim % rank) + [-1], dtype=np.int64)
         return op.Reshape(self, constant(op, shape))
 
-    ours: dict[Any, Callable[..., Value]] = {
-        QUANTIZE_DEQUANTIZE: quantize_dequantize,
-        DEQUANTIZE: dequantize,
-        torch.ops.aten.flatten.using_ints: flatten,
-    }
+    ours: dict[Any, Callable[..., Value]] = {QUANTIZE_DEQUANTIZE: quantize_dequantize, DEQUANTIZE: dequantize}
+    ours[torch.ops.aten.flatten.using_ints] = flatten
     return {**operator_translations(), **amax_translations(opset), **without_annotations(ours)}

@@ -333,7 +333,7 @@ def fake_quantize_per_tensor_affine(
         raise RuntimeError("scale and zero_point must both be numbers or both be tensors.")
     op = PER_TENSOR if isinstance(scale, Tensor) else PER_TENSOR_SCALAR
     y = op(input, scale, zero_point, quant_min, quant_max, rounding=rounding)
-    if check and isinstance(zero_point, Tensor):  # behind the op, which complains about all else first
+    if check and isinstance(zero_point, Tensor):  # after the op, which complains about all else first
         assert_zero_points(zero_point, quant_min, quant_max)
     return y
 

@@ -61,7 +61,7 @@ UNPACK_INT4 = define(
 def pack_int4(code: Tensor) -> Tensor:
     """4-bit codes, two in a byte: ``[…, n]`` integers → ``[…, ⌈n/2⌉]`` uint8.
 
-    ``byte[i] = (q[2i] & 15) | (q[2i + 1] & 15) << 4``, with 0 behind an odd end
+    ``byte[i] = (q[2i] & 15) | (q[2i + 1] & 15) << 4``, with 0 after an odd end
 
     ``code`` is int8, uint8, int16, int32 or int64 and holds codes of one format, [−8, 7] or [0, 15]: on CPU others
     raise RuntimeError, elsewhere and in compiled code their low four bits are taken. No gradient.

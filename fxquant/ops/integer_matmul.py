@@ -1,7 +1,7 @@
 """``fxquant::integer_convolution``, and where this machine multiplies codes exactly.
 
 Products of matrices need no operator of ours: `torch.ops.aten._int_mm` is one, and what follows it is arithmetic
-(`fxquant.numerics.integer.matmul`). Convolutions of integers are in torch for CPUs only, behind oneDNN.
+(`fxquant.numerics.integer.matmul`). Convolutions of integers are in torch for CPUs only, by oneDNN.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def integer_convolution(
     """The sums of an integer convolution: ``Σ (code − zero_point) · weight``, exact in int32, as float32.
 
     Args:
-        code: uint8, [N, C, …] with 1 to 3 dimensions behind; padded with ``zero_point``.
+        code: uint8, [N, C, …] with 1 to 3 dimensions after the channels; padded with ``zero_point``.
         weight: int8, [O, C / groups, …].
         zero_point: one integer, of ``code``.
-        stride, padding, dilation: one number per dimension behind.
+        stride, padding, dilation: one number per dimension after the channels.
         groups: as in `torch.nn.functional.conv2d`.
 
     The result has its channels last in memory. CPU only, no gradient; ONNX's ConvInteger. Raises InvalidArgument for

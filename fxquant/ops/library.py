@@ -70,19 +70,21 @@ def define(
     LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
     if becomes(name, "eager", "cuda") == "kernel":
         LIBRARY.impl(name, _by_dispatch(name, eager), "CUDA")
-    packet, _, overload = name.partition(".")
-    op: OpOverload = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
+    op = _operator(name)
     torch.library.register_fake(f"fxquant::{name}", _traced(op, _once(op, fake or arithmetic)), lib=LIBRARY)
-    gradient = _Gradient(op, backward, saves) if backward is not None else None
-    if gradient is not None:
-        torch.library.register_autograd(
-            f"fxquant::{name}", gradient.backward, setup_context=gradient.setup_context, lib=LIBRARY
-        )
+    if backward is not None:
+        _Gradient(op, backward, saves).register(name)
     torch.library.register_vmap(f"fxquant::{name}", _vmap_rule(op, lift), lib=LIBRARY)
     ARITHMETIC[op] = arithmetic
     if becomes(name, "aot") == "arithmetic":
         DECOMPOSITIONS[op] = traced_as or arithmetic
     return op
+
+
+def _operator(name: str) -> OpOverload:
+    packet, _, overload = name.partition(".")
+    found: OpOverload = getattr(getattr(torch.ops.fxquant, packet), overload or "default")
+    return found
 
 
 def _by_dispatch(name: str, aten: Arithmetic) -> Arithmetic:
@@ -205,6 +207,11 @@ class _Gradient:
         self.function = function
         self.saves = saves
         self.positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
+
+    def register(self, name: str) -> None:
+        torch.library.register_autograd(
+            f"fxquant::{name}", self.backward, setup_context=self.setup_context, lib=LIBRARY
+        )
 
     def setup_context(
         self, ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None

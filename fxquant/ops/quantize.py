@@ -262,7 +262,7 @@ def quantize_per_tensor(
             as `pack_int4` gives it, two codes a byte along the last axis.
         rounding: ``"divide"`` as ONNX QuantizeLinear, ``"reciprocal"`` as torch's fake-quantize.
 
-    `dequantize_per_tensor` behind it gives the bits of `fake_quantize_per_tensor_affine`. No gradient: integers.
+    `dequantize_per_tensor` of the codes gives the bits of `fake_quantize_per_tensor_affine`. No gradient: integers.
 
     Raises RuntimeError for what fake-quantize refuses, and for a range that ``dtype`` does not hold.
 
@@ -298,7 +298,7 @@ def quantize_per_channel(
             ``rounding="reciprocal"`` only.
         axis: counted from the front.
 
-    `dequantize_per_channel` behind it gives the bits of `fake_quantize_per_channel_affine`, but for one case:
+    `dequantize_per_channel` of the codes gives the bits of `fake_quantize_per_channel_affine`, but for one case:
     "reciprocal" takes float16 and bfloat16 through a double product there, as torch does, and not here.
     No gradient: integers. NaN becomes ``quant_min``; with "reciprocal" so does +inf, as in torch.
 

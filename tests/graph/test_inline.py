@@ -85,12 +85,12 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], ...]]
 
 
 def test_calls_of_one_form_share_a_body(traces: list[Any]) -> None:
-    def model(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        return a.exp(), b.exp(), c.exp(), a.to(torch.float64), b.t(), b.sin()
+    def model(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        return a.exp(), b.exp(), c.exp(), a.to(torch.float64), d.t(), b.sin()
 
     nodes = [
         node
-        for node in graph_of(model, torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)).graph.nodes
+        for node in graph_of(model, *map(torch.ones, ((2, 3), (2, 3), (2, 4), (3, 2)))).graph.nodes
         if node.op == "call_function"
     ]
     bodies = Bodies()

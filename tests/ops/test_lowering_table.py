@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pytest
@@ -176,6 +176,66 @@ def test_another_row_is_another_decision(monkeypatch: pytest.MonkeyPatch) -> Non
         LowerFakeQuantize(where=where).run(gm)
         found[where] = form_in(gm, op)
     assert found == {"joint": "arithmetic", "anywhere": "node"}
+
+
+AFFINE = {
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_tensor_affine.tensor_qparams",
+    "fake_quantize_per_channel_affine",
+}
+GRADIENTS = {"fake_quantize_per_tensor_affine_backward", "fake_quantize_per_channel_affine_backward"}
+CODING = {
+    *("quantize_per_tensor", "quantize_per_tensor.tensor_qparams", "quantize_per_channel"),
+    *("clip_mask_per_tensor_affine", "pack_planes"),
+}
+READING = {
+    *("dequantize_per_tensor", "dequantize_per_tensor.tensor_qparams", "dequantize_per_channel"),
+    "unpack_planes",
+}
+STATE = {"average_min_max", "affine_qparams"}
+ALL_FOUR = AFFINE | GRADIENTS | CODING | READING
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which operators become something at a stage; all others become the other thing."""
+
+    stage: Stage
+    device: str
+    form: Form
+    operators: set[str]
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.device} {self.form}"
+
+
+DECISIONS = (
+    Decision("plain", "cpu", "node", {"bind", "integer_convolution"}),
+    Decision("aot eager", "cpu", "arithmetic", {"stand_in"}),
+    Decision(
+        *("aot", "cpu", "node"),
+        AFFINE
+        | GRADIENTS
+        | STATE
+        | {"bind", "materialize", "dequantize_affine", "quantize_dequantize", "integer_convolution"},
+    ),
+    Decision("joint", "cpu", "arithmetic", GRADIENTS),
+    Decision("joint", "cuda", "arithmetic", GRADIENTS),
+    Decision("beside integers", "cpu", "arithmetic", AFFINE | GRADIENTS | CODING),
+    Decision("post-grad", "cpu", "arithmetic", set()),
+    Decision("post-grad", "cuda", "arithmetic", ALL_FOUR),
+    Decision("anywhere", "cpu", "arithmetic", ALL_FOUR),
+    Decision("inductor", "cpu", "whole", ALL_FOUR | STATE | {"materialize"}),
+    Decision("eager", "cpu", "kernel", {"integer_convolution"}),
+    Decision("eager", "cuda", "kernel", set(ENTRIES) | {"integer_convolution"}),
+)
+
+
+@pytest.mark.parametrize("decision", DECISIONS, ids=str)
+def test_the_decisions(decision: Decision) -> None:
+    """By stage, where the table goes by operator: a row that changed by mistake changes these."""
+    names = set(map(operator_name, BY_OPERATOR))
+    assert {n for n in names if becomes(n, decision.stage, decision.device) == decision.form} == decision.operators
 
 
 def test_every_stage_has_an_answer() -> None:

@@ -177,7 +177,7 @@ def _replaces(new: fx.Node | None, state: fx.Node, current: fx.Node) -> bool:
 def _lowered(arithmetic: Arithmetic, *args: Any, store: bool = False, **kwargs: Any) -> Any:
     """What a function of tensors and numbers lowers to, operation by operation, of which Inductor sees no nodes.
 
-    ``store``: each result is a buffer, which results behind it read.
+    ``store``: each result is a buffer, which later results read.
     """
     from torch._inductor.lowering import lowerings  # private; tried on 2.11, 2.13 and 2.15
 
