@@ -7,14 +7,18 @@ import dataclasses
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from torch import fx
 
-from fxquant.graph.bodies import all_graphs
+from fxquant.errors import InvariantViolated
 from fxquant.graph.fakes import memoized
-from fxquant.passes.invariants import check_invariants
+from fxquant.passes.changes import Snapshot
+from fxquant.passes.invariants import check_invariants, check_made, check_values
+from fxquant.passes.stages import Stage, enter, misfit, operators, stage_of
 from fxquant.support.digest import source_digest
+
+T = TypeVar("T")
 
 VERSION = "1"
 
@@ -33,31 +37,43 @@ class Decline:
 
 @dataclass
 class PassResult:
-    """What a pass did. ``modified`` is true exactly when the graph changed."""
+    """What a pass did. ``modified`` is true exactly when the graph changed.
+
+    ``products``: what a pass made beside its edits, as the list of what it froze; `product` finds one by its class.
+    """
 
     modified: bool = False
     rewrites: int = 0
     declines: list[Decline] = field(default_factory=list)
     seconds: float = 0.0
+    products: list[object] = field(default_factory=list)
 
     def __iadd__(self, other: PassResult) -> PassResult:
         self.modified |= other.modified
         self.rewrites += other.rewrites
         self.declines += other.declines
         self.seconds += other.seconds
+        self.products += other.products
         return self
+
+    def product(self, kind: type[T]) -> T:
+        """The one product of a class; an AssertionError where no pass made one, or several did."""
+        (found,) = (each for each in self.products if isinstance(each, kind))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(abc.ABC):
-    """One transform. Subclasses write `rewrite`, which edits a graph and its nested bodies.
+    """One transform. Subclasses write `rewrite`, which edits a graph and its nested bodies, and name their ``stages``.
 
     A pass that finds nothing leaves the graph untouched, and a second run finds nothing.
     """
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        """Rewrites ``gm`` in place, invariants checked before and after."""
-        return run_all((self,), gm)
+    stages: ClassVar[tuple[Stage, ...]]
+
+    def run(self, gm: fx.GraphModule, stage: Stage | None = None) -> PassResult:
+        """Rewrites ``gm`` in place, see `run_all`."""
+        return run_all((self,), gm, stage)
 
     @abc.abstractmethod
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -88,32 +104,78 @@ def _stable(value: Any) -> str:
     return repr(value)
 
 
-def run_all(passes: Iterable[Pass], gm: fx.GraphModule) -> PassResult:
+def run_all(passes: Iterable[Pass], gm: fx.GraphModule, stage: Stage | None = None) -> PassResult:
     """Runs passes in order; the sum of what they did.
 
-    Between two passes only the graphs are right: Python code is written behind the last one, once.
+    ``stage`` is that of ``gm`` from here on, for graphs whose maker did not say it (`fxquant.passes.stages`).
+    Between two passes only the graphs are right: Python code is written after the last one, once.
+
+    Raises:
+        InvariantViolated: a pass was given a graph of another stage, left one that breaks the rules of its own, or
+            reported another thing than it did.
     """
     started = time.perf_counter()
+    if stage is not None:
+        enter(gm, stage)
     total = PassResult()
+    checked: _Checked | None = None
     with memoized():
         for each in passes:
-            total += _edit(each, gm)
-    if total.modified:
-        for module in all_graphs(gm):
+            result, checked = _edit(each, gm, checked)
+            total += result
+    if total.modified and checked is not None:
+        for module in checked.snapshot.graphs:
             module.recompile()
     total.seconds = time.perf_counter() - started
     return total
 
 
-def _edit(each: Pass, gm: fx.GraphModule) -> PassResult:
+@dataclass(frozen=True)
+class _Checked:
+    """A graph that satisfies a stage, and the operators of fxquant in it."""
+
+    stage: Stage
+    snapshot: Snapshot
+    operators: frozenset[Any]
+
+
+def _edit(each: Pass, gm: fx.GraphModule, checked: _Checked | None) -> tuple[PassResult, _Checked]:
     """Runs one pass and checks its work; the code of what it changed is not written yet."""
-    for module in all_graphs(gm):
-        check_invariants(module, f"before {each.name}")
+    before = _admit(each, gm, checked)
     result = PassResult()
     result.rewrites = each.rewrite(gm, result)
-    result.modified = result.rewrites > 0
-    if result.modified:
-        for module in all_graphs(gm):
-            module.graph.lint()
-            check_invariants(module, f"after {each.name}")
-    return result
+    snapshot = Snapshot(gm, before.stage.owns)
+    change = before.snapshot.difference(snapshot)
+    result.modified = change is not None
+    if result.modified != (result.rewrites > 0):
+        done = f"changed {change}" if change else "changed nothing"
+        raise InvariantViolated(f"{each.name} must report its rewrites: got {result.rewrites}, and it {done}.")
+    if not result.modified:
+        return result, before
+    when, known = f"after {each.name}", frozenset(before.snapshot.nodes)
+    for module in snapshot.graphs:
+        module.graph.lint()
+    check_invariants(snapshot.nodes, when)
+    check_values(gm, known, when)
+    found = operators(snapshot.nodes)
+    check_made(found, before.operators, before.stage, when)
+    return result, _Checked(before.stage, snapshot, found)
+
+
+def _admit(each: Pass, gm: fx.GraphModule, checked: _Checked | None) -> _Checked:
+    """The graph as the pass finds it, which must be of one of its stages; ``checked`` as the pass before left it."""
+    wanted = {stage.name: stage for stage in each.stages}
+    if checked is not None and checked.stage.name in wanted:
+        return checked
+    known = stage_of(gm)
+    stage = wanted.get(known.name, each.stages[0]) if known else each.stages[0]
+    snapshot = Snapshot(gm, stage.owns)
+    found = operators(snapshot.nodes)
+    why = misfit(gm, found, stage)
+    if why is not None:
+        raise InvariantViolated(f"{each.name} must run on the {' or '.join(wanted)} graph: got {why}.")
+    when = f"before {each.name}"
+    check_invariants(snapshot.nodes, when)
+    if stage.is_ours:
+        check_values(gm, (), when)
+    return _Checked(stage, snapshot, found)

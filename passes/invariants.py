@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import torch
 from torch import fx
 
 from fxquant.errors import InvariantViolated
+from fxquant.graph.bodies import is_checkpoint, nested_graphs
 from fxquant.graph.meta import site_of
 from fxquant.graph.views import FakeQuant
+from fxquant.passes.stages import Stage
 
 
-def check_invariants(gm: fx.GraphModule, when: str) -> None:
+def check_invariants(nodes: Iterable[fx.Node], when: str) -> None:
     """Raises InvariantViolated unless fake-quant nodes are well formed and read what they may.
 
     - its input and result have the same shape and dtype, a floating one;
     - no fake-quantized value is a scale;
     - scale and zero point of a site are float32 and an integer (the op itself allows others to those who call it).
     """
-    for node in gm.graph.nodes:
+    for node in nodes:
         site = FakeQuant.of(node)
         if site is None:
             continue
@@ -32,6 +37,31 @@ def check_invariants(gm: fx.GraphModule, when: str) -> None:
         found = _tensor(site.zero_point)
         if found is not None and found.dtype.is_floating_point:
             raise InvariantViolated(f"{when}: the zero point of {node.name} must be an integer: got {found.dtype}.")
+
+
+def check_values(gm: fx.GraphModule, known: Collection[fx.Node], when: str) -> None:
+    """Raises InvariantViolated where a node, none of ``known``, lacks its value, or its stack of modules is no dict.
+
+    Bodies count that are traced as the graph around them is: those of checkpoints.
+    """
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node in known:
+            continue
+        if "val" not in node.meta and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.returns:
+            raise InvariantViolated(f"{when}: {node.name} must have meta['val']: got {', '.join(sorted(node.meta))}.")
+        stack = node.meta.get("nn_module_stack")
+        if stack is not None and not isinstance(stack, dict):
+            kind = type(stack).__name__
+            raise InvariantViolated(f"{when}: meta['nn_module_stack'] of {node.name} must be a dict: got {kind}.")
+        if is_checkpoint(node):
+            for body in nested_graphs(gm, node):
+                check_values(body, known, when)
+
+
+def check_made(found: frozenset[Any], before: frozenset[Any], stage: Stage, when: str) -> None:
+    """Raises InvariantViolated where a pass made an operator that belongs to another stage."""
+    for op in sorted(found - before - stage.makes, key=str):
+        raise InvariantViolated(f"{when}: {op} must not be put into the {stage} graph.")
 
 
 def _check_value(site: FakeQuant, when: str) -> None:

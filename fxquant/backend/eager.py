@@ -12,6 +12,7 @@ from fxquant.ops.library import DECOMPOSITIONS
 from fxquant.ops.lowering_table import becomes
 from fxquant.passes.base import Pass
 from fxquant.passes.pipelines import joint_passes
+from fxquant.passes.stages import JOINT
 
 
 def aot_eager(
@@ -29,14 +30,14 @@ def aot_eager(
     from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13 and 2.15
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        run_after(behind, joint, told)
+        run_after(behind, joint, told, JOINT)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(runner(graph))
 
     def inference(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        run_after(behind, graph, told)
+        run_after(behind, graph, told, JOINT)
         return compiler(graph, inputs)
 
     backend = aot_autograd(

@@ -15,6 +15,7 @@ from fxquant.graph.bodies import execution_order
 from fxquant.graph.meta import site_of
 from fxquant.passes.base import Decline, Pass, PassResult
 from fxquant.passes.joint.use_integer_matmul import UseIntegerMatmul
+from fxquant.passes.stages import Stage
 
 log = logging.getLogger("fxquant")
 
@@ -94,9 +95,9 @@ def log_of(gm: fx.GraphModule) -> Log:
     return gm.meta.get(LOG) or Log()
 
 
-def run_after(passes: tuple[Pass, ...], gm: fx.GraphModule, told: Log) -> None:
-    """Runs passes that come behind the report of their compile, and adds to it what they say."""
+def run_after(passes: tuple[Pass, ...], gm: fx.GraphModule, told: Log, stage: Stage) -> None:
+    """Runs passes that come after the report of their compile, and adds to it what they say."""
     for each in passes:
-        result = each.run(gm)
+        result = each.run(gm, stage)
         integer = result.rewrites if isinstance(each, UseIntegerMatmul) else 0
         told.add(result.declines, seconds=result.seconds, integer=integer)

@@ -24,6 +24,7 @@ from fxquant.capture.aside import compiled_aside
 from fxquant.graph.edit import copied, without_dead_nodes
 from fxquant.passes.captured.silence_bodies import silence
 from fxquant.passes.dynamo.outline_transforms import has_transforms, outline_transforms
+from fxquant.passes.stages import CAPTURED, enter
 from fxquant.plan.positions import tell_calls_apart
 
 
@@ -130,6 +131,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
         traced = proxy_tensor.make_fx(_Retrace(gm, inline_checkpoints).run, pre_dispatch=True)(*fakes)
     _describe_placeholders(gm, traced, example_inputs)
     _keep_static_inputs(gm, traced)
+    enter(traced, CAPTURED)
     silence(traced)
     tell_calls_apart(traced)
     return without_dead_nodes(traced)

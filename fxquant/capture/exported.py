@@ -14,6 +14,7 @@ from fxquant.graph.edit import without_dead_nodes
 from fxquant.passes.captured.silence_bodies import silence
 from fxquant.passes.dynamo.dissolve_exported import dissolve_exported
 from fxquant.passes.dynamo.outline_transforms import outline_transforms
+from fxquant.passes.stages import CAPTURED, enter
 from fxquant.plan.positions import tell_calls_apart
 
 
@@ -31,6 +32,7 @@ def exported_graph(
     assert isinstance(gm, fx.GraphModule)
     dissolve_exported(gm)
     outline_transforms(gm)
+    enter(gm, CAPTURED)
     silence(gm)
     _call_by_first_path(gm, model)
     tell_calls_apart(gm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from fxquant.graph.nodes import results
 from fxquant.graph.views import AverageMinMax, items
 from fxquant.ops import qparams
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
@@ -49,6 +51,8 @@ class BatchRangeUpdates(Pass):
     A range that is updated *before* it is used has then been quantized with this rank's own average, from which a
     second use in the graph goes on; what is kept is the average with the reduced extremes.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Rewrites ``gm``, with what its checkpointed bodies observed, and other nested bodies for themselves."""

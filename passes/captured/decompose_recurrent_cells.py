@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from fxquant.graph.edit import call, item
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.graph.views import Item
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
@@ -27,6 +28,8 @@ class DecomposeRecurrentCells(Pass):
     ``rnn_tanh_cell`` and ``rnn_relu_cell``, which Inductor would take the same way: nothing gets slower. Whole layers
     (``nn.LSTM``), whose length may be open, stay as they are.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every cell."""

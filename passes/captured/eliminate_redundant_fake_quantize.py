@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from fxquant.graph.nodes import call_nodes
 from fxquant.graph.views import FakeQuant
 from fxquant.ops import qparams
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
@@ -34,6 +36,8 @@ class EliminateRedundantFakeQuantize(Pass):
     ``move`` is any chain of ops that only move values. A tensor that is changed in place meanwhile, a range that
     is updated included, makes no equal.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Eliminates in ``gm`` and its nested bodies."""

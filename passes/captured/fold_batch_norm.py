@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from fxquant.graph.nodes import call_nodes, only_user, packet
 from fxquant.graph.views import BatchNorm, FakeQuant, SymmetricQparams, qparams_of
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.insert_fake_quantize import grouped_value
+from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
@@ -33,6 +35,8 @@ class FoldBatchNorm(Pass):
     sign with f), so ``batch_norm(conv(x, FQ(w)))`` already scales the quantized folded weight by
     ``σ_running / σ_batch`` without ever dividing by γ.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Folds in ``gm`` and its nested bodies."""

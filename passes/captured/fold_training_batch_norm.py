@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from fxquant.graph.kinds import bias_of, replace_operand, set_bias
 from fxquant.graph.meta import mark_running_statistic
 from fxquant.graph.views import BatchNorm
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 from fxquant.passes.captured.fold_batch_norm import Folding, as_dtype, batch_norms, fold_weight, match, own_quantizer
 
 aten = torch.ops.aten
@@ -33,6 +35,8 @@ class FoldTrainingBatchNorm(Pass):
 
     Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018), section 3.2.2.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Rewrites in ``gm`` and its nested bodies."""

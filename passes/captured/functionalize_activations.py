@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from fxquant.graph.bodies import all_graphs
 from fxquant.graph.dependence import shares_memory
 from fxquant.graph.nodes import call_nodes
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class FunctionalizeActivations(Pass):
     Only where the mutated value was made in this graph and no view of it was; mutation of inputs (BatchNorm
     counters, caches) stays.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces each eligible op and later reads of what it mutated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -14,6 +15,7 @@ from fxquant.graph.edit import call
 from fxquant.graph.nodes import call_nodes, only_user
 from fxquant.graph.views import FakeQuant
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
@@ -40,6 +42,8 @@ class HoistViews(Pass):
     copies it once more for the product, in forward and for the weight's gradient: 2 % of the bytes that a
     transformer's step moves. The view of what attention wrote is free.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Hoists in ``gm`` and its nested bodies."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ from fxquant.graph.moves import passes_values
 from fxquant.graph.nodes import is_bind, is_float, packet
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 from fxquant.plan.exceptions import Exceptions, weighted
 from fxquant.plan.plan import Role
 from fxquant.plan.positions import bound_sites, modules_around
@@ -58,6 +60,8 @@ class InsertFakeQuantize(Pass):
     delayed, or several ranks keep it equal, `BatchRangeUpdates` moves its update to the end of the graph. A graph
     without them is placed on the spot when ``stateless`` is set, ranges taken from the tensors themselves.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     recipe: Recipe
     profile: Profile

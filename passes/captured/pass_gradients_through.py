@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -12,6 +13,7 @@ from fxquant.graph.nodes import call_nodes
 from fxquant.graph.views import FakeQuant
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.fold_batch_norm import is_scaled_by_itself
+from fxquant.passes.stages import CAPTURED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class PassGradientsThrough(Pass):
     to it: the clip mask is all ones, so the gradient is dy itself, and backward need not look at the weight. Where a
     weight is NaN or infinite, the mask was 0 there; its channel's output is NaN or that of an infinite scale anyway.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Rewrites in ``gm`` and its nested bodies."""

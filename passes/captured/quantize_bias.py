@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, ClassVar
 
 import torch
 from torch import fx
@@ -16,6 +16,7 @@ from fxquant.graph.nodes import call_nodes
 from fxquant.graph.views import FakeQuant
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import CAPTURED
 from fxquant.targets.profiles import Profile
 
 
@@ -26,6 +27,8 @@ class QuantizeBias(Pass):
     For targets whose convolution adds an int32 bias of scale ``s·t`` (``Profile.integer_bias``): training, evaluation
     and the file then hold the bias that the kernel adds. Behind `FoldBatchNorm`, so that a folded bias counts as one.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     profile: Profile
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -12,6 +13,7 @@ from fxquant.graph.moves import AGNOSTIC
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.constant_weights import WITHOUT_AUTOCAST, is_weight, written_inputs
+from fxquant.passes.stages import CAPTURED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class SinkWeights(Pass):
     What a scale is computed from moves too, if nothing else reads it. A weight that depends on more than parameters and
     buffers which the graph leaves alone stays where it is.
     """
+
+    stages: ClassVar = (CAPTURED,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Sinks in ``gm`` and its nested bodies."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,7 @@ from fxquant.graph.nodes import packet
 from fxquant.graph.views import FakeQuant, FakeQuantBackward, Item
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import JOINT
 from fxquant.passes.joint.joint import Joint
 
 aten = torch.ops.aten
@@ -56,6 +57,8 @@ class SaveQuantizedActivations(Pass):
 
     not in half types, where a code may round to the value of the next.
     """
+
+    stages: ClassVar = (JOINT,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Rewrites the graph itself; bodies of nested operators have joint graphs of their own."""

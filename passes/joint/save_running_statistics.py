@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxquant.graph.meta import is_running_statistic
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import JOINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,8 @@ class SaveRunningStatistics(Pass):
     They are small, one number per channel. Left to itself, the partitioner computes them again in backward from
     the buffer, which by then holds the next step's statistics: gradients would silently be wrong.
     """
+
+    stages: ClassVar = (JOINT,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Sets ``meta["recompute"]``."""

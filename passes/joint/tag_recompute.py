@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from fxquant.graph.meta import is_saved_as_codes
 from fxquant.graph.nodes import packet
 from fxquant.graph.views import FakeQuant, Item
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import JOINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class TagRecompute(Pass):
       quantized in one loop, which is another one for each few layers.
     - Nodes in the user's own checkpoint regions keep the user's tags, except for those few scale values.
     """
+
+    stages: ClassVar = (JOINT,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Sets ``meta["recompute"]``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, ClassVar
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from fxquant.graph.nodes import packet
 from fxquant.graph.views import Convolution
 from fxquant.ops.integer_matmul import LONGEST_SUM, multiplies_exactly
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import JOINT
 from fxquant.passes.joint.integer_products import Rewriter
 from fxquant.passes.joint.product_times import Problem, Window, times
 from fxquant.passes.joint.quantized_products import (
@@ -51,6 +52,8 @@ class UseIntegerMatmul(Pass):
 
     Nodes keep the tags of what they replace; codes those of their fake-quants.
     """
+
+    stages: ClassVar = (JOINT,)
 
     mode: IntegerMatmul = "auto"
     decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] | None = field(default=None, repr=False)

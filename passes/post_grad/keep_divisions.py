@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -11,6 +12,7 @@ from fxquant.graph.arguments import argument, argument_at, has_argument, set_arg
 from fxquant.graph.edit import call
 from fxquant.graph.nodes import packet
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import POST_GRAD
 
 aten = torch.ops.aten
 
@@ -23,6 +25,8 @@ class KeepDivisions(Pass):
     puts values near ties on the other side. Numbers themselves, ``x / 3.0``, stay: CUDA multiplies by their reciprocal
     too, so for what a model itself divides by a number the product is eager's result.
     """
+
+    stages: ClassVar = (POST_GRAD,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Edits the graph itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, ClassVar
 
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -17,6 +17,7 @@ from fxquant.ops import fake_quantize
 from fxquant.ops.library import ARITHMETIC
 from fxquant.ops.lowering_table import becomes
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import JOINT, POST_GRAD
 
 Where = Literal["joint", "beside integers", "post-grad", "anywhere"]
 
@@ -32,6 +33,8 @@ class LowerFakeQuantize(Pass):
     ``decompositions`` gives the table of the compiler that comes next, for ops that it takes in decomposed form only.
     ``where`` is the stage, by which `fxquant.ops.lowering_table` says what is replaced; by default all.
     """
+
+    stages: ClassVar = (JOINT, POST_GRAD)
 
     decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] = field(default=dict, repr=False)
     where: Where = "anywhere"

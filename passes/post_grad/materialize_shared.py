@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from fxquant.graph.nodes import packet
 from fxquant.ops import fake_quantize, quantize
 from fxquant.ops.marks import MATERIALIZE
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import POST_GRAD
 
 aten = torch.ops.aten
 _EXTREMES = (aten.amin, aten.amax)
@@ -42,6 +44,8 @@ class MaterializeShared(Pass):
     - a gradient behind a clip mask that several read, as LayerNorm's: Inductor stores the rounded codes that the mask
       is made of instead, for loops that read the gradient besides. 2 % of the step.
     """
+
+    stages: ClassVar = (POST_GRAD,)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Inserts into the graph itself; what reads a stored value reads memory, and is judged so."""

@@ -20,6 +20,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
 from fxquant.passes.base import Pass
 from fxquant.passes.pipelines import COMPILED, joint_passes, post_grad_passes
+from fxquant.passes.stages import CAPTURED, JOINT, POST_GRAD, Stage
 from fxquant.support.digest import source_digest
 
 # A code is computed from 4 to 8 tensors, most of them of one element, and read by what clamps it and by its clip mask.
@@ -46,7 +47,7 @@ def compile_quantized(
     keep_rows_together()
     compile_as_generated()
     told = log_of(quantized)
-    run_after(COMPILED, quantized, told)
+    run_after(COMPILED, quantized, told, CAPTURED)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_settings(options)}
     if gpu.is_on_gpu(quantized, example_inputs):
         told.add(gpu.overruled(patches))
@@ -100,11 +101,11 @@ def _with_passes(patches: dict[str, Any], told: Log, **ours: tuple[Pass, ...]) -
     for hook, passes in ours.items():
         existing = patches.get(hook, getattr(config, hook))
         before = existing if isinstance(existing, (list, tuple)) else [existing] if existing is not None else []
-        patches[hook] = _graph_pass(passes, tuple(before), told)
+        patches[hook] = _graph_pass(passes, tuple(before), told, JOINT if hook.startswith("joint") else POST_GRAD)
     return patches
 
 
-def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...], told: Log) -> Any:
+def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...], told: Log, stage: Stage) -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     @dataclasses.dataclass
@@ -118,7 +119,7 @@ def _graph_pass(passes: tuple[Pass, ...], before: tuple[Any, ...], told: Log) ->
             for each in self.before:
                 each(graph)
             assert graph.owning_module is not None, "Inductor's graphs have a module"
-            run_after(self.passes, graph.owning_module, told)
+            run_after(self.passes, graph.owning_module, told, stage)
 
         def uuid(self) -> Any | None:
             theirs = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]

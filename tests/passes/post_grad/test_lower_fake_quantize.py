@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
@@ -15,14 +18,21 @@ from fxquant.ops import (
 )
 from fxquant.ops.fake_quantize import PER_CHANNEL_BACKWARD, PER_TENSOR_BACKWARD
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.stages import POST_GRAD, enter
 from tests.ops.oracle import assert_same_bits, hard_values
 from tests.passes.graphs import apply, captured, show, untouched
+
+
+def before(model: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+    """A graph as Inductor would give it."""
+    return enter(captured(model, *args), POST_GRAD)
+
 
 SCALE, POINT = torch.tensor([0.3]), torch.tensor([3], dtype=torch.int32)
 
 
 def test_snapshot() -> None:
-    gm = captured(
+    gm = before(
         lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15, rounding="divide"),
         torch.ones(3, 2),
         SCALE,
@@ -52,7 +62,7 @@ return [mul]
 
 def test_a_mask_is_computed_again_and_tags_are_kept() -> None:
     """The mask needs no gradient, so a partitioner could keep it from forward; what follows it needs one."""
-    gm = captured(
+    gm = before(
         lambda g, x, s, z: PER_TENSOR_BACKWARD(g, fake_quantize_per_tensor_affine(x, s, z, 0, 15), s, z, 0, 15),
         *(torch.ones(3), torch.ones(3), SCALE, POINT),
     )
@@ -92,7 +102,7 @@ def test_every_op_keeps_its_bits() -> None:
 
 
 def test_origin_is_kept_and_the_table_is_used() -> None:
-    gm = captured(lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15), torch.ones(3), SCALE, POINT)
+    gm = before(lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15), torch.ones(3), SCALE, POINT)
     (node,) = [n for n in gm.graph.nodes if "fake_quantize" in n.name]
     node.meta["partitioner_tag"] = "is_backward"
     before = set(gm.graph.nodes)
@@ -112,7 +122,7 @@ def test_in_a_joint_graph_gradients_alone_are_replaced_or_beside_integers_all_bu
     inputs = (torch.ones(3), torch.ones(3), SCALE, POINT)
     left = {}
     for where in ("joint", "beside integers", "post-grad", "anywhere"):
-        gm = captured(model, *inputs)
+        gm = post_grad(model, *inputs)
         apply(LowerFakeQuantize(where=where), gm)
         left[where] = [n.target._schema.name.removeprefix("fxquant::") for n in call_nodes(gm.graph) if is_ours(n)]
     forward = ["fake_quantize_per_tensor_affine", "quantize_per_tensor", "dequantize_per_tensor"]
@@ -130,4 +140,4 @@ def is_ours(node: fx.Node) -> bool:
 
 
 def test_untouched() -> None:
-    assert untouched(LowerFakeQuantize(), captured(lambda x: x + 1, torch.ones(3))).declines == []
+    assert untouched(LowerFakeQuantize(), before(lambda x: x + 1, torch.ones(3))).declines == []
