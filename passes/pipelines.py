@@ -17,6 +17,14 @@ from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
 from fxquant.passes.captured.pass_gradients_through import PassGradientsThrough
 from fxquant.passes.captured.quantize_bias import QuantizeBias
 from fxquant.passes.captured.sink_weights import SinkWeights
+from fxquant.passes.dynamo.dissolve_exported import DissolveExported
+from fxquant.passes.dynamo.outline_transforms import OutlineTransforms
+from fxquant.passes.export.decompose_attention import DecomposeAttention
+from fxquant.passes.export.decompose_linear import DecomposeAddmm, DecomposeLinear
+from fxquant.passes.export.freeze import Freeze
+from fxquant.passes.export.requantize_moved import RequantizeMoved, RequantizeTransposed
+from fxquant.passes.export.scale_operand import ScaleOperand
+from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu
 from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.joint.tag_recompute import TagRecompute
@@ -26,6 +34,11 @@ from fxquant.passes.post_grad.materialize_shared import MaterializeShared
 from fxquant.passes.post_grad.observe_in_rows import ObserveInRows
 from fxquant.spec.recipes import Recipe
 from fxquant.targets.profiles import Profile
+
+
+def dynamo_passes() -> tuple[Pass, ...]:
+    """On what torch.export wrote, before it is captured; bodies of Dynamo's are outlined as they are traced."""
+    return (DissolveExported(), OutlineTransforms())
 
 
 def normalizing_passes() -> tuple[Pass, ...]:
@@ -79,3 +92,19 @@ def joint_passes(
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
     """On Inductor's forward and backward graphs, before its own passes: what was not lowered before; what is stored."""
     return (LowerFakeQuantize(decompositions=decompositions, where="post-grad"), MaterializeShared(), ObserveInRows())
+
+
+def export_passes(profile: Profile) -> tuple[Pass, ...]:
+    """On the evaluation graph with its sites, after the training passes: integers, in the forms that a target fuses."""
+    passes: tuple[Pass, ...] = (
+        Freeze(),
+        DecomposeLinear(bias_apart=profile.bias_apart),
+        DecomposeAddmm(bias_apart=profile.bias_apart),
+        RequantizeMoved(pads=profile.float_pads),
+        DecomposeAttention(),
+    )
+    if profile.bias_apart:
+        passes += (SeparateRelu(), SeparateFloatWeights())
+    if profile.direct_operands:
+        passes += (ScaleOperand(), RequantizeTransposed())
+    return passes

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.backend.reports import log_of
 from fxquant.passes.base import Decline, PassResult
-from fxquant.passes.captured.split_weights import Part, split_weights
+from fxquant.passes.captured.split_weights import Part, Parts, SplitWeights
 
 Compiled = Callable[..., Any]
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
@@ -110,14 +110,15 @@ def reuse_weights(
     """The graph compiled by ``whole``, its quantized weights by ``part``, called only if a weight has changed.
 
     ``gm`` is changed. Left alone, with a decline, are weights that depend on more than parameters and buffers
-    (`fxquant.passes.split_weights`), and all in a distributed process. ``result.rewrites`` counts the others.
+    (`SplitWeights`), and all in a distributed process. ``result.rewrites`` counts the others.
     """
-    result = PassResult()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        result = PassResult()
         reason = "torch.distributed is initialized: weights that are gathered anew are not told from those before"
         result.declines.append(Decline(pass_name="reuse_weights", node="graph", reason=reason))
         return whole(gm, inputs), result
-    parts = split_weights(gm, inputs, result)
+    result = SplitWeights(inputs=tuple(inputs)).run(gm)
+    parts = result.product(Parts).parts
     if not parts:
         return whole(gm, inputs), result
     _watch_optimizers()

@@ -22,9 +22,10 @@ from torch.fx.experimental import proxy_tensor
 
 from fxquant.capture.aside import compiled_aside
 from fxquant.graph.edit import copied, without_dead_nodes
-from fxquant.passes.captured.silence_bodies import silence
-from fxquant.passes.dynamo.outline_transforms import has_transforms, outline_transforms
-from fxquant.passes.stages import CAPTURED, enter
+from fxquant.graph.static_inputs import is_of_dynamo, keep_sources, sources_of, stand_for
+from fxquant.passes.captured.silence_bodies import SilenceBodies
+from fxquant.passes.dynamo.outline_transforms import OutlineTransforms, has_transforms
+from fxquant.passes.stages import CAPTURED, DYNAMO
 from fxquant.plan.positions import tell_calls_apart
 
 
@@ -32,7 +33,7 @@ class _Retrace(fx.Interpreter):
     """Runs a Dynamo graph under make_fx, keeping whole what must not be traced through."""
 
     def __init__(self, gm: fx.GraphModule, inline_checkpoints: bool = False) -> None:
-        super().__init__(outline_transforms(copied(gm)) if has_transforms(gm) else gm)
+        super().__init__(_outlined(gm))
         self.inline_checkpoints = inline_checkpoints
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,6 +97,15 @@ class _Retrace(fx.Interpreter):
         return proxy_tensor.track_tensor_tree(value, call, constant=None, tracer=tracer)
 
 
+def _outlined(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which transforms are one call each, or the graph itself where it has none."""
+    if not has_transforms(gm):
+        return gm
+    outlined = copied(gm)
+    OutlineTransforms().run(outlined, DYNAMO)
+    return outlined
+
+
 def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], context: TracingContext) -> list[Any]:
     """Dynamo's own fake values for the real inputs, with their symbolic sizes."""
     mode = context.fake_mode
@@ -131,8 +141,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
         traced = proxy_tensor.make_fx(_Retrace(gm, inline_checkpoints).run, pre_dispatch=True)(*fakes)
     _describe_placeholders(gm, traced, example_inputs)
     _keep_static_inputs(gm, traced)
-    enter(traced, CAPTURED)
-    silence(traced)
+    SilenceBodies().run(traced, CAPTURED)
     tell_calls_apart(traced)
     return without_dead_nodes(traced)
 
@@ -152,22 +161,16 @@ def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_i
 
 
 def _keep_static_inputs(gm: fx.GraphModule, traced: fx.GraphModule) -> None:
-    """Keeps what AOTAutograd reads off a graph of Dynamo's: which inputs stay at their address, and all sources.
-
-    Without it no input is known to be a parameter or buffer: CUDA graphs would copy each of them in every step, and
-    refuse a graph that updates a buffer.
-    """
-    if "dynamo_compile_id" not in gm.meta:  # a graph of somebody else's; private, as all here; tried on 2.13 and 2.15
+    """Keeps what AOTAutograd reads off a graph of Dynamo's, see `fxquant.graph.static_inputs`."""
+    if not is_of_dynamo(gm):
         return
-    from torch._dynamo.source import ConstantSource
+    from torch._dynamo.source import ConstantSource  # private; tried on 2.13 and 2.15
 
     olds, news = (g.graph.find_nodes(op="placeholder") for g in (gm, traced))
     for old, new in zip(olds, news, strict=True):
-        new._dynamo_source = getattr(old, "_dynamo_source", None)
-        new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})
+        keep_sources(new, old)
     constants = {name: ConstantSource(name) for name, _ in traced.named_buffers(remove_duplicate=False)}
-    traced._param_name_to_source = {**getattr(gm, "_param_name_to_source", {}), **constants}  # type: ignore[assignment]
-    traced.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
+    stand_for(traced, gm, {**sources_of(gm), **constants})
 
 
 def dynamo_graphs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.GraphModule]:

@@ -11,10 +11,10 @@ import torch
 from torch import fx
 
 from fxquant.graph.edit import without_dead_nodes
-from fxquant.passes.captured.silence_bodies import silence
-from fxquant.passes.dynamo.dissolve_exported import dissolve_exported
-from fxquant.passes.dynamo.outline_transforms import outline_transforms
-from fxquant.passes.stages import CAPTURED, enter
+from fxquant.passes.base import run_all
+from fxquant.passes.captured.silence_bodies import SilenceBodies
+from fxquant.passes.pipelines import dynamo_passes
+from fxquant.passes.stages import CAPTURED, DYNAMO
 from fxquant.plan.positions import tell_calls_apart
 
 
@@ -30,10 +30,8 @@ def exported_graph(
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
-    dissolve_exported(gm)
-    outline_transforms(gm)
-    enter(gm, CAPTURED)
-    silence(gm)
+    run_all(dynamo_passes(), gm, DYNAMO)
+    SilenceBodies().run(gm, CAPTURED)
     _call_by_first_path(gm, model)
     tell_calls_apart(gm)
     first = next(iter(gm.graph.nodes))

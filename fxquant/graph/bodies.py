@@ -37,7 +37,7 @@ def body_operands(node: fx.Node, body: fx.GraphModule) -> dict[fx.Node, object]:
 
 
 def is_transform(node: fx.Node) -> bool:
-    """Whether the node is a part that `outline_transforms` has made one call of."""
+    """Whether the node is a part that `OutlineTransforms` has made one call of."""
     return node.op == "call_function" and node.target is wrap
 
 

@@ -20,9 +20,9 @@ from fxquant.capture.exported import exported_graph
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.passes.base import run_all
-from fxquant.passes.export.canonicalize import canonicalize
-from fxquant.passes.export.freeze import Frozen, freeze
-from fxquant.passes.pipelines import training_passes
+from fxquant.passes.export.freeze import Frozen
+from fxquant.passes.pipelines import export_passes, training_passes
+from fxquant.passes.stages import EXPORT
 from fxquant.plan.plan import Plan
 from fxquant.prepared.bound_forward import bound_forward, exporting
 from fxquant.prepared.quantizer import owners, quantizers
@@ -108,7 +108,7 @@ def export_onnx(
         args, named = _at_least_two(args), _at_least_two(named)
         dynamic_shapes = open_shapes(plain, args, named)
     gm, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
-    notes = [*frozen.notes, *canonicalize(gm, profile)]
+    notes = frozen.notes
     program = to_onnx(gm, args, named, dynamic_shapes, opset)
     written = {value.name for node in program.model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
@@ -131,7 +131,7 @@ def export_onnx(
 def quantized_graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, plan: Plan
 ) -> tuple[fx.GraphModule, Frozen]:
-    """The evaluation graph with frozen scales and integer weights, through the passes that compile uses."""
+    """The evaluation graph in its target's form, through the passes that compile uses and those of export."""
     try:
         with evaluating(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, dynamic_shapes)
@@ -140,10 +140,11 @@ def quantized_graph(
         raise ExportError(
             f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
         ) from error
-    passes = training_passes(get_recipe("int8"), get_profile(plan.target), stateless=False)
-    result = run_all(passes, gm)
-    frozen = freeze(gm)
-    frozen.notes += [str(d) for d in result.declines]
+    profile = get_profile(plan.target)
+    trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
+    exported = run_all(export_passes(profile), gm, EXPORT)
+    frozen = exported.product(Frozen)
+    frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
     placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
     absent = [site.key for site in plan.sites if site.key not in placed and _wanted(model, site.key)]
     if absent:

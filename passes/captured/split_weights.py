@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
 from fxquant.graph.bodies import all_graphs, is_checkpoint, nested_graphs
 from fxquant.graph.edit import call, drop_dead_nodes
 from fxquant.graph.nodes import call_nodes
+from fxquant.graph.static_inputs import is_of_dynamo, keep_sources, stand_for, without_source
 from fxquant.ops import qparams
 from fxquant.ops.marks import STAND_IN
-from fxquant.passes.base import Decline, PassResult
+from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.constant_weights import Reasons, is_weight, reasons, reasons_inside
+from fxquant.passes.stages import CAPTURED
 
 _QPARAMS = (qparams.SYMMETRIC_QPARAMS, qparams.AFFINE_QPARAMS)
 
@@ -37,59 +39,77 @@ class Part:
     fakes: tuple[Tensor, ...]
 
 
-def split_weights(gm: fx.GraphModule, inputs: Sequence[Any], result: PassResult) -> tuple[Part, ...]:
+@dataclass(frozen=True)
+class Parts:
+    """The parts that `SplitWeights` took out: a product of its `PassResult`."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitWeights(Pass):
     """``conv(x, FQ(w))``  →  ``conv(x, stand_in(w, k))`` with a new input ``k``, and the part ``FQ(w)`` that makes it.
 
     For weights whose gradient passes through their fake-quant; elsewhere ``stand_in(FQ(w, s, z), k)``. The values of
     ``s`` and ``z`` are inputs, too, where they are read besides. As the graph goes on computing the gradient, it stays
-    what it was, sums of several included. New inputs stand behind the others, part by part. There are two parts at
-    most: weights that have a gradient, which an optimizer changes, and those that have none.
+    what it was, sums of several included. New inputs stand after the others, part by part. There are two parts at
+    most: weights that have a gradient, which an optimizer changes, and those that have none. The `PassResult` holds
+    them as `Parts`.
 
-    Weights that depend on anything but parameters and buffers stay as they are; ``result`` says why.
+    Declined: weights that depend on anything but parameters and buffers.
+
+    ``inputs``: the values of the graph's inputs. Which weights have a gradient, and what shares memory, is read there.
     """
-    around = reasons(gm, inputs)
-    found = _constant(gm.graph, around, result)
-    for node in list(call_nodes(gm.graph)):
-        for body in nested_graphs(gm, node):
-            found += _lift(node, body, around, result)
-    parts = _parts(gm, found, inputs)
-    if parts:
-        drop_dead_nodes(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
-    result.rewrites += len(found)
-    result.modified |= bool(found)
-    return parts
+
+    stages: ClassVar = (CAPTURED,)
+
+    inputs: tuple[Any, ...] = field(repr=False, compare=False)
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Splits the graph, weights of its checkpointed bodies included."""
+        around = reasons(gm, self.inputs)
+        found = self._constant(gm.graph, around, result)
+        for node in list(call_nodes(gm.graph)):
+            for body in nested_graphs(gm, node):
+                found += self._lift(node, body, around, result)
+        result.products.append(Parts(_parts(gm, found, self.inputs)))
+        if found:
+            drop_dead_nodes(gm.graph)
+        return len(found)
+
+    def _constant(self, graph: fx.Graph, known: Reasons, result: PassResult) -> list[fx.Node]:
+        """The weights of a graph that can be computed once for many calls."""
+        found = []
+        for node in call_nodes(graph):
+            if is_weight(node) and not _is_split(node):
+                reason = known[node]
+                if reason is None:
+                    found.append(node)
+                else:
+                    self.decline(result, node, reason)
+        return found
+
+    def _lift(self, outer: fx.Node, body: fx.GraphModule, around: Reasons, result: PassResult) -> list[fx.Node]:
+        """The weights of a checkpointed region become operands of it; returns what they are outside.
+
+        ``checkpoint(body, x, w)`` with ``body: conv(x, FQ(w))``  →  ``checkpoint(body, x, w, FQ(w))`` with
+        ``body: conv(x, stand_in(w, k))``. Weights in bodies of other operators, and in regions of regions, stay there.
+        """
+        region = is_checkpoint(outer)
+        for each in all_graphs(body):
+            for node in filter(is_weight, call_nodes(each.graph) if each is not body or not region else ()):
+                self.decline(result, node, f"it is computed in a body of {outer.name}: it is quantized in every call")
+        weights = self._constant(body.graph, reasons_inside(outer, body, around), result) if region else []
+        return _lifted(outer, body, weights) if weights else []
 
 
-def _constant(graph: fx.Graph, known: Reasons, result: PassResult) -> list[fx.Node]:
-    """The weights of a graph that can be computed once for many calls."""
-    found = []
-    for node in call_nodes(graph):
-        if is_weight(node):
-            _decline(result, node, known[node])
-            found += [node] if known[node] is None else []
-    return found
+def _is_split(weight: fx.Node) -> bool:
+    """Whether only a stand-in reads it, for its gradient."""
+    return bool(weight.users) and all(user.target is STAND_IN for user in weight.users)
 
 
-def _decline(result: PassResult, node: fx.Node, reason: str | None) -> None:
-    if reason is not None:
-        result.declines.append(Decline(pass_name="split_weights", node=node.name, reason=reason))
-
-
-def _lift(outer: fx.Node, body: fx.GraphModule, around: Reasons, result: PassResult) -> list[fx.Node]:
-    """The weights of a checkpointed region become operands of it; returns what they are outside.
-
-    ``checkpoint(body, x, w)`` with ``body: conv(x, FQ(w))``  →  ``checkpoint(body, x, w, FQ(w))`` with
-    ``body: conv(x, stand_in(w, k))``. Weights in bodies of other operators, and in regions of regions, stay there.
-    """
-    region = is_checkpoint(outer)
-    for each in all_graphs(body):
-        for node in filter(is_weight, call_nodes(each.graph) if each is not body or not region else ()):
-            _decline(result, node, f"it is computed in a body of {outer.name}: it is quantized in every call")
-    weights = _constant(body.graph, reasons_inside(outer, body, around), result) if region else []
-    if not weights:
-        return []
+def _lifted(outer: fx.Node, body: fx.GraphModule, weights: Sequence[fx.Node]) -> list[fx.Node]:
+    """Computes weights of a body outside, and hands them in."""
     gone, read = _gone(weights), _read_besides(weights, _gone(weights))
     cone = _cone([*weights, *read])
     names: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), outer.args[1:], strict=True))
@@ -101,8 +121,6 @@ def _lift(outer: fx.Node, body: fx.GraphModule, around: Reasons, result: PassRes
         _replace(node, _placeholder(body.graph, node.meta["val"].detach()), node in gone)
     outer.args = (*outer.args, *(names[node] for node in (*weights, *read)))
     drop_dead_nodes(body.graph)
-    body.graph.lint()
-    body.recompile()
     return [names[weight] for weight in weights]
 
 
@@ -170,18 +188,18 @@ def _part(gm: fx.GraphModule, results: Sequence[fx.Node], positions: dict[fx.Nod
     names: dict[fx.Node, fx.Node] = {}
     for index, source in enumerate(sources):
         names[source] = graph.placeholder(f"p{index}")
-        names[source]._dynamo_source = getattr(source, "_dynamo_source", None)
     for node in gm.graph.nodes:
         if node in cone and node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), names.__getitem__)
             names[node] = graph.call_function(node.target, args, kwargs)
     for old, new in names.items():
         new.meta = dict(old.meta)
+    for source in sources:
+        keep_sources(names[source], source)
     graph.output(tuple(names[node] for node in results))
     part = fx.GraphModule({}, graph)
-    if "dynamo_compile_id" in gm.meta:  # AOTAutograd reads there which inputs stay where they are: `fxquant.capture`
-        part.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
-        part._param_name_to_source = {}  # type: ignore[assignment]
+    if is_of_dynamo(gm):
+        stand_for(part, gm, {})
     fakes = tuple(node.meta["val"].detach() for node in results)
     return Part(part, tuple(positions[node] for node in sources), weights, fakes)
 
@@ -191,6 +209,6 @@ def _placeholder(graph: fx.Graph, fake: Tensor) -> fx.Node:
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder("known")
-    node._dynamo_source = None
-    node.meta.update(val=fake, source="", state=False, tensor_dict={})
+    node.meta.update(val=fake, source="", state=False)
+    without_source(node)
     return node

@@ -5,26 +5,39 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from fxquant.graph.bodies import nested_graphs
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import DYNAMO
 
 _EXPORTED = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
 
 
-def dissolve_exported(gm: fx.GraphModule) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DissolveExported(Pass):
     """``wrap_with_autocast(…, body, x)``  →  the body's nodes, and so for ``wrap_with_set_grad_enabled``.
 
     Those are how torch.export writes ``with`` blocks; a site is wanted in them as anywhere.
     """
+
+    stages: ClassVar = (DYNAMO,)
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Dissolves in the graph itself, blocks with those inside them."""
+        return _dissolve(gm)
+
+
+def _dissolve(gm: fx.GraphModule) -> int:
     done = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in _EXPORTED:
             (body,) = nested_graphs(gm, node)
-            dissolve_exported(body)
+            _dissolve(body)
             index = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and _held(gm, a) is body)
             _inline(gm, node, body, node.args[index + 1 :])
             done += 1
@@ -32,6 +45,7 @@ def dissolve_exported(gm: fx.GraphModule) -> None:
         unused = node.op == "get_attr" and not node.users
         if unused or getattr(node.target, "overloadpacket", None) is torch.ops.aten._assert_tensor_metadata:
             gm.graph.erase_node(node)
+    return done
 
 
 def _held(gm: fx.GraphModule, node: fx.Node) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch._higher_order_ops.wrap import wrap  # private; tried on 2.13 and 2.15
 
 from fxquant.graph.nodes import is_bind
+from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.stages import DYNAMO
 
 _UNWRAPPING = frozenset({"_unwrap_for_grad", "_remove_batch_dim"})
 _NESTING = "_increment_nesting", "_decrement_nesting"
@@ -31,20 +34,25 @@ class Whole(torch.nn.Module):
         return self.body(*operands)
 
 
-def outline_transforms(gm: fx.GraphModule) -> fx.GraphModule:
+@dataclass(frozen=True, kw_only=True)
+class OutlineTransforms(Pass):
     """``push; f; g; pop``  →  ``wrap(body, …)`` with ``body: push; f; g; pop``, for `torch.func`'s grad, vmap and jvp.
 
     Inside, values are wrapped for a transform, which only AOTAutograd undoes: the calls must not be seen one by one.
-    In place; returns the graph.
     """
-    for number, part in enumerate(list(_transformed(gm.graph))):
-        _outline(gm, part, f"transform_{number}")
-    gm.recompile()
-    return gm
+
+    stages: ClassVar = (DYNAMO,)
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Outlines in the graph itself, whole transforms with those inside them."""
+        parts = list(_transformed(gm.graph))
+        for number, part in enumerate(parts):
+            _outline(gm, part, f"transform_{number}")
+        return len(parts)
 
 
 def has_transforms(gm: fx.GraphModule) -> bool:
-    """Whether there is something for `outline_transforms` to do."""
+    """Whether there is something for `OutlineTransforms` to do."""
     return any(_depth(node) for node in gm.graph.nodes)
 
 

@@ -201,7 +201,7 @@ def test_a_region_in_a_region_quantizes_in_every_call() -> None:
     model = prepared(Checkpointed(Checkpointed(Mlp())), X)
     assert same(lambda: model, accumulate(X, -X)) == 2, "of the two heads"
     assert report().reused == 2
-    declined = [d.reason for d in report().declines if d.pass_name == "split_weights"]
+    declined = [d.reason for d in report().declines if d.pass_name == "SplitWeights"]
     assert declined == ["it is computed in a body of tag_activation_checkpoint: it is quantized in every call"] * 2
     assert declined[0] in str(fxquant.explain(model))
 

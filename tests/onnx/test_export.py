@@ -121,9 +121,9 @@ def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
 
     x = torch.randn(4, 3, 8, 8)
     record(model, (x,), None, visit)
-    gm, _ = quantized_graph(model, (x,), {}, None, plan_of(model))
-    nodes = [n for n in gm.graph.nodes if n.target is QUANTIZE_DEQUANTIZE]
-    assert {n.args[5]: (n.args[1], n.args[2]) for n in nodes} == seen
+    gm, frozen = quantized_graph(model, (x,), {}, None, plan_of(model))
+    nodes = {n.args[5]: n for n in gm.graph.nodes if n.target is QUANTIZE_DEQUANTIZE}
+    assert {label: nodes[label].args[1:3] for label in frozen.activations} == seen
 
 
 def test_weight_codes_of_four_bits_in_int8_or_int4(tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fxquant.passes.base import Pass, PassResult, run_all
 from fxquant.passes.captured.quantize_bias import QuantizeBias
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.stages import CAPTURED, POST_GRAD
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import INT8, W4A8
 from fxquant.support.digest import source_digest
@@ -27,6 +29,8 @@ from tests.passes.graphs import QUANTIZE, captured
 @dataclass(frozen=True, kw_only=True)
 class Edit(Pass):
     """Does to each fake-quant node what the test says."""
+
+    stages: ClassVar = (CAPTURED, POST_GRAD)
 
     field: str
     value: Any
@@ -42,6 +46,8 @@ class Edit(Pass):
         return done
 
     def edit(self, node: fx.Node) -> None:
+        if self.field == "site":
+            node.meta["site"] = dataclasses.replace(node.meta["site"])
         target = {"value": node, "scale": node.args[1], "point": node.args[2]}.get(self.field)
         if self.field == "nested scale":
             node.update_arg(1, node.args[0])
@@ -72,7 +78,7 @@ def test_a_broken_invariant_names_the_pass(field: str, value: Any, message: str)
     with pytest.raises(InvariantViolated, match=message):
         Edit(field=field, value=value).run(gm)
     with pytest.raises(InvariantViolated, match="before LowerFakeQuantize"):
-        LowerFakeQuantize().run(gm)
+        LowerFakeQuantize().run(gm, POST_GRAD)
 
 
 def test_a_quantized_scale_is_refused() -> None:
@@ -80,11 +86,11 @@ def test_a_quantized_scale_is_refused() -> None:
     first, *_ = [node for node in gm.graph.nodes if "site" in node.meta]
     first.update_arg(1, [node for node in gm.graph.nodes if "site" in node.meta][-1])
     with pytest.raises(InvariantViolated, match="must not be fake-quantized itself"):
-        LowerFakeQuantize().run(gm)
+        LowerFakeQuantize().run(gm, POST_GRAD)
 
 
 def test_result_adds_up() -> None:
-    edit = Edit(field="none", value=None)
+    edit = Edit(field="site", value=None)
     gm = graph()
     one = edit.run(gm)
     assert one.modified and one.rewrites == 2 and one.seconds > 0

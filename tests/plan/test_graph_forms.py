@@ -22,7 +22,7 @@ from fxquant.capture.exported import exported_graph
 from fxquant.errors import UnsupportedModel
 from fxquant.graph.bodies import is_transform
 from fxquant.graph.nodes import is_bind
-from fxquant.passes.dynamo.outline_transforms import Whole, outline_transforms
+from fxquant.passes.dynamo.outline_transforms import Whole
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import plan_of
 from tests.nets import counted, eager_runs, grads, prepared, ranges, step, unset

@@ -23,7 +23,7 @@ from tests.ops.oracle import assert_same_bits, hard_values
 from tests.passes.graphs import apply, captured, show, untouched
 
 
-def before(model: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+def post_grad(model: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     """A graph as Inductor would give it."""
     return enter(captured(model, *args), POST_GRAD)
 
@@ -32,7 +32,7 @@ SCALE, POINT = torch.tensor([0.3]), torch.tensor([3], dtype=torch.int32)
 
 
 def test_snapshot() -> None:
-    gm = before(
+    gm = post_grad(
         lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15, rounding="divide"),
         torch.ones(3, 2),
         SCALE,
@@ -62,7 +62,7 @@ return [mul]
 
 def test_a_mask_is_computed_again_and_tags_are_kept() -> None:
     """The mask needs no gradient, so a partitioner could keep it from forward; what follows it needs one."""
-    gm = before(
+    gm = post_grad(
         lambda g, x, s, z: PER_TENSOR_BACKWARD(g, fake_quantize_per_tensor_affine(x, s, z, 0, 15), s, z, 0, 15),
         *(torch.ones(3), torch.ones(3), SCALE, POINT),
     )
@@ -102,7 +102,7 @@ def test_every_op_keeps_its_bits() -> None:
 
 
 def test_origin_is_kept_and_the_table_is_used() -> None:
-    gm = before(lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15), torch.ones(3), SCALE, POINT)
+    gm = post_grad(lambda x, s, z: fake_quantize_per_tensor_affine(x, s, z, 0, 15), torch.ones(3), SCALE, POINT)
     (node,) = [n for n in gm.graph.nodes if "fake_quantize" in n.name]
     node.meta["partitioner_tag"] = "is_backward"
     before = set(gm.graph.nodes)
@@ -140,4 +140,4 @@ def is_ours(node: fx.Node) -> bool:
 
 
 def test_untouched() -> None:
-    assert untouched(LowerFakeQuantize(), before(lambda x: x + 1, torch.ones(3))).declines == []
+    assert untouched(LowerFakeQuantize(), post_grad(lambda x: x + 1, torch.ones(3))).declines == []

@@ -1,0 +1,34 @@
+"""Constants of an exported graph: attributes of its module, and the nodes that read them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def held_name(name: str) -> str:
+    """What a constant is called in the exported file."""
+    return name.replace(".", "__").replace("@", "__")
+
+
+def constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.Node:
+    """A buffer of ``gm`` holding ``value``, and the node that reads it, at the insertion point."""
+    target = held_name(name)
+    while hasattr(gm, target):
+        target += "_"
+    gm.register_buffer(target, value.contiguous())
+    node = gm.graph.get_attr(target)
+    around: list[Any] = [each.meta.get("val") for each in (like, *like.all_input_nodes)]
+    mode = next(fake.fake_mode for fake in around if hasattr(fake, "fake_mode"))
+    node.meta["val"] = mode.from_tensor(value)
+    return node
+
+
+def constant_value(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor that a get_attr node reads."""
+    value = operator.attrgetter(str(node.target))(gm)
+    assert isinstance(value, torch.Tensor), f"{node.target} must be a tensor: got {type(value).__name__}"
+    return value.detach()
