@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     lint.set_defaults(run=_lint)
     _add_explain(commands)
     _add_cost(commands)
+    _add_passes(commands)
     known, rest = parser.parse_known_args(argv)
     if known.command == "demo":
         from fxquant.demo import main as demo
@@ -60,6 +61,14 @@ def _add_cost(commands: Any) -> None:
     _add_model(cost)
     cost.add_argument("--dynamic-batch", action="store_true", help="sizes as expressions in the batch size")
     cost.set_defaults(run=_cost)
+
+
+def _add_passes(commands: Any) -> None:
+    passes = commands.add_parser("passes", help="the graph between passes: what each one did to it, and what it left")
+    _add_model(passes)
+    passes.add_argument("--until", metavar="NAME", help="stop after this pass")
+    passes.add_argument("--export", action="store_true", help="the passes of an export, ranges from the example inputs")
+    passes.set_defaults(run=_passes)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -108,6 +117,20 @@ def _cost(given: argparse.Namespace) -> int:
     model, args = _prepared(given)
     found = fxquant.cost(model, args, dynamic_batch=given.dynamic_batch)
     sys.stdout.write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found}\n")
+    return 0
+
+
+def _passes(given: argparse.Namespace) -> int:
+    from fxquant.report.between_passes import steps
+
+    model, args = _prepared(given)
+    if given.export:
+        fxquant.calibrate(model, [args], progress=False)
+    found = steps(model, args, export=given.export, until=given.until)
+    if given.json:
+        sys.stdout.write(json.dumps([step.to_dict() for step in found], indent=2) + "\n")
+    else:
+        sys.stdout.write("".join(f"{step}\n" for step in found))
     return 0
 
 

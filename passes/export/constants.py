@@ -23,7 +23,7 @@ def constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.
     node = gm.graph.get_attr(target)
     around: list[Any] = [each.meta.get("val") for each in (like, *like.all_input_nodes)]
     mode = next(fake.fake_mode for fake in around if hasattr(fake, "fake_mode"))
-    node.meta["val"] = mode.from_tensor(value)
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
     return node
 
 

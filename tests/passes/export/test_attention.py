@@ -1,0 +1,144 @@
+"""Attention written out, its scale taken into an operand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, fx
+
+from fxquant.graph.nodes import call_nodes
+from fxquant.passes.export.decompose_attention import DecomposeAttention
+from fxquant.passes.export.pairs import Pair
+from fxquant.passes.export.scale_operand import ScaleOperand
+from tests.passes.export.written import Written, same_numbers
+from tests.passes.graphs import apply, show, untouched
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+SIZES = (2, 4, 16)
+
+
+def attention(mask: torch.dtype | None = None, heads: int = 2, keyword: bool = False, **given: Any) -> fx.GraphModule:
+    g = Written()
+    q, k, v = (g.input(1, n, 4, 16) for n in (heads, 2, 2))
+    if mask is not None:
+        given["attn_mask"] = g.input(4, 4, dtype=mask)
+    if keyword:
+        return g.done(g.call(SDPA, q, key=k, value=v, **given))
+    return g.done(g.call(SDPA, q, k, v, **given))
+
+
+def inputs(mask: torch.dtype | None = None) -> list[Tensor]:
+    torch.manual_seed(0)
+    found = [torch.randn(1, 2, 4, 16) for _ in range(3)]
+    if mask is not None:
+        found.append(torch.randn(4, 4) if mask.is_floating_point else torch.ones(4, 4).tril().bool())
+    return found
+
+
+def test_snapshot() -> None:
+    gm = attention()
+    assert apply(DecomposeAttention(), gm).rewrites == 1
+    assert_expected_inline(
+        show(gm),
+        """\
+transpose_int = transpose(x1, -2, -1)
+matmul_default = matmul(x, transpose_int)
+mul_tensor = mul(matmul_default, 0.25)
+softmax_int = softmax(mul_tensor, -1)
+matmul_default_1 = matmul(softmax_int, x2)
+return [matmul_default_1]
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "given"),
+    [
+        (None, {}),
+        (None, {"scale": 0.5}),
+        (None, {"is_causal": True}),
+        (torch.bool, {}),
+        (torch.float32, {}),
+        (None, {"keyword": True}),
+        (None, {"dropout_p": 0.0, "enable_gqa": False}),
+    ],
+)
+def test_its_numbers_are_torchs(mask: torch.dtype | None, given: dict[str, Any]) -> None:
+    gm, values = attention(mask, **given), inputs(mask)
+    (expected,) = gm(*(value.double() if value.is_floating_point() else value for value in values))
+    assert apply(DecomposeAttention(), gm).rewrites == 1
+    torch.testing.assert_close(gm(*values)[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gm", "reason"),
+    [(attention(heads=4, enable_gqa=True), "grouped queries"), (attention(dropout_p=0.5), "dropout is on")],
+)
+def test_declined(gm: fx.GraphModule, reason: str) -> None:
+    (decline,) = untouched(DecomposeAttention(), gm).declines
+    assert decline.reason == f"attention left to the exporter: {reason}"
+    assert decline.node.startswith("scaled_dot_product_attention")
+
+
+def test_a_head_of_symbolic_size() -> None:
+    gm = attention()
+    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    mode = torch._subclasses.FakeTensorMode(shape_env=shape_env)
+    dims = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
+        [torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC] * 4
+    )
+    gm.graph.find_nodes(op="placeholder")[0].meta["val"] = mode.from_tensor(
+        torch.randn(1, 2, 4, 16), symbolic_context=dims
+    )
+    (decline,) = untouched(DecomposeAttention(), gm).declines
+    assert decline.reason == "attention left to the exporter: the head size is symbolic"
+
+
+def scores(*, factor: Any = 0.25, op: Any = aten.mul.Tensor, mask: bool = False, end: Any = aten.softmax.int,
+           quantized: tuple[bool, bool] = (True, True), shared: bool = False, **given: Any) -> fx.GraphModule:  # fmt: skip
+    g = Written()
+    q, k = g.input(2, 3), g.input(3, 2)
+    left = g.pair(q, 0.1, "q") if quantized[0] else q
+    right = g.pair(k, 0.2, "k") if quantized[1] else k
+    product = g.call(aten.matmul.default, left, right)
+    value = g.call(op, product, factor, **given)
+    if mask:
+        value = g.call(aten.masked_fill.Scalar, value, g.held("m", torch.tensor([[True, False], [False, False]])), -1e9)
+    ends = [g.call(end, value, *((-1,) if end is aten.softmax.int else ()))]
+    return g.done(*ends, *([product] if shared else []))
+
+
+Q, K = torch.tensor([[1.0, -2.0, 0.3], [0.7, 5.0, -1.1]]), torch.tensor([[1.0, 0.2], [-3.0, 2.0], [0.5, 0.4]])
+
+
+@pytest.mark.parametrize(("op", "factor"), [(aten.mul.Tensor, 0.25), (aten.div.Tensor, 4)])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_scale_goes_into_the_operand(op: Any, factor: float, mask: bool) -> None:
+    """By a power of two, so that the numbers are the same to the bit."""
+    gm = scores(op=op, factor=factor, mask=mask)
+    assert same_numbers(ScaleOperand(), gm, Q, K).rewrites == 1
+    found = {pair.label: pair.scale for node in call_nodes(gm.graph) if (pair := Pair.of(node)) is not None}
+    assert found == {"q": 0.1, "q@mul_tensor" if op is aten.div.Tensor else "q@mul_tensor_1": 0.025, "k": 0.2}
+
+
+@pytest.mark.parametrize(
+    "gm",
+    [
+        scores(factor=-0.25),
+        scores(factor=0.0),
+        scores(factor=float("inf")),
+        scores(end=aten.relu.default),
+        scores(quantized=(False, True)),
+        scores(quantized=(True, False)),
+        scores(shared=True),
+        scores(op=aten.div.Tensor_mode, rounding_mode="floor"),
+        scores(op=aten.add.Tensor),
+    ],
+    ids=["negative", "zero", "infinite", "no softmax", "float", "float key", "read twice", "rounded", "a sum"],
+)
+def test_scales_that_stay(gm: fx.GraphModule) -> None:
+    untouched(ScaleOperand(), gm)

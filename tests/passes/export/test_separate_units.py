@@ -1,0 +1,75 @@
+"""Float products that a runtime would take for one unit with what follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import fx
+
+from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu
+from tests.passes.export.written import Written, codes, same_numbers
+from tests.passes.graphs import show, untouched
+
+aten = torch.ops.aten
+
+
+def product(op: Any = aten.matmul.default, *, quantized: bool = False) -> fx.GraphModule:
+    g = Written()
+    relu = g.call(aten.relu.default, g.call(op, g.input(2, 3), g.input(3, 2)))
+    return g.done(g.pair(relu) if quantized else g.call(aten.neg.default, relu))
+
+
+def test_a_relu_that_no_quantizer_reads() -> None:
+    gm = product()
+    assert same_numbers(SeparateRelu(), gm, torch.randn(2, 3), torch.randn(3, 2)).rewrites == 1
+    assert_expected_inline(
+        show(gm),
+        """\
+matmul_default = matmul(x, x1)
+maximum_default = maximum(matmul_default, relu_default_least)
+neg_default = neg(maximum_default)
+return [neg_default]
+""",
+    )
+
+
+def test_relus_that_stay() -> None:
+    untouched(SeparateRelu(), product(quantized=True))
+    g = Written()
+    untouched(SeparateRelu(), g.done(g.call(aten.relu.default, g.call(aten.neg.default, g.input(2)))))
+
+
+def conv(*, relu: bool = False, reads: str = "pair", weight: str = "float", quantized: bool = True) -> fx.GraphModule:
+    g = Written()
+    x = g.input(1, 2, 3, 3)
+    value = g.call(aten.max_pool2d.default, g.pair(x) if quantized else x, [1, 1])
+    held = g.held("w", torch.ones(2, 2, 1, 1)) if weight == "float" else g.weight(
+        "w", codes(2, 2, 1, 1), torch.tensor(0.1), None
+    )  # fmt: skip
+    value = g.call(aten.conv2d.default, value, held)
+    if relu:
+        value = g.call(aten.relu.default, value)
+    if reads == "twice":
+        return g.done(g.pair(value, 0.3, "out"), value)
+    return g.done(g.pair(value, 0.3, "out") if reads == "pair" else g.call(aten.neg.default, value))
+
+
+@pytest.mark.parametrize(("relu", "least"), [(False, torch.finfo(torch.float32).min), (True, 0.0)])
+def test_a_float_weight_between_quantizers(relu: bool, least: float) -> None:
+    gm = conv(relu=relu)
+    assert same_numbers(SeparateFloatWeights(), gm, torch.randn(1, 2, 3, 3)).rewrites == 1
+    name = "relu_default_least" if relu else "conv2d_default_least"
+    assert gm.get_buffer(name).item() == least and gm.get_buffer(name).dim() == 0
+    assert f"maximum(conv2d_default, {name})" in show(gm) and "relu(" not in show(gm)
+
+
+@pytest.mark.parametrize(
+    "gm",
+    [conv(reads="neg"), conv(reads="twice"), conv(weight="integer"), conv(quantized=False)],
+    ids=["no quantizer after", "two readers", "an integer weight", "a float input"],
+)
+def test_weights_that_stay(gm: fx.GraphModule) -> None:
+    untouched(SeparateFloatWeights(), gm)
