@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.graph.meta import SITE, SOURCE, STANDS_FOR, STATE
 from fxquant.ops import fake_quantize, qdq, qparams, quantize, saved
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
@@ -48,8 +49,8 @@ CAPTURED = Stage(
     name="captured",
     marks=frozenset({BIND, STAND_IN}),
     makes=frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, FAKE_QUANTIZE_BIAS, STAND_IN}),
-    inputs=("source", "state"),
-    owns=("val", "site", "stands_for", "custom", "source", "state"),
+    inputs=(SOURCE, STATE),
+    owns=("val", "custom", SITE, STANDS_FOR, SOURCE, STATE),
     is_ours=True,
 )
 """The ATen training graph that both doors lead to: ``val`` on every call, a fake-quant node a site."""
@@ -75,7 +76,7 @@ POST_GRAD = Stage(
 EXPORT = Stage(
     name="export",
     makes=frozenset({qdq.DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE}),
-    owns=("val", "site", "stands_for"),
+    owns=("val", SITE, STANDS_FOR),
     is_ours=True,
 )
 """The evaluation graph on its way to a file: parameters are attributes, sites become constants and labelled pairs."""

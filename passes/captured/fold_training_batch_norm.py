@@ -14,8 +14,8 @@ from fxquant.graph.kinds import bias_of, replace_operand, set_bias
 from fxquant.graph.meta import mark_running_statistic
 from fxquant.graph.views import BatchNorm
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.stages import CAPTURED
 from fxquant.passes.captured.fold_batch_norm import Folding, as_dtype, batch_norms, fold_weight, match, own_quantizer
+from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeGuard, ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import fx

@@ -15,6 +15,7 @@ from fxquant.graph.arguments import argument, operand
 from fxquant.graph.dependence import constant_nodes
 from fxquant.graph.edit import call
 from fxquant.graph.kinds import bias_of, kind_of, operands
+from fxquant.graph.meta import Site, site_of, sites_served
 from fxquant.graph.moves import unmoved
 from fxquant.graph.views import FakeQuant
 from fxquant.numerics.storage import storage
@@ -53,7 +54,7 @@ class Freeze(Pass):
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Freezes activations first, as the scale of a bias is made of theirs."""
-        frozen = Frozen(absorbed=[label for node in gm.graph.nodes for label in node.meta.get("stands_for", ())])
+        frozen = Frozen(absorbed=[label for node in gm.graph.nodes for label in sites_served(node)])
         result.products.append(frozen)
         with torch.no_grad():
             done = _Freezing(gm, frozen).run()
@@ -101,7 +102,7 @@ class _Freezing:
         return len(found) + sum(map(self._bias, biases)) + self._rest()
 
     def _freeze(self, view: FakeQuant) -> None:
-        site = view.node.meta["site"]
+        site = _site(view)
         if view.input not in self.values:
             number = self.seen[site.label] = self.seen.get(site.label, -1) + 1
             self._activation(view, site.label if not number else f"{site.label}@{number}")
@@ -135,7 +136,7 @@ class _Freezing:
             held = self._held(label, (code, scale, zero_point), node)
             new = call(self.gm.graph, DEQUANTIZE, *held, axis, like=node)
         self._replace(node, new)
-        if node.meta["site"].role == "weight":
+        if _site(view).role == "weight":
             self.frozen.weights.append(label)
         else:  # of a learned query, as an example: stored as a weight is
             self.frozen.activations.append(label)
@@ -143,16 +144,18 @@ class _Freezing:
 
     def _groups(self, view: FakeQuant) -> None:
         """A weight whose quantizer sees a group as a row: see `InsertFakeQuantize`."""
-        node, site = view.node, view.node.meta["site"]
+        node, site = view.node, _site(view)
+        axis, size = site.spec.axis, site.spec.group_size
+        assert axis is not None and size is not None
         rows, scale, zero_point = (self._value(v) for v in (view.input, view.scale, view.zero_point))
         code = _codes(view, rows, scale, zero_point, 0)
-        ends = [user if site.spec.axis == 0 else next(iter(user.users)) for user in node.users]
-        shape = ends[0].all_input_nodes[0].meta["val"].shape if site.spec.axis else ends[0].meta["val"].shape
+        ends = [user if axis == 0 else next(iter(user.users)) for user in node.users]
+        shape = ends[0].all_input_nodes[0].meta["val"].shape if axis else ends[0].meta["val"].shape
         whole = [value.reshape(shape[0], -1) for value in (code, scale, zero_point)]
-        whole = [value.t() if site.spec.axis else value for value in whole]
+        whole = [value.t() if axis else value for value in whole]
         with self.gm.graph.inserting_before(node):
             held = self._held(site.label, whole, node)
-            new = call(self.gm.graph, DEQUANTIZE, *held, 1 - site.spec.axis, site.spec.group_size, like=ends[0])
+            new = call(self.gm.graph, DEQUANTIZE, *held, 1 - axis, size, like=ends[0])
         for end in ends:
             end.replace_all_uses_with(new)
         self.frozen.weights.append(site.label)
@@ -221,6 +224,12 @@ class _Freezing:
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
+
+
+def _site(view: FakeQuant) -> Site:
+    site = site_of(view.node)
+    assert site is not None, f"{view.node.name} must be a site's: a model's own fake-quants have no place in a file yet"
+    return site
 
 
 def _codes(view: FakeQuant, weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:

@@ -5,20 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
-from fxquant.graph.moves import PADS, is_agnostic
+from fxquant.graph.moves import PADS, PERMUTING, REPEATING, is_agnostic
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.export.pairs import CONVOLUTIONS, MATMULS, is_quantized_again, pair_before, quantized_again
 from fxquant.passes.stages import EXPORT
 
-aten = torch.ops.aten
-
-# Ops that onnxruntime moves no DequantizeLinear across; of the others that move values, it does.
-_STOPPING = frozenset({aten.expand, aten.upsample_nearest1d, aten.upsample_nearest2d})
-_TRANSPOSING = frozenset({aten.transpose, aten.permute, aten.t, aten.mT})
 _PRODUCTS = MATMULS | CONVOLUTIONS
 
 
@@ -26,6 +20,7 @@ _PRODUCTS = MATMULS | CONVOLUTIONS
 class RequantizeMoved(Pass):
     """``expand(QDQ(x))``  →  ``QDQ(expand(QDQ(x)))`` with the same scale, which gives the same codes.
 
+    onnxruntime moves no DequantizeLinear across operators that repeat values; across the others it does.
     ``pads``: after pads as well, for runtimes that pad floats only.
     """
 
@@ -37,7 +32,7 @@ class RequantizeMoved(Pass):
         """Quantizes after expansions, nearest upsampling and pads."""
         done = 0
         for node in list(call_nodes(gm.graph)):
-            stops = packet(node) in _STOPPING or (self.pads and packet(node) in PADS and is_agnostic(node))
+            stops = packet(node) in REPEATING or (self.pads and packet(node) in PADS and is_agnostic(node))
             pair = pair_before(node.all_input_nodes[0]) if stops else None
             if pair is not None and not is_quantized_again(node, pair):
                 users = list(node.users)
@@ -69,6 +64,6 @@ class RequantizeTransposed(Pass):
 
 
 def _is_transposed(value: fx.Node) -> bool:
-    while is_agnostic(value) and packet(value) not in _TRANSPOSING:
+    while is_agnostic(value) and packet(value) not in PERMUTING:
         value = value.all_input_nodes[0]
-    return packet(value) in _TRANSPOSING
+    return packet(value) in PERMUTING

@@ -17,8 +17,8 @@ from fxquant.graph.nodes import packet
 from fxquant.graph.views import FakeQuant, FakeQuantBackward, Item
 from fxquant.ops import fake_quantize, quantize, saved
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.stages import JOINT
 from fxquant.passes.joint.joint import Joint
+from fxquant.passes.stages import JOINT
 
 aten = torch.ops.aten
 prims = torch.ops.prims

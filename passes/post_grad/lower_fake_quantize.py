@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx
 from torch._ops import OpOverload

@@ -8,6 +8,8 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxquant.graph.nodes import call_nodes
 from fxquant.passes.export.decompose_attention import DecomposeAttention
@@ -86,20 +88,25 @@ def test_declined(gm: fx.GraphModule, reason: str) -> None:
 
 def test_a_head_of_symbolic_size() -> None:
     gm = attention()
-    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
-    mode = torch._subclasses.FakeTensorMode(shape_env=shape_env)
-    dims = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
-        [torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC] * 4
-    )
-    gm.graph.find_nodes(op="placeholder")[0].meta["val"] = mode.from_tensor(
-        torch.randn(1, 2, 4, 16), symbolic_context=dims
-    )
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 4)
+    query = mode.from_tensor(torch.randn(1, 2, 4, 16), symbolic_context=context)
+    gm.graph.find_nodes(op="placeholder")[0].meta["val"] = query
     (decline,) = untouched(DecomposeAttention(), gm).declines
     assert decline.reason == "attention left to the exporter: the head size is symbolic"
 
 
-def scores(*, factor: Any = 0.25, op: Any = aten.mul.Tensor, mask: bool = False, end: Any = aten.softmax.int,
-           quantized: tuple[bool, bool] = (True, True), shared: bool = False, **given: Any) -> fx.GraphModule:  # fmt: skip
+def scores(
+    *,
+    factor: Any = 0.25,
+    op: Any = aten.mul.Tensor,
+    mask: bool = False,
+    end: Any = aten.softmax.int,
+    quantized: tuple[bool, bool] = (True, True),
+    shared: bool = False,
+    **given: Any,
+) -> fx.GraphModule:
+    """What comes before a softmax, or the like."""
     g = Written()
     q, k = g.input(2, 3), g.input(3, 2)
     left = g.pair(q, 0.1, "q") if quantized[0] else q

@@ -1,0 +1,145 @@
+"""Models that are run and compiled without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.capture.aside import compiled_aside, evaluating, in_compiled_region, own_code, untouched
+
+
+class Counting(nn.Module):
+    """Leaves all the traces that a forward can leave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.calls = 0
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total = self.total + x.sum(0)
+        self.last = x
+        self.register_buffer("seen", x.mean(0))
+        return self.norm(x + torch.randn(3))
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "own": {name: dict(vars(module)).keys() for name, module in model.named_modules()},
+        "training": [module.training for module in model.modules()],
+        "ids": [id(buffer) for buffer in model.buffers()],
+        "random": torch.random.get_rng_state(),
+    }
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before["tensors"].keys() == after["tensors"].keys()
+    assert all(torch.equal(before["tensors"][name], value) for name, value in after["tensors"].items())
+    assert all(before[key] == after[key] for key in ("own", "training", "ids"))
+    assert torch.equal(before["random"], after["random"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_put_back(fails: bool) -> None:
+    model = Counting()
+    before = state_of(model)
+    with contextlib.suppress(KeyError), untouched(model):
+        model(torch.randn(4, 3))
+        model.eval()
+        model.norm.eps = 7.0
+        assert model.calls == 1 and "seen" in dict(model.named_buffers())
+        if fails:
+            raise KeyError
+    assert_same_state(before, state_of(model))
+    assert model.calls == 0 and not hasattr(model, "last") and model.norm.eps == 1e-5
+
+
+def test_a_lazy_module_stays_what_it_became() -> None:
+    model = nn.Sequential(nn.LazyLinear(2))
+    with untouched(model):
+        model(torch.randn(4, 3))
+    assert type(model[0]) is nn.Linear and model(torch.randn(1, 3)).shape == (1, 2)
+
+
+def test_parameters_are_the_callers_business() -> None:
+    model = nn.Linear(2, 2)
+    with untouched(model), torch.no_grad():
+        model.weight.fill_(3.0)
+    assert torch.equal(model.weight, torch.full((2, 2), 3.0))
+
+
+def test_evaluating_restores_each_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.ReLU()))
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == before == [True, True, False, False, False]
+
+
+def run_backend(gm: fx.GraphModule, inputs: Any) -> Any:
+    return gm.forward
+
+
+def test_no_mark_of_the_compile_is_left() -> None:
+    model = nn.Linear(2, 2)
+    before = set(vars(model))
+    with compiled_aside(model, run_backend) as compiled:
+        compiled(torch.ones(1, 2))
+        compiled(torch.ones(3, 2, dtype=torch.float32))
+    assert set(vars(model)) == before
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    with compiled_aside(model, run_backend):
+        assert torch._dynamo.config.recompile_limit > limits[0]
+    assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) == limits
+
+
+def test_a_mark_of_the_users_stays() -> None:
+    model = nn.Linear(2, 2)
+    vars(model)["_is_torch_compile"] = True
+    with compiled_aside(model, run_backend):
+        pass
+    assert vars(model)["_is_torch_compile"] is True
+
+
+def test_recompiles_aside_do_not_use_up_the_limit() -> None:
+    model = nn.Linear(2, 2)
+    with torch._dynamo.config.patch(recompile_limit=1), compiled_aside(model, run_backend, dynamic=False) as compiled:
+        for rows in (2, 3, 4):
+            assert compiled(torch.ones(rows, 2)).shape == (rows, 2)
+
+
+def test_where_plain_python_runs() -> None:
+    seen: list[bool] = []
+
+    @torch.compiler.disable
+    def look() -> None:
+        seen.append(in_compiled_region())
+
+    def function(x: Tensor) -> Tensor:
+        look()
+        return x + 1
+
+    look()
+    torch.compile(function, backend=run_backend)(torch.ones(2))
+    look()
+    assert seen == [False, True, False]
+
+
+def test_code_of_its_own() -> None:
+    offset = 3
+
+    def function(x: int, step: int = 2) -> int:
+        return x + step + offset
+
+    copy = own_code(function, "other")
+    assert copy(1) == function(1) == 6 and copy(1, 5) == 9
+    assert copy.__code__ is not function.__code__ and copy.__code__.co_name == copy.__name__ == "other"
