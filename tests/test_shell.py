@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.__main__ import main
+from fxquant.report.between_passes import Step, steps
 from tests.report.nets import FLAT, IMAGE, Forked, Residual
 
 
@@ -41,6 +43,7 @@ def models() -> Iterator[None]:
     vars(module).update(
         Residual=Residual, Table=Table, broken=broken, space=Space, number=3, pair=lambda: (Residual(), (IMAGE,)),
         instance=Forked(), bare=lambda: (Residual(), IMAGE), nothing=lambda: None, three=(Residual(), 1, 2),
+        normed=lambda: (Normed(), (torch.randn(2, 3, 6, 6),)),
     )  # fmt: skip
     sys.modules["shell_models"] = module
     yield
@@ -131,6 +134,94 @@ def test_errors_of_the_users_code_come_through(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
         shell("explain", "needs_more:model")
+
+
+# ---------------------------------------------------------------- passes
+
+
+class Normed(nn.Module):
+    """A convolution with its BatchNorm, and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().mean([2, 3]))
+
+
+NORMED = ("passes", "shell_models:normed")
+
+
+def test_passes_shows_each_pass_and_the_graphs_that_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell(*NORMED) == 0
+    out = capsys.readouterr().out
+    headings = [line.split(": ")[1].split(",")[0] for line in out.splitlines() if line.startswith("graph ")]
+    assert headings[:2] == ["captured", "FunctionalizeActivations"] and headings[-2:] == ["HoistViews", "SinkWeights"]
+    before, _, after = out.partition("InsertFakeQuantize")
+    assert "fxquant.bind.default(" in before and "fake_quantize" not in before
+    assert "fxquant.bind.default(" not in after and "fxquant.fake_quantize_per_channel_affine.default(" in after
+    assert "conv2d = aten.conv2d.default(" in before and "float32[2, 4, 4, 4]" in before
+
+
+def test_passes_stops_where_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell(*NORMED, "--until", "InsertFakeQuantize", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [step["name"] for step in found]
+    assert names == ["captured", "FunctionalizeActivations", "DecomposeRecurrentCells", "InsertFakeQuantize"]
+    assert {step["number"] for step in found} == {1} and {step["stage"] for step in found} == {"captured"}
+    assert [step["graph"] is not None for step in found[1:]] == [step["rewrites"] > 0 for step in found[1:]]
+    assert found[-1]["rewrites"] > 0 and found[-1]["seconds"] > 0
+
+
+def test_passes_of_an_export(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell(*NORMED, "--export", "--json") == 0
+    found = {step["name"]: step for step in json.loads(capsys.readouterr().out)}
+    assert found["FoldBatchNorm"]["rewrites"] == 1 and "aten.batch_norm" not in found["FoldBatchNorm"]["graph"]
+    assert found["Freeze"]["stage"] == found["DecomposeLinear"]["stage"] == "export"
+    assert "fake_quantize" not in found["Freeze"]["graph"]
+    assert "aten.linear" in found["Freeze"]["graph"] and "aten.linear" not in found["DecomposeLinear"]["graph"]
+
+
+def test_a_pass_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell(*NORMED, "--until", "FoldBatchNrom") == 1
+    err = capsys.readouterr().err
+    assert "until must name a pass: got 'FoldBatchNrom'. They are FunctionalizeActivations, DecomposeRec" in err
+    assert shell(*NORMED, "--until", "Freeze") == 1, "of an export"
+
+
+def test_bodies_stand_further_in() -> None:
+    x = torch.ones(2, 3, 4, 4)
+    (first, *_) = steps(fxquant.prepare(Checkpointed(), (x,)), (x,), until="FunctionalizeActivations")
+    assert first.graph is not None and "\n      conv2d = aten.conv2d.default(" in first.graph
+
+
+def test_a_step_in_words() -> None:
+    step = Step(number=2, stage="joint", name="Fold", rewrites=1, declines=("relu: it is blue",), seconds=0.0125)
+    assert str(step) == "graph 2, joint: Fold, 1 rewrite, 12.5 ms\n  declined relu: it is blue"
+    assert str(dataclasses.replace(step, rewrites=2, graph="  return x")).endswith("blue\n  return x")
+
+
+class Checkpointed(nn.Module):
+    """A checkpointed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.conv, x, use_reentrant=False)
+
+
+def test_steps_leave_the_model_as_it_was() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    model = fxquant.prepare(Normed(), (x,))
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    steps(model, (x,))
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) or bool(value.isnan().all()) for name, value in before.items())
+    with pytest.raises(fxquant.errors.InvalidArgument, match="prepare"):
+        steps(Normed(), (x,))
 
 
 # ---------------------------------------------------------------- files

@@ -16,7 +16,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
 from fxquant.onnx.export import ABSORBED
 from fxquant.onnx.verify_report import CodeRow
-from fxquant.passes.export.freeze import held_name
+from fxquant.passes.export.constants import held_name
 from fxquant.probe.recording import named
 from fxquant.probe.visitor import Run, Use, visiting
 from fxquant.support.require import require

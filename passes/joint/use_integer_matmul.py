@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -15,7 +15,6 @@ from fxquant.graph.nodes import packet
 from fxquant.graph.views import Convolution
 from fxquant.ops.integer_matmul import LONGEST_SUM, multiplies_exactly
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.stages import JOINT
 from fxquant.passes.joint.integer_products import Rewriter
 from fxquant.passes.joint.product_times import Problem, Window, times
 from fxquant.passes.joint.quantized_products import (
@@ -29,6 +28,7 @@ from fxquant.passes.joint.quantized_products import (
     operands_of,
     origin,
 )
+from fxquant.passes.stages import JOINT
 
 IntegerMatmul = bool | Literal["auto"]
 aten = torch.ops.aten
