@@ -22,6 +22,7 @@ from torch.fx.experimental import proxy_tensor
 
 from fxquant.capture.aside import compiled_aside
 from fxquant.graph.edit import copied, without_dead_nodes
+from fxquant.graph.meta import REGION, SOURCE, STATE
 from fxquant.graph.static_inputs import is_of_dynamo, keep_sources, sources_of, stand_for
 from fxquant.passes.captured.silence_bodies import SilenceBodies
 from fxquant.passes.dynamo.outline_transforms import OutlineTransforms, has_transforms
@@ -58,7 +59,7 @@ class _Retrace(fx.Interpreter):
         before = len(graph.nodes)
         value = _Retrace(args[0], inline_checkpoints=True).run(*args[1:])
         for node in list(graph.nodes)[before:]:
-            node.meta.setdefault("region", f"checkpoint{before}")
+            node.meta.setdefault(REGION, f"checkpoint{before}")
         return value
 
     def _keep(
@@ -156,8 +157,8 @@ def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_i
             name = argument.source.name
             source = name if isinstance(name, str) else name()  # a method before torch 2.13
         trainable = isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
-        new.meta["source"] = source
-        new.meta["state"] = trainable or "._parameters[" in source or "._buffers[" in source
+        new.meta[SOURCE] = source
+        new.meta[STATE] = trainable or "._parameters[" in source or "._buffers[" in source
 
 
 def _keep_static_inputs(gm: fx.GraphModule, traced: fx.GraphModule) -> None:

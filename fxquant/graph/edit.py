@@ -30,7 +30,7 @@ def without_dead_nodes(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+def call(graph: fx.Graph, op: Any, /, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
     """A new call_function node at the insertion point, with ``val`` computed and the origin of ``like``."""
     node = graph.call_function(op, args, kwargs)
     node.meta.update(copied_meta(like, "nn_module_stack", "stack_trace", REGION))
@@ -40,6 +40,12 @@ def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> 
         raise AssertionError(f"{op} has no fake operand to compute its value from")
     node.meta["val"] = computed(mode, op, *values)
     return node
+
+
+def arguments_with(node: fx.Node, old: fx.Node, new: fx.Node) -> tuple[Any, Any]:
+    """Arguments and keywords of a node with ``new`` in the place of ``old``."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: new if each is old else each)
+    return args, kwargs
 
 
 def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:

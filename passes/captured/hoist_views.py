@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.graph.arguments import argument_at, set_argument
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.dependence import changed_in_place
-from fxquant.graph.edit import call
+from fxquant.graph.edit import arguments_with, call
 from fxquant.graph.nodes import call_nodes, only_user
 from fxquant.graph.views import FakeQuant
 from fxquant.passes.base import Pass, PassResult
@@ -70,7 +70,7 @@ def _hoist_one(graph: fx.Graph, site: FakeQuant, order: dict[fx.Node, int]) -> b
     if any(order[source] > order[node] for source in user.all_input_nodes):
         return False  # a size that is computed only later
     with graph.inserting_before(node):
-        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: site.input if n is node else n)
+        args, kwargs = arguments_with(user, node, site.input)
         view = call(graph, _VIEWS[user.target], *args, like=user, **kwargs)
     set_argument(node, "input", view)
     node.meta["val"] = user.meta["val"]

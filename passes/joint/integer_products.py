@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph.arguments import argument, argument_at
-from fxquant.graph.edit import call
+from fxquant.graph.edit import arguments_with, call
 from fxquant.graph.inline import Bodies, Table, keep_tags, paste
 from fxquant.graph.moves import CASTING
 from fxquant.graph.nodes import packet
@@ -59,7 +59,8 @@ class Rewriter:
         code, zero = self._codes(operand, signed)
         for node in operand.moves:
             if packet(node) not in CASTING:
-                code = self._call(node.target, code, *node.args[1:], like=node, **node.kwargs)
+                args, kwargs = arguments_with(node, argument_at(node, 0), code)
+                code = self._call(node.target, *args, like=node, **kwargs)
         return code, zero
 
     def _codes(self, operand: Operand, signed: bool) -> tuple[fx.Node, fx.Node | None]:
@@ -76,7 +77,7 @@ class Rewriter:
             self.codes[source, signed] = self._call(op, *inputs, rounding=quant.rounding, like=source), zero
         return self.codes[source, signed]
 
-    def _call(self, op: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    def _call(self, op: Any, /, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         node = call(self.graph, op, *args, like=like, **kwargs)
         keep_tags(node, like)
         return node

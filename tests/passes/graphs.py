@@ -11,6 +11,9 @@ from torch import Tensor, fx
 
 from fxquant.backend.eager import aot_eager
 from fxquant.capture.dynamo import capture
+from fxquant.graph.arguments import named_arguments
+from fxquant.graph.bodies import all_graphs
+from fxquant.graph.nodes import call_nodes
 from fxquant.passes.base import Pass, PassResult, run_all
 from fxquant.passes.captured.functionalize_activations import FunctionalizeActivations
 from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
@@ -71,6 +74,17 @@ def evaluate(gm: fx.GraphModule, model: Callable[..., Any], *args: Tensor) -> Te
     names = dict(zip(inspect.signature(model).parameters, args, strict=False))
     sources = [node.meta["source"] for node in gm.graph.nodes if node.op == "placeholder"]
     return gm(*(names[source.removeprefix("L['").removesuffix("']")] for source in sources))[0]
+
+
+def by_keyword(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with every argument of every operator by keyword."""
+    for module in all_graphs(gm):
+        for node in call_nodes(module.graph):
+            if isinstance(node.target, torch._ops.OpOverload):
+                named = named_arguments(node)
+                node.args, node.kwargs = (), named
+        module.recompile()
+    return gm
 
 
 def show(gm: fx.GraphModule) -> str:

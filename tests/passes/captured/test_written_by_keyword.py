@@ -10,26 +10,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.graph.arguments import named_arguments
-from fxquant.graph.bodies import all_graphs
 from fxquant.graph.nodes import call_nodes
 from fxquant.graph.views import FakeQuant
 from fxquant.passes.base import Decline
 from fxquant.passes.pipelines import COMPILED, training_passes
 from fxquant.spec.recipes import INT8, Recipe
 from fxquant.targets.profiles import ONNXRUNTIME
-from tests.passes.graphs import captured
-
-
-def by_keyword(gm: fx.GraphModule) -> fx.GraphModule:
-    """Every operator's arguments by keyword."""
-    for module in all_graphs(gm):
-        for node in call_nodes(module.graph):
-            if isinstance(node.target, torch._ops.OpOverload):
-                named = named_arguments(node)
-                node.args, node.kwargs = (), named
-        module.recompile()
-    return gm
+from tests.passes.graphs import by_keyword, captured
 
 
 class Folded(nn.Module):
