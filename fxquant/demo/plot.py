@@ -91,9 +91,9 @@ def sqnr_axis(axis: Any, runs: Sequence[Quantized], names: Sequence[tuple[str, s
         if not key:
             axis.axhspan(position - 0.5, position + 0.5, color="#f2f2f2", linewidth=0, zorder=0)
             continue
-        found = [run.sqnr[key] for run in runs if math.isfinite(run.sqnr.get(key, math.nan))]
-        if found:
-            axis.plot([min(found), max(found)], [position, position], color=FAINT, linewidth=2, zorder=1)
+        values = [run.sqnr[key] for run in runs if math.isfinite(run.sqnr.get(key, math.nan))]
+        if values:
+            axis.plot([min(values), max(values)], [position, position], color=FAINT, linewidth=2, zorder=1)
     for index, run in enumerate(runs):
         shown = [(run.sqnr.get(key, math.nan), y) for y, (key, _) in enumerate(names) if key]
         finite = [(value, y) for value, y in shown if math.isfinite(value)]

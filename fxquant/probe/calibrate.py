@@ -38,19 +38,19 @@ def calibrate(model: M, data: Iterable[Any], *, method: Method = "max", progress
     if method not in _MODES:
         raise InvalidArgument(f"method must be one of {', '.join(map(repr, _MODES))}: got {method!r}.")
     plain = unwrap(model)
-    found = [(key, q) for key, q in quantizers(plain) if q.stateful]
-    kept = [(q.min_val.clone(), q.max_val.clone(), q.resolved) for _, q in found]
+    ranged = [(key, q) for key, q in quantizers(plain) if q.stateful]
+    kept = [(q.min_val.clone(), q.max_val.clone(), q.resolved) for _, q in ranged]
     try:
         batches = _observe(plain, data, _MODES[method], progress)
         if not batches:
             raise InvalidArgument("data must hold at least one batch: got none.")
     except BaseException:
-        for (_, q), (low, high, resolved) in zip(found, kept, strict=True):
+        for (_, q), (low, high, resolved) in zip(ranged, kept, strict=True):
             q.min_val.copy_(low)
             q.max_val.copy_(high)
             q.resolved = resolved
         raise
-    unseen = [key for key, q in found if not q.settle()]
+    unseen = [key for key, q in ranged if not q.settle()]
     if unseen:
         warnings.warn(
             f"{len(unseen)} sites saw no data in calibration: {', '.join(unseen[:5])}. The batches did not run them.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,43 +16,18 @@ from torch import nn
 from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import Declined, Plan
-from fxquant.prepared.bound_forward import BoundForward, bound_forward
-from fxquant.prepared.quantizer import Quantizer, owners, quantizers
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
 from fxquant.report.example_run import ExampleRun, run_on_examples
-from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, operations, place_of
+from fxquant.report.forecast import Operation, Place, expected_kernel, operations
 from fxquant.report.operators import Operator
+from fxquant.report.site_rows import Row, bound_forwards, site_rows
 from fxquant.support.table import short, table
 from fxquant.targets.expected import FLOAT
 
 _WIDTH = 120  # of the printed tables
 _LINES = 3  # that a cell of them may take
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One site: what it is, why it is there, and whether a compiled graph has used it.
-
-    Attributes:
-        key: its name in the model; role: "weight", "activation" or "output"; spec: its format.
-        operators: the operands that read it (``layer1.conv1.conv0.input``); for an output, whose result it is.
-        kernels: for each of them, what its operator is expected to become on the target, or ``"float: …"`` and why.
-        shares: other sites on the same tensor; known where `explain` got inputs.
-        range, status, reason, source: see `explain`.
-    """
-
-    key: str
-    role: str
-    spec: str
-    operators: tuple[str, ...]
-    kernels: tuple[str, ...]
-    shares: tuple[str, ...]
-    range: str
-    status: str
-    reason: str
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,17 +129,17 @@ def explain(
     model = unwrap(model)
     given = args is not None or kwargs is not None
     captured = run_on_examples(model, plan, () if args is None else args, kwargs) if given else None
-    found = operations(plan, captured.results, captured.served) if captured else operations(plan)
-    keys = {bound.key for bound in _bound(model).values()}
+    planned = operations(plan, captured.results, captured.served) if captured else operations(plan)
+    keys = {bound.key for bound in bound_forwards(model).values()}
     reports = [report for report in compile_reports() if keys & set(report.digests)]
     declines = dict.fromkeys(str(decline) for report in reports for decline in report.declines)
     return Explanation(
         plan=plan,
-        rows=_rows(model, plan, found, captured.same_tensor if captured else {}),
+        rows=site_rows(model, plan, planned, captured.same_tensor if captured else {}),
         declined=plan.declined,
         coverage=coverage(captured, plan) if captured else None,
         compile_declines=tuple(declines),
-        graphs=_graphs(captured, found, plan.target),
+        graphs=_graphs(captured, planned, plan.target),
         eager_cuda=_eager_cuda(),
     )
 
@@ -178,39 +152,14 @@ def _eager_cuda() -> str | None:
     return str(dispatch.status(build=False))
 
 
-def _rows(
-    model: nn.Module, plan: Plan, found: Mapping[Place, Operation], shares: Mapping[str, tuple[str, ...]]
-) -> tuple[Row, ...]:
-    held, status = dict(quantizers(model)), _statuses(model)
-    rows = []
-    for site in plan.sites:
-        edges = [absolute(site, edge) for edge in site.local.edges]
-        kernels = (expected_kernel(found[place_of(edge)], edge.operand, plan.target) for edge in edges)
-        rows.append(
-            Row(
-                key=site.key,
-                role=site.local.role,
-                spec=str(site.local.spec),
-                operators=tuple(map(str, edges)),
-                kernels=tuple(kernels),
-                shares=shares.get(site.key, ()),
-                range=_range(held[site.key]),
-                status=status[site.owner],
-                reason=site.reason,
-                source=site.source,
-            )
-        )
-    return tuple(rows)
-
-
 def _graphs(
-    captured: ExampleRun | None, found: Mapping[Place, Operation], target: str
+    captured: ExampleRun | None, planned: Mapping[Place, Operation], target: str
 ) -> tuple[tuple[Operator, ...], ...] | None:
     """The graphs, each operator of the plan with what it is expected to become."""
     if captured is None:
         return None
     kernels = {}
-    for place, operation in found.items():
+    for place, operation in planned.items():
         parts = dict.fromkeys(expected_kernel(operation, operand, target) for operand in operation.sites)
         kernels[place] = " + ".join(parts)
 
@@ -221,35 +170,6 @@ def _graphs(
         return "" if head.startswith(FLOAT) else f"part of {head}"
 
     return tuple(tuple(dataclasses.replace(one, kernel=kernel(one)) for one in graph) for graph in captured.graphs)
-
-
-def _bound(model: nn.Module) -> dict[str, BoundForward]:
-    return {path: bound for path, module, _ in owners(model) if (bound := bound_forward(module)) is not None}
-
-
-def _statuses(model: nn.Module) -> dict[str, str]:
-    """Owner path → status.
-
-    Instances of a class share compiled graphs, so that a graph exists is not enough: a range that is set says
-    that this instance ran. Owners without ranges are judged by those of the whole model, or by graphs if it has none.
-    """
-    digests = {digest for report in compile_reports() for digest in report.digests}
-    held = {
-        path: [q for q in found.values() if isinstance(q, Quantizer) and q.stateful] for path, _, found in owners(model)
-    }
-    ran = {path for path, those in held.items() if any(not math.isnan(q.min_val.item()) for q in those)}
-    found = {}
-    for path, bound in _bound(model).items():
-        seen = path in ran if held[path] else bool(ran) or not any(held.values())
-        found[path] = "eager" if bound.eager_runs else "compiled" if seen and bound.key in digests else "not yet run"
-    return found
-
-
-def _range(quantizer: Quantizer) -> str:
-    if not quantizer.stateful:
-        return "of the tensor" if quantizer.spec.range.kind == "current" else ""
-    low, high = quantizer.min_val.item(), quantizer.max_val.item()
-    return "unset" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
 
 
 def _why(row: Row) -> str:
