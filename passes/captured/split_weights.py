@@ -209,6 +209,7 @@ def _placeholder(graph: fx.Graph, fake: Tensor) -> fx.Node:
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder("known")
+    node.target = node.name  # the graph's own code has it as a parameter
     node.meta.update(val=fake, source="", state=False)
     without_source(node)
     return node
