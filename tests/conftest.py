@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,13 @@ import torch
 from fxquant.backend import reports
 from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
+
+
+def pytest_configure() -> None:
+    """Workers share the processors: as many threads in all as there are, not as many in each, which wait in turns."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_collection_finish() -> None:

@@ -70,6 +70,28 @@ def test_a_site_has_the_bits_of_eager(compiled: object, batch: Batch, symmetric:
         assert_same_bits(ours, eager)
 
 
+@pytest.mark.parametrize("last", [0.5, math.nan, -math.inf], ids=str)
+def test_a_range_taken_in_two_threads_has_the_bits_of_eager(last: float) -> None:
+    x = torch.randn(1 << 15, generator=torch.Generator().manual_seed(0))
+    x[-1] = last
+    threads = torch.get_num_threads()
+    torch._dynamo.reset()
+    run = torch.compile(observe, backend="fxquant", options={"recipe": None}, dynamic=False)
+    found = []
+    try:
+        torch.set_num_threads(2)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            for step in (observe, run):
+                state = torch.tensor([-1.0]), torch.tensor([1.0])
+                results, code = run_and_get_code(lambda step=step, state=state: step(x, *state, False))
+                found.append((*results, *state))
+    finally:
+        torch.set_num_threads(threads)
+    assert "#pragma omp parallel" in code[0]
+    for ours, eager in zip(found[1], found[0], strict=True):
+        assert_same_bits(ours, eager)
+
+
 def test_nothing_but_results_is_stored() -> None:
     """Two extremes, scale and zero point; as one node for each operation it was 26 buffers."""
     torch._dynamo.reset()
