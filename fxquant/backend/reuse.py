@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef  # tried on 2.13 and 2.15
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.backend.reports import log_of
@@ -152,14 +153,20 @@ def _key(part: Part, inputs: Sequence[Tensor], backend: str) -> object:
 
 
 @functools.cache
-def _watch_optimizers() -> None:
+def _watch_optimizers() -> RemovableHandle:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    register_optimizer_step_post_hook(_forget_stepped)
+    return register_optimizer_step_post_hook(_forget_stepped)
+
+
+def unwatch_optimizers() -> None:
+    """Takes the hook away, until the next graph that keeps weights; those that live go stale with the next step."""
+    _watch_optimizers().remove()
+    _watch_optimizers.cache_clear()
 
 
 def _forget_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _STORES:
         return  # a compiled step counts its changes
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     for store in stores():

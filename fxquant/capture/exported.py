@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
@@ -16,6 +13,7 @@ from fxquant.passes.captured.silence_bodies import SilenceBodies
 from fxquant.passes.pipelines import dynamo_passes
 from fxquant.passes.stages import CAPTURED, DYNAMO
 from fxquant.plan.positions import tell_calls_apart
+from fxquant.support.patches import NO_AUTOCAST, REGIONS
 
 
 def exported_graph(
@@ -26,7 +24,7 @@ def exported_graph(
     Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
     of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
-    with _as_deployed():
+    with NO_AUTOCAST.acting(), REGIONS.acting():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
@@ -49,25 +47,3 @@ def _call_by_first_path(gm: fx.GraphModule, model: torch.nn.Module) -> None:
         stack = node.meta.get("nn_module_stack") or {}
         if any(names.get(path, path) != path for path, _ in stack.values()):
             node.meta["nn_module_stack"] = {k: (names.get(path, path), kind) for k, (path, kind) in stack.items()}
-
-
-@contextlib.contextmanager
-def _as_deployed() -> Iterator[None]:
-    """Inside, autocast and regions that are compiled once for all their calls are what they enclose."""
-    enter = torch.autocast.__enter__
-
-    def enter_disabled(self: torch.autocast) -> Any:
-        wanted, self._enabled = self._enabled, False
-        try:
-            return enter(self)
-        finally:
-            self._enabled = wanted
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    with (
-        mock.patch.object(torch.autocast, "__enter__", enter_disabled),
-        mock.patch("torch._higher_order_ops.invoke_subgraph.invoke_subgraph_placeholder", call),
-    ):
-        yield

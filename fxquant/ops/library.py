@@ -142,6 +142,11 @@ WHEN_TRACED: list[Callable[[], None]] = []
 _fused: set[OpOverload] = set()
 
 
+def to_be_told_again() -> None:
+    """As if Dynamo had met no operator yet."""
+    _fused.clear()
+
+
 def _traced(op: OpOverload, fake: Arithmetic) -> Arithmetic:
     """The fake implementation; the first time that Dynamo meets the op, it lets plain ``backend="inductor"`` fuse ours.
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fxquant.ops.library import ARITHMETIC, WHEN_TRACED
+from fxquant.ops.library import ARITHMETIC, WHEN_TRACED, to_be_told_again
 from fxquant.ops.lowering_table import becomes
-from fxquant.support.digest import source_digest
+from fxquant.support.patches import CACHE_KEY
 
 # Private settings; all three are in torch 2.11 and 2.13.
 EXACT: Mapping[str, bool] = {
@@ -60,8 +60,9 @@ def _unset() -> list[str]:
 def fuse_in_inductor() -> None:
     """Lets ``torch.compile`` without our backend fuse calls of ``fxquant.ops``, which would otherwise stay calls.
 
-    Adds our operators to Inductor's decompositions, and the digest of our sources to ``cache_key_tag``: torch's cache
-    of traced graphs knows an operator by its name only. Happens by itself when Dynamo first meets one of them.
+    Adds our operators to Inductor's decompositions, and the digest of our sources to the cache keys of graphs that hold
+    one: torch's cache of traced graphs knows an operator by its name only. Other graphs are compiled, and found in
+    caches, as ever. Happens by itself when Dynamo first meets an operator of ours; `forget` undoes it.
     """
     from torch._inductor import decomposition  # private; tried on 2.13 and 2.15
 
@@ -69,9 +70,25 @@ def fuse_in_inductor() -> None:
     fusible = {op: Told(arithmetic, _warn_once) for op, arithmetic in ours.items()}
     decomposition.decompositions.update(fusible)
     decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made when it was first asked for
-    tag = f"fxquant {source_digest()}"
-    if tag not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += tag
+    _sources_in_keys()
+
+
+@functools.cache
+def _sources_in_keys() -> None:
+    CACHE_KEY.put()
+
+
+def forget() -> None:
+    """Undoes `fuse_in_inductor`, until Dynamo meets an operator of ours again."""
+    from torch._inductor import decomposition  # private; tried on 2.13 and 2.15
+
+    for op in ARITHMETIC:
+        decomposition.decompositions.pop(op, None)
+    decomposition.fast_random_decomps.cache_clear()
+    if _sources_in_keys.cache_info().currsize:
+        CACHE_KEY.take()
+        _sources_in_keys.cache_clear()
+    to_be_told_again()
 
 
 WHEN_TRACED.append(fuse_in_inductor)

@@ -10,8 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxquant.backend.inductor import gpu
-from fxquant.backend.inductor.compiling import collecting_rarely, compile_as_generated
-from fxquant.backend.inductor.loops import keep_rows_together
+from fxquant.backend.inductor.compiling import compiling_ours
 from fxquant.backend.inductor.lowerings import register_lowerings
 from fxquant.backend.options import Options
 from fxquant.backend.reports import Log, log_of, run_after
@@ -44,8 +43,6 @@ def compile_quantized(
     from torch._inductor.decomposition import select_decomp_table  # private; tried on 2.13 and 2.15
 
     register_lowerings()
-    keep_rows_together()
-    compile_as_generated()
     told = log_of(quantized)
     run_after(COMPILED, quantized, told, CAPTURED)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_settings(options)}
@@ -63,7 +60,7 @@ def compile_quantized(
     )
     theirs = {op: decompose for op, decompose in select_decomp_table().items() if op not in ARITHMETIC}
     table = _DecompositionTable({**theirs, **DECOMPOSITIONS})
-    inner = collecting_rarely()(inner_compile or compile_fx_inner)  # backward is compiled when this function has ended
+    inner = compiling_ours()(inner_compile or compile_fx_inner)  # backward is compiled when this function has ended
     compiler: Any = functools.partial(compile_fx, decompositions=table, inner_compile=inner)
     whole = functools.partial(compiler, config_patches=patches)
     if not Options.read(options).reuse_weights:

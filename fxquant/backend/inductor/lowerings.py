@@ -45,30 +45,6 @@ def register_lowerings() -> None:
         if becomes(op, "inductor") == "whole":
             lowering = of_its_own.get(op) or functools.partial(_lowered, ARITHMETIC[op])
             register_lowering(op, type_promotion_kind=None)(lowering)
-    _keep_dtype_rules()
-
-
-def _keep_dtype_rules() -> None:
-    """Inductor's rules of dtypes are one object a process, which it fills anew for each operation that it generates.
-
-    That is 76 µs an operation, 14,000 times in a compile of four layers of a transformer. Here it is filled where a
-    table that it is made from grew.
-    """
-    from torch._inductor import utils  # private; tried on 2.11, 2.13 and 2.15
-    from torch._inductor.codegen import common  # private; tried on 2.11, 2.13 and 2.15
-    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler  # private; tried on 2.11, 2.13 and 2.15
-
-    fill, filled = DtypePropagationOpsHandler.__init__, [0, 0, 0]
-
-    @functools.wraps(fill)
-    def fill_once(self: DtypePropagationOpsHandler) -> None:
-        rules, pointwise = utils.op_dtype_propagation_rules, common.pointwise_overrides_data
-        tables = [len(rules), len(pointwise), len(utils.boolean_ops())]
-        if tables != filled or not vars(self):
-            fill(self)
-            filled[:] = tables
-
-    DtypePropagationOpsHandler.__init__ = fill_once  # type: ignore[method-assign]
 
 
 def _materialized(x: Any, rows: int = 0) -> Any:

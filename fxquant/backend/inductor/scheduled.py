@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import sympy
 from torch import fx
 
 from fxquant.graph.edit import copied
 from fxquant.graph.nodes import results
+from fxquant.support.patches import SCHEDULE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,8 @@ class Lowered:
 def recorder(found: list[Lowered]) -> Callable[..., Any]:
     """An ``inner_compile`` that appends what it is given, scheduled, and compiles nothing."""
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.graph import GraphLowering
 
-    def schedule(graph: Any) -> Any:
+    def schedule(_: Callable[..., Any], graph: Any) -> Any:
         _report_strides(graph)
         graph.init_wrapper_code()
         graph._update_scheduler()
@@ -77,7 +76,7 @@ def recorder(found: list[Lowered]) -> Callable[..., Any]:
         outputs = results(partitioned.graph)
         read: dict[str, Any] = {"storages": [None] * len(outputs)}
         try:
-            with mock.patch.object(GraphLowering, "compile_to_module", schedule):
+            with SCHEDULE.acting(schedule):
                 compile_fx_inner(gm, example_inputs, **settings)  # returns where there is nothing to compile
         except _Scheduled as scheduled:
             (read,) = scheduled.args
