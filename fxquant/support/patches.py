@@ -87,7 +87,7 @@ class Patch:
     def _guarded(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            instead = self._asked.get()
+            instead = self._asked.get() if self._ours is guarded else None
             return own(*args, **kwargs) if instead is None else instead(own, *args, **kwargs)
 
         return guarded
@@ -107,7 +107,7 @@ def _enter_disabled(enter: Callable[..., Any], self: torch.autocast) -> Any:
 NO_AUTOCAST = Patch(
     "torch.amp.autocast_mode:autocast.__enter__",
     why="Autocast is a way to train: an exported graph computes in the precision of the parameters.",
-    tried="2.11, 2.13, 2.15",
+    tried="2.13 (2.11, 2.14)",
     serves="torch.export of ours",
     instead=_enter_disabled,
 )
@@ -179,8 +179,8 @@ def _define_and_compile(define: Callable[..., Any], self: Any, name: str, body: 
 COMPILE_EARLY = Patch(
     "torch._inductor.codegen.wrapper:PythonWrapperCodegen.define_kernel",
     why="Inductor generates the code of all kernels of a graph, then hands them to the compiler. Handed over each as "
-    "it is done, they are compiled while Python generates the next: a quantized graph has twice the nodes of a plain one "
-    "with as many kernels. Inductor asks for the same source again later, and is given the compilation under way.",
+    "it is done, they are compiled while Python generates the next: a quantized graph has twice the nodes of a plain "
+    "one with as many kernels. Inductor asks for the same source again later, and is given the compilation under way.",
     tried="2.13, 2.15 (2.11)",
     serves="Inductor at work on a graph of our backend",
     instead=_define_and_compile,
@@ -211,8 +211,8 @@ CACHE_KEY = Patch(
     "torch._functorch._aot_autograd.autograd_cache:AOTAutogradCacheDetails.__init__",
     why="torch's cache of traced graphs knows an operator by its name: after an upgrade of fxquant it would replay "
     "what plain `backend='inductor'` traced of the old one. So the digest of our sources is in the keys of graphs with "
-    "operators of ours. `torch.compiler.config.cache_key_tag` would change all keys, and in torch 2.13 is a setting of one "
-    "thread; no key holds the table of decompositions or an operator's tags; uuids of passes are in all keys.",
+    "operators of ours. `torch.compiler.config.cache_key_tag` would change all keys, and in torch 2.13 is a setting of "
+    "one thread; no key holds the table of decompositions or an operator's tags; uuids of passes are in all keys.",
     tried="2.13 (2.11, 2.14)",
     serves="graphs that hold operators of ours, from the first that Dynamo meets",
     instead=_with_sources,

@@ -21,6 +21,7 @@ from fxquant.ops import (
     affine_qparams,
     fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
+    plain_inductor,
     symmetric_qparams,
     update_min_max,
 )
@@ -165,7 +166,7 @@ def test_plain_inductor_keeps_the_mark_of_a_prepared_model() -> None:
     """Decomposed, `bind` would vanish."""
     from torch._inductor.decomposition import decompositions
 
-    fxquant.backend.fuse_in_inductor()
+    plain_inductor.fuse_in_inductor()
     assert BIND not in decompositions and set(DECOMPOSITIONS) <= set(decompositions)
 
 
