@@ -113,9 +113,9 @@ NO_AUTOCAST = Patch(
 )
 
 
-def _call_region(compile_and_call: Callable[..., Any], function: Any, args: Any, kwargs: Any = None) -> Any:
-    if function.__name__ != "_invoke_subgraph_placeholder_wrapper":
-        return compile_and_call(function, args, kwargs)
+def _call_region(compile_and_call: Callable[..., Any], fn: Any, args: Any, kwargs: Any = None) -> Any:
+    if fn.__name__ != "_invoke_subgraph_placeholder_wrapper":
+        return compile_and_call(fn, args, kwargs)
     region, given, named = args
     return region(*given, **named)
 
@@ -166,14 +166,16 @@ DTYPE_RULES = Patch(
 _CALL = "async_compile.cpp_pybinding("
 
 
-def _define_and_compile(define: Callable[..., Any], self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> Any:
+def _define_and_compile(
+    define: Callable[..., Any], self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any
+) -> Any:
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 
-    if body.startswith(_CALL) and get_compile_threads() > 1:
-        call = ast.parse(body.strip(), mode="eval").body
+    if kernel_body.startswith(_CALL) and get_compile_threads() > 1:
+        call = ast.parse(kernel_body.strip(), mode="eval").body
         assert isinstance(call, ast.Call), "a call of async_compile.cpp_pybinding"
         AsyncCompile().cpp_pybinding(*map(ast.literal_eval, call.args))
-    return define(self, name, body, *args, **kwargs)
+    return define(self, kernel_name, kernel_body, *args, **kwargs)
 
 
 COMPILE_EARLY = Patch(

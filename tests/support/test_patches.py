@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import gc
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -25,7 +23,7 @@ from fxquant.backend.inductor.compiling import collecting_rarely
 from fxquant.capture.exported import exported_graph
 from fxquant.ops import fake_quantize_per_tensor_affine, plain_inductor
 from fxquant.support import patches
-from fxquant.support.patches import CACHE_KEY, NO_AUTOCAST, OTHERS, PATCHES, SCHEDULE, Patch
+from fxquant.support.patches import CACHE_KEY, NO_AUTOCAST, OTHERS, PATCHES, Patch
 from tests.house.sources import ROOT, package_modules
 from tests.nets import Mlp, prepared, step
 
@@ -320,7 +318,17 @@ def neighbour():
     grads = [p.grad.double().sum().item() for p in model.parameters()]
     return {"keys": keys, "codes": codes, "dtype": str(y.dtype), "gc": gc.get_threshold(), "grads": grads}
 """
-ALONE = NEIGHBOUR + "print(json.dumps([neighbour(), 'fxquant' in sys.modules]))"
+ALONE = "print(json.dumps([neighbour(), 'fxquant' in sys.modules]))"
+BESIDE_US = """
+import contextlib
+from tests.support.test_patches import PATCHES, SCHEDULE, boom, elsewhere, ours_at_work
+ours_at_work()
+after = neighbour()
+with contextlib.ExitStack() as stack:
+    for patch in PATCHES:
+        stack.enter_context(patch.acting(boom if patch is SCHEDULE else None))
+    print(json.dumps([after, elsewhere(neighbour)]))
+"""
 
 
 def ours_at_work() -> None:
@@ -338,18 +346,14 @@ def boom(*_: Any) -> None:
     raise AssertionError("another thread's graph was taken for ours")
 
 
+@pytest.mark.slow
 def test_a_neighbour_compiles_as_in_a_process_without_us() -> None:
     """Byte for byte: cache keys, generated code, gradients; after us, and in another thread while we are at work."""
-    command = [sys.executable, "-c", ALONE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
-    alone, loaded = json.loads(done.stdout.splitlines()[-1])
+    runs = [
+        subprocess.Popen([sys.executable, "-c", NEIGHBOUR + code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for code in (ALONE, BESIDE_US)
+    ]
+    (alone, loaded), (after, meanwhile) = (json.loads(run.communicate(timeout=900)[0].splitlines()[-1]) for run in runs)
     assert not loaded and len(alone["keys"]) == 3 and len(alone["codes"]) == 2
-    here: dict[str, Any] = {}
-    exec(NEIGHBOUR, here)
-    ours_at_work()
-    assert json.loads(json.dumps(here["neighbour"]())) == alone
-    with contextlib.ExitStack() as stack:
-        for patch in PATCHES:
-            stack.enter_context(patch.acting(boom if patch is SCHEDULE else None))
-        assert json.loads(json.dumps(elsewhere(here["neighbour"]))) == alone
+    assert after == alone
+    assert meanwhile == alone
