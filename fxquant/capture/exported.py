@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from fxquant.passes.captured.silence_bodies import SilenceBodies
 from fxquant.passes.pipelines import dynamo_passes
 from fxquant.passes.stages import CAPTURED, DYNAMO
 from fxquant.plan.positions import tell_calls_apart
-from fxquant.support.patches import NO_AUTOCAST, REGIONS
+from fxquant.support.patches import MODULE_CALLS, NO_AUTOCAST, REGIONS
 
 
 def exported_graph(
@@ -24,7 +26,7 @@ def exported_graph(
     Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
     of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
-    with NO_AUTOCAST.acting(), REGIONS.acting():
+    with _as_deployed():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
@@ -37,6 +39,19 @@ def exported_graph(
         if node.op == "get_attr" and node is not first:
             first.prepend(node)
     return without_dead_nodes(gm)
+
+
+@contextlib.contextmanager
+def _as_deployed() -> Iterator[None]:
+    """Inside, autocast and regions that are compiled once for all their calls are what they enclose.
+
+    Other threads' compiles wait: torch.export replaces methods of `torch.nn.Module` in the whole process, and so does
+    AOTAutograd; each would trace what the other runs, and put the other's methods back in place for good.
+    """
+    from torch._dynamo.convert_frame import compile_lock  # private; tried on 2.13, read in 2.11 and 2.14
+
+    with compile_lock, NO_AUTOCAST.acting(), REGIONS.acting(), MODULE_CALLS.acting():
+        yield
 
 
 def _call_by_first_path(gm: fx.GraphModule, model: torch.nn.Module) -> None:

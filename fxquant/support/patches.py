@@ -137,6 +137,28 @@ REGIONS = Patch(
     instead=_call_region if _COMPILES else _call_placeholder,
 )
 
+
+def _in_this_thread(
+    patch_method: Callable[..., None], self: Any, cls: type, name: str, new_fn: Callable[..., Any], **kwargs: bool
+) -> None:
+    own, tracing = getattr(cls, name), threading.get_ident()
+
+    @functools.wraps(new_fn)
+    def traced(*given: Any, **named: Any) -> Any:
+        return (new_fn if threading.get_ident() == tracing else own)(*given, **named)
+
+    patch_method(self, cls, name, traced, **kwargs)
+
+
+MODULE_CALLS = Patch(
+    "torch.fx._symbolic_trace:_Patcher.patch_method",
+    why="While torch.export traces, every module that any thread calls is entered into its trace, by a method of "
+    "`torch.nn.Module` that it replaces. Here only those that this thread calls are.",
+    tried="2.13 (2.11, 2.14)",
+    serves="torch.export of ours",
+    instead=_in_this_thread,
+)
+
 # ---------------------------------------------------------------- compiles of ours
 
 _filled = [0, 0, 0]
@@ -221,7 +243,7 @@ CACHE_KEY = Patch(
     always=True,
 )
 
-PATCHES: tuple[Patch, ...] = (NO_AUTOCAST, REGIONS, DTYPE_RULES, COMPILE_EARLY, SCHEDULE, CACHE_KEY)
+PATCHES: tuple[Patch, ...] = (NO_AUTOCAST, REGIONS, MODULE_CALLS, DTYPE_RULES, COMPILE_EARLY, SCHEDULE, CACHE_KEY)
 
 OTHERS: Mapping[str, str] = {
     "fxquant/backend/inductor/lowerings.py: register_lowering": (

@@ -321,7 +321,8 @@ def neighbour():
 ALONE = "print(json.dumps([neighbour(), 'fxquant' in sys.modules]))"
 BESIDE_US = """
 import contextlib
-from tests.support.test_patches import PATCHES, SCHEDULE, boom, elsewhere, ours_at_work
+from fxquant.support.patches import PATCHES, SCHEDULE
+from tests.support.test_patches import boom, elsewhere, ours_at_work
 ours_at_work()
 after = neighbour()
 with contextlib.ExitStack() as stack:
