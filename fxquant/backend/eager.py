@@ -23,10 +23,7 @@ def aot_eager(
 ) -> Callable[..., Any]:
     """AOTAutograd with our joint passes, or others; ``runner`` makes each of the two graphs callable."""
     behind, told = joint_passes() if passes is None else passes, log_of(gm)
-    from functorch.compile import (  # type: ignore[import-untyped]
-        make_boxed_func,
-        min_cut_rematerialization_partition,
-    )
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd  # private; tried on 2.13 and 2.15
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -194,6 +194,11 @@ def cost(
     batch = _batch(args, named) if dynamic_batch else None
     plain = trace_step(model, args, named, quantized=False, batch=batch)
     step = trace_step(model, args, named, quantized=True, batch=batch)
+    return _cost_of(plan, plain, step, training=model.training, batch=batch)
+
+
+def _cost_of(plan: Plan, plain: Step, step: Step, *, training: bool, batch: int | None) -> Cost:
+    """The bytes of two steps by the sites of a plan."""
     saved, by_site = _saved(step), _by_site(step)
     for one in saved:
         by_site[one.site] += Bytes(saved=one.size)
@@ -204,7 +209,7 @@ def cost(
     rest = sum(by_site.values(), Bytes())
     return Cost(
         plan=plan,
-        training=model.training,
+        training=training,
         sites=tuple(sites),
         rest=rest,
         total=sum((site.bytes for site in sites), rest),

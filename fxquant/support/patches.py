@@ -262,6 +262,9 @@ OTHERS: Mapping[str, str] = {
         "threshold of one thread. Put back by the last compile, if nobody has set others meanwhile. torch 2.15 does "
         "so for every backend."
     ),
+    "fxquant/backend/inductor/step.py: pgo.get_code_state": (
+        "What Dynamo learnt of sizes while `fxquant.cost` traced is forgotten; other threads' compiles wait meanwhile."
+    ),
     "fxquant/backend/reuse.py: register_optimizer_step_post_hook": (
         "With options={'reuse_weights': True}: drops what was computed from the parameters that an optimizer has "
         "stepped. Changes no optimizer; `unwatch_optimizers` there removes it."

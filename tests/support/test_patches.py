@@ -161,7 +161,7 @@ def chain(node: ast.AST) -> list[str]:
     return [node.id, *names] if isinstance(node, ast.Name) else []
 
 
-HOOKS = ("register_", "set_threshold", "update", "patch", "setdefault")
+HOOKS = ("register_", "set_threshold", "update", "patch", "setdefault", "get_code_state")
 # Operators of our own, and settings that are put back: in torch 2.13 those of one thread.
 OURS = {"library.register_fake", "library.register_autograd", "library.register_vmap"}
 OURS |= {"config.patch", "inductor.patch", "functorch.patch"}

@@ -41,11 +41,16 @@ class _Scheduled(BaseException):
     """Raised where Inductor would write kernels; no Exception, which Inductor wraps in its own."""
 
 
-def stop(*_: Any) -> Any:
-    raise Stopped
+class _Stop:
+    """A compiled graph that never runs."""
+
+    _boxed_call = True  # it takes one list of inputs, as AOTAutograd may ask for
+
+    def __call__(self, *_: Any) -> Any:
+        raise Stopped
 
 
-stop._boxed_call = True  # type: ignore[attr-defined]  # it takes one list of inputs, as AOTAutograd may ask for
+stop = _Stop()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ def _lowered(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
             compile_fx(_without_binds(gm), example_inputs, inner_compile=recorder(found))
         return stop
 
-    with untouched(model), torch.enable_grad(), unreported(), _uncached():
+    with untouched(model), torch.enable_grad(), _uncached():
         for module in model.modules():
             module.__dict__.pop("_compiled_call_impl", None)  # what `Module.compile` left would run instead
         for _, quantizer in quantizers(model):
@@ -213,21 +213,25 @@ def _opened(inputs: Any, batch: int) -> Any:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """No cache is read, nothing is remembered, and the backward graph is compiled with the forward."""
+    """No cache is read, nothing is remembered, and the backward graph is compiled with the forward.
+
+    Other threads' compiles wait: what they learn of sizes and report meanwhile would be forgotten too.
+    """
     from torch._dynamo import pgo
+    from torch._dynamo.convert_frame import compile_lock
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
     off = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     ours = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    known = pgo.get_code_state()  # sizes seen before, from which Dynamo guesses what varies; not to learn from this
-    before = copy.deepcopy(known)
-    try:
-        with inductor.patch(off), functorch.patch(ours):
+    with compile_lock, unreported(), inductor.patch(off), functorch.patch(ours):
+        known = pgo.get_code_state()  # sizes seen before, from which Dynamo guesses what varies
+        before = copy.deepcopy(known)
+        try:
             yield
-    finally:
-        known.clear()
-        known.update(before)
+        finally:
+            known.clear()
+            known.update(before)
 
 
 def _without_binds(gm: fx.GraphModule) -> fx.GraphModule:
