@@ -181,7 +181,7 @@ def changes(source: str) -> Iterator[str]:
                 yield ".".join(parts[-2:])
             if parts == ["setattr"] and chain(node.args[0])[:1] and chain(node.args[0])[0] in {*names, "owner"}:
                 yield "setattr"
-        if isinstance(node, ast.Constant) and node.value == "simplify_and_reorder":
+        if isinstance(node, ast.Attribute) and node.attr == "simplify_and_reorder" and isinstance(node.ctx, ast.Store):
             yield "buffer.simplify_and_reorder"
     yield from (name for name, origin in names.items() if origin.startswith("unittest"))
 
