@@ -61,7 +61,7 @@ def training_passes(recipe: Recipe, profile: Profile, *, stateless: bool) -> tup
 
 
 COMPILED: tuple[Pass, ...] = (HoistViews(), SinkWeights())
-"""On the captured graph, behind those, where it is compiled: what only compiled code is better for. Values are recorded
+"""On the captured graph, after those, where it is compiled: what only compiled code is better for. Values are recorded
 without, as export has them."""
 
 Table = Callable[[], Mapping[Any, Callable[..., Any]]]

@@ -70,7 +70,7 @@ def cold() -> Iterator[None]:
 
 @pytest.fixture
 def none_kept(cold: None) -> Iterator[None]:
-    """No quantized weight is kept from before, and none stays behind the graphs that keep it."""
+    """No quantized weight is kept from before, and none stays once the graphs that keep it are gone."""
     gc.collect()
     yield
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from torch import nn
 def in_compiled_region() -> bool:
     """Whether plain Python is running inside a torch.compile call, that is, Dynamo left this frame eager."""
     if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:  # private; tried on 2.13 and 2.15
-        return True  # also where it is False: behind the recompile limit
+        return True  # also where it is False: after the recompile limit
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:  # under torch.compiler.disable there is no callback, but the call can be seen
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":

@@ -81,7 +81,7 @@ class Lifting:
                 self._open[tensor] += covered - self._covers_use(tensor, user)
 
     def source(self, operand: Operand) -> fx.Node:
-        """The tensor behind an operand."""
+        """The tensor that an operand is, moved at most."""
         consumer, name = operand
         node = self._operands(consumer)[name]
         while node in self.lifted:

@@ -78,7 +78,7 @@ def export_onnx(
 ) -> ExportReport:
     """Writes a prepared, trained (or calibrated) model as ONNX QuantizeLinear/DequantizeLinear.
 
-    Evaluation graph with BatchNorm folded; scales as trained; weights as integer initializers behind a
+    Evaluation graph with BatchNorm folded; scales as trained; weights as integer initializers after a
     DequantizeLinear; one Q/DQ per quantized tensor, whose QuantizeLinear result is named by the site's key.
     The file is written whole or not at all; the model, its modes and its compiled graphs stay as they were.
 

@@ -129,7 +129,7 @@ def _quantize_channel(
     if rounding == "divide" and zero_point.is_floating_point():
         raise RuntimeError(
             f"`zero_point` must be an integer tensor with rounding='divide': got {scalar_type(zero_point.dtype)}. "
-            "Round it, or take rounding='reciprocal', which rounds behind the zero point."
+            "Round it, or take rounding='reciprocal', which rounds after the zero point."
         )
     _check_dtype(x, quant_min, quant_max, dtype)
     code = integer.quantize_per_channel(x, scale, zero_point, axis, quant_min, quant_max, _held(dtype), rounding)

@@ -44,7 +44,7 @@ class LocalSite:
     """One quantized tensor as its owner knows it: equal for every instance of a class.
 
     role "weight": the operand itself; "activation": the tensor the edges read, wherever it was made; "output":
-    the result of the edge's operator and what is fused behind it, for all its users.
+    the result of the edge's operator and what is fused after it, for all its users.
     """
 
     name: str

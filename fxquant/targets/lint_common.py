@@ -108,7 +108,7 @@ def _batch_norm_is_folded(reader: LintReader) -> Breaches:
     for node in reader.of("BatchNormalization"):
         head = reader.source(node, 0)
         if head is not None and head.op_type in ("Conv", "ConvTranspose") and reader.pair(head, 1) is not None:
-            yield node, f"it stands behind {title(head)}, whose weight is quantized unfolded"
+            yield node, f"it stands after {title(head)}, whose weight is quantized unfolded"
 
 
 @COMMON.add

@@ -143,8 +143,8 @@ def _output_reasons(node: onnx.NodeProto, value: str, wiring: Wiring) -> Iterato
         if reader.op_type in ("Relu", "Clip") and activation is None:
             activation = reader
         elif reader.op_type not in ("Identity", "Dropout"):
-            behind = "" if activation is None else f", behind {title(activation)}"
-            yield f"{node.op_type} has no output QuantizeLinear: '{value}' goes to {title(reader)}{behind}"
+            after = "" if activation is None else f", after {title(activation)}"
+            yield f"{node.op_type} has no output QuantizeLinear: '{value}' goes to {title(reader)}{after}"
             return
         value = reader.output[0]
     code = wiring.code_type(reader)

@@ -107,7 +107,7 @@ def _int4_is_in_blocks(reader: LintReader) -> Breaches:
 
 @RULES.add
 def _fp4_is_in_blocks(reader: LintReader) -> Breaches:
-    """fp4 has blocks of 16 along a multiple of 16, with fp8 scales behind one float scale; activations get theirs
+    """fp4 has blocks of 16 along a multiple of 16, with fp8 scales after one float scale; activations get theirs
     from TensorRT's own quantizer."""
     for node in reader.of(*QDQ):
         if reader.codes(node) != "FLOAT4E2M1":
@@ -121,7 +121,7 @@ def _fp4_is_in_blocks(reader: LintReader) -> Breaches:
         yield from _axis_divides(reader, node, 16)
         scale = reader.source(node, 1)
         if scale is None or scale.op_type != "DequantizeLinear" or reader.codes(scale) != "FLOAT8E4M3FN":
-            yield node, "its scales must be fp8 codes behind a DequantizeLinear"
+            yield node, "its scales must be fp8 codes after a DequantizeLinear"
         elif (reader.shape(scale.input[1]) or ()) not in ((), (1,)):
             yield scale, "fp8 block scales must have one float scale"
 
@@ -172,14 +172,14 @@ def _results_of_products_stay_float(reader: LintReader) -> Breaches:
 
 def _wants_integers(reader: LintReader, node: onnx.NodeProto) -> Iterator[bool]:
     for user in reader.ends(node, MOVES):
-        behind = reader.ends(user, ("Relu", "Clip", *MOVES))
-        quantized = user.op_type == "QuantizeLinear" or any(n.op_type == "QuantizeLinear" for n in behind)
+        after = reader.ends(user, ("Relu", "Clip", *MOVES))
+        quantized = user.op_type == "QuantizeLinear" or any(n.op_type == "QuantizeLinear" for n in after)
         yield quantized or user.op_type in (*PRODUCTS, "Add")
 
 
 @RULES.add
 def _other_layers_have_both_sides(reader: LintReader) -> Breaches:
-    """A layer without a weight runs on integers if a DequantizeLinear is before it and a QuantizeLinear behind it."""
+    """A layer without a weight runs on integers if a DequantizeLinear is before it and a QuantizeLinear after it."""
     for node in reader.nodes:
         if node.op_type in (*PRODUCTS, *QDQ, *MOVES, "Cast") or not node.input:
             continue
@@ -207,7 +207,7 @@ def _skip_is_quantized(reader: LintReader) -> Breaches:
 
 @RULES.add
 def _nothing_between_convolution_and_add(reader: LintReader) -> Breaches:
-    """A convolution fuses with the Add behind it only without Q/DQ between them: one operand comes directly."""
+    """A convolution fuses with the Add after it only without Q/DQ between them: one operand comes directly."""
     for node in reader.of("Add"):
         pairs = [reader.pair(node, index, ()) for index in (0, 1)]
         heads = [_head_of_own_pair(reader, pair) for pair in pairs]
@@ -217,7 +217,7 @@ def _nothing_between_convolution_and_add(reader: LintReader) -> Breaches:
 
 @RULES.add
 def _nothing_between_convolution_and_activation(reader: LintReader) -> Breaches:
-    """A convolution fuses with the ReLU or BatchNormalization behind it: no Q/DQ stands between them."""
+    """A convolution fuses with the ReLU or BatchNormalization after it: no Q/DQ stands between them."""
     for node in reader.of(*_ACTIVATIONS):
         head = _head_of_own_pair(reader, reader.pair(node, 0, ()))
         if head is not None and head.op_type in _CONVOLUTIONS:

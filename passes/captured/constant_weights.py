@@ -42,7 +42,7 @@ def reasons(gm: fx.GraphModule, inputs: Sequence[Any]) -> Reasons:
 
 
 def reasons_inside(outer: fx.Node, body: fx.GraphModule, around: Reasons) -> Reasons:
-    """Of every node of a checkpointed body, which ``outer`` calls with the operands behind its first."""
+    """Of every node of a checkpointed body, which ``outer`` calls with the operands after its first."""
     operands = body_operands(outer, body).items()
     known = {node: around[v] if isinstance(v, fx.Node) else f"it depends on {v}" for node, v in operands}
     return _spread(body.graph, known, set(body.graph.nodes) if outer in _switched(outer.graph) else set())

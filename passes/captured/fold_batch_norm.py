@@ -146,9 +146,9 @@ def _channels_before(node: fx.Node, source: fx.Node, channels: int) -> int | Non
         return {one: two, two: one}.get(channels, channels)
     if name is aten.permute:
         return int(argument(node, "dims")[channels]) % dims
-    behind = len(shapes[0]) - channels
-    if name in RESHAPING and dims >= behind and list(shapes[0][channels:]) == list(shapes[1][dims - behind :]):
-        return dims - behind
+    trailing = len(shapes[0]) - channels
+    if name in RESHAPING and dims >= trailing and list(shapes[0][channels:]) == list(shapes[1][dims - trailing :]):
+        return dims - trailing
     return None
 
 

@@ -1,4 +1,4 @@
-"""What is viewed in another shape behind its fake-quant is viewed so before it."""
+"""What is viewed in another shape after its fake-quant is viewed so before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
-# To the operator that does the same to values of any strides: those before a fake-quant may be other than behind.
+# To the operator that does the same to values of any strides: those before a fake-quant may be other than after.
 _VIEWS = {
     aten.permute.default: aten.permute.default,
     aten.transpose.int: aten.transpose.int,

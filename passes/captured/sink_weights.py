@@ -20,7 +20,7 @@ from fxquant.passes.stages import CAPTURED
 class SinkWeights(Pass):
     """``w' = FQ(w); …; y = op(x, w')``  →  ``…; w' = FQ(w); y = op(x, w')``.
 
-    The fake-quant of a weight stands behind its parameter, that is where the graph begins, and compiled code keeps such
+    The fake-quant of a weight stands after its parameter, that is where the graph begins, and compiled code keeps such
     an order: it wrote all weights of a model before the first layer, and held each until its own. Sunk, no two of them
     share a kernel, and equal layers have equal kernels, which are compiled once.
 

@@ -19,18 +19,18 @@ class Joint:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.tangents = [n for n in graph.nodes if n.op == "placeholder" and str(n.target).startswith("tangents")]
-        behind = set(self.tangents)
+        after = set(self.tangents)
         for node in graph.nodes:
-            if node.op != "output" and any(source in behind for source in node.all_input_nodes):
-                behind.add(node)
-        ends = [n for n in graph.output_node().all_input_nodes if n not in behind]
-        ends += [n for n in graph.nodes if n.op == "call_function" and n not in behind and mutates(n)]
+            if node.op != "output" and any(source in after for source in node.all_input_nodes):
+                after.add(node)
+        ends = [n for n in graph.output_node().all_input_nodes if n not in after]
+        ends += [n for n in graph.nodes if n.op == "call_function" and n not in after and mutates(n)]
         needed: set[fx.Node] = set(ends)
         for node in reversed(graph.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)
         self.forward = {node: None for node in graph.nodes if node in needed}
-        self.behind_tangents = behind
+        self.after_tangents = after
 
     def only_backward(self) -> Iterator[fx.Node]:
         """Nodes that forward does not need."""

@@ -47,7 +47,7 @@ class SaveQuantizedActivations(Pass):
     gradient stay what they were.
 
     Left alone is an input that backward has anyway, or computes from such values element by element: a LayerNorm's or
-    BatchNorm's result, a GELU or ReLU behind one, attention's output, and weights. So is what the user's own checkpoint
+    BatchNorm's result, a GELU or ReLU after one, attention's output, and weights. So is what the user's own checkpoint
     regions hold, read or give, and what has a scale per channel. Masks of other operators, as a ReLU's, are
     packed where no float is kept that gives them.
 
@@ -94,11 +94,11 @@ class SaveQuantizedActivations(Pass):
                 self.decline(result, site.node, reason)
             return 0
         mark_saved_as_codes(site.node)
-        behind = _Behind(joint.graph, site)
+        nodes = _NodesAfter(joint.graph, site)
         if read:
-            _read_codes(joint, site.node, behind.codes(bits, dim))
+            _read_codes(joint, site.node, nodes.codes(bits, dim))
         if gradients:
-            mask = behind.mask(dim)
+            mask = nodes.mask(dim)
             for gradient in gradients:
                 _read_mask(gradient, mask, dim)
         return 1
@@ -113,8 +113,8 @@ def _save_picked(joint: Joint, node: fx.Node) -> int:
     dim = plane_dim(value)
     if value.element_size() < 4 or bits > 16 or (dim is None and _width(bits) < 8):
         return 0
-    behind = _Behind(joint.graph, site, node)
-    _read_codes(joint, node, behind.codes(bits, 0 if dim is None else dim))
+    nodes = _NodesAfter(joint.graph, site, node)
+    _read_codes(joint, node, nodes.codes(bits, 0 if dim is None else dim))
     return 1
 
 
@@ -198,8 +198,8 @@ def _known(value: Tensor, dim: int) -> float:
     return stride if isinstance(stride, int) else float("inf")
 
 
-class _Behind:
-    """Makes nodes one behind the other: of a site's input, or of other values that lie on the site's grid."""
+class _NodesAfter:
+    """Makes nodes one after the other: of a site's input, or of other values that lie on the site's grid."""
 
     def __init__(self, graph: fx.Graph, site: FakeQuant, values: fx.Node | None = None) -> None:
         self.graph, self.site, self.last = graph, site, values or site.node
@@ -269,7 +269,7 @@ def _is_mask(node: fx.Node, joint: Joint) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dtype != torch.bool or not is_pointwise(node) or "recompute" in node.meta:
         return False
-    if node in joint.behind_tangents or not any(user in joint.behind_tangents for user in node.users):
+    if node in joint.after_tangents or not any(user in joint.after_tangents for user in node.users):
         return False
     # Not one that this pass has unpacked.
     return not any(source.target in saved.BACKWARD for source in node.all_input_nodes)

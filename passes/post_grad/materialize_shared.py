@@ -41,7 +41,7 @@ class MaterializeShared(Pass):
     - a sum that a normalization reads: in one loop for the mean, in one for the variance, in one for the result. A
       residual stream is a sum of up to four tensors there; quantization adds loops to it. 2 % of a transformer's step.
       It is stored row by row, in the normalization's own loop.
-    - a gradient behind a clip mask that several read, as LayerNorm's: Inductor stores the rounded codes that the mask
+    - a gradient after a clip mask that several read, as LayerNorm's: Inductor stores the rounded codes that the mask
       is made of instead, for loops that read the gradient besides. 2 % of the step.
     """
 
@@ -125,7 +125,7 @@ def _materialize(graph: fx.Graph, node: fx.Node, *, is_dear: bool) -> None:
 def _rows(node: fx.Node) -> int:
     """How many dimensions of ``node`` a normalization leaves: all before those that it takes its mean over."""
     rank = node.meta["val"].dim()
-    for each in (*node.users, *(behind for user in node.users for behind in user.users)):
+    for each in (*node.users, *(reader for user in node.users for reader in user.users)):
         is_mean = packet(each) in (aten.var_mean, aten.mean) and has_argument(each, "dim")
         dims = argument(each, "dim") if is_mean else None
         if isinstance(dims, (list, tuple)):

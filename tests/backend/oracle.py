@@ -77,7 +77,7 @@ def bias(b: Tensor, input_scale: Tensor, w: Tensor) -> Tensor:
 
 
 def normalized(x: Tensor, norm: nn.BatchNorm2d, input_scale: Tensor, w: Tensor) -> Tensor:
-    """BatchNorm behind a convolution; evaluated, it is a part of that, and what it adds a bias."""
+    """BatchNorm after a convolution; evaluated, it is a part of that, and what it adds a bias."""
     if norm.training:
         return norm(x)
     assert norm.running_mean is not None and norm.running_var is not None

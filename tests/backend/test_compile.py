@@ -264,7 +264,7 @@ def test_buckets_that_part_sites_from_their_state_are_refused(monkeypatch: pytes
 
 
 def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without torch's caches, a backward graph is compiled when it first runs: here behind another model's forward."""
+    """Without torch's caches, a backward graph is compiled when it first runs: here after another model's forward."""
     run, hour = LowerFakeQuantize.run, 3600.0
     said = Decline(pass_name="test", node="none", reason="a graph was lowered")
 

@@ -54,12 +54,12 @@ def test_accumulation_and_evaluation_quantize_once_a_step(name: str) -> None:
             run.evaluate(X)
             run.evaluate(-X)
 
-    assert same(mlp, job) == 4, "once at first, and behind each of three steps"
+    assert same(mlp, job) == 4, "once at first, and after each of three steps"
     assert report().reused == 2 and not report().declines
 
 
 def alternate(x: Tensor) -> Callable[[Run], None]:
-    """Two steps of two microbatches, each with two evaluations behind it."""
+    """Two steps of two microbatches, each with two evaluations after it."""
 
     def job(run: Run) -> None:
         run.optimizer = torch.optim.Adam(run.model.parameters(), 0.01, fused=True)

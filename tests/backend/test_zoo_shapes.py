@@ -31,7 +31,7 @@ class ClippedBlocks(nn.Module):
 
 
 class DeadSum(nn.Module):
-    """The sum of the last round is never read, as in WaveNet; another one comes behind it."""
+    """The sum of the last round is never read, as in WaveNet; another one comes after it."""
 
     def __init__(self) -> None:
         super().__init__()

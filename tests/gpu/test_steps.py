@@ -95,7 +95,7 @@ def busy(device: str) -> None:
 
 
 def test_eager_kernels_run_on_the_current_stream(path: str, device: str) -> None:
-    """x is written on the same stream behind a wait: a kernel on another stream would read what was there before."""
+    """x is written on the same stream after a wait: a kernel on another stream would read what was there before."""
     module = torch.get_device_module(device)
     values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     scale, point = torch.tensor([0.03]), torch.tensor([4], dtype=torch.int32)

@@ -1,6 +1,6 @@
 """The kernels themselves, all threads of small grids run on the host, against the operators' arithmetic bit for bit.
 
-What runs is what CUDA tensors run: the functions behind the dispatch key, the structs, the kernels' index arithmetic.
+What runs is what CUDA tensors run: the functions of the dispatch key, the structs, the kernels' index arithmetic.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def tensors(draw: st.DrawFn, dims: int = 4, least: int = 0) -> Tensor:
     shape = tuple(draw(st.lists(st.integers(0, 9), min_size=least, max_size=dims)))
     dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
     kind = draw(st.sampled_from(["plain", "shifted", "permuted", "strided", "expanded"]))
-    if kind == "shifted":  # one element behind an aligned address
+    if kind == "shifted":  # one element after an aligned address
         count = torch.Size(shape).numel()
         return values((count + 1,), dtype, seed)[1:].view(shape)
     x = values(shape, dtype, seed)

@@ -60,7 +60,7 @@ class Graph:
         return self.op("DequantizeLinear", codes, scale_name, zero, **attributes)
 
     def weight(self, *shape: int, axis: int, dtype: Any = np.int8, limit: int = 127, scale: float | None = None) -> str:
-        """Symmetric codes per output channel behind a DequantizeLinear; scales at random unless given."""
+        """Symmetric codes per output channel after a DequantizeLinear; scales at random unless given."""
         codes = self.const(self.rng.integers(-limit, limit + 1, shape).astype(dtype))
         scales = np.full(shape[axis], scale or 0.0)
         if scale is None:

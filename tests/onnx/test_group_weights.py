@@ -101,7 +101,7 @@ def exported(folder: Path, model: nn.Module, *inputs: Tensor, **options: Any) ->
 
 
 def by_hand(rows: Tensor, size: int, bits: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of groups of consecutive values of each row, in float64 behind float32 scales."""
+    """Codes and scales of groups of consecutive values of each row, in float64 after float32 scales."""
     groups = rows.detach().reshape(len(rows), -1, size)
     scale = groups.abs().amax(2) / (2 ** (bits - 1) - 1)
     codes = torch.round(groups.double() / scale.double()[..., None]).reshape(rows.shape)

@@ -22,7 +22,7 @@ SCALES = (1e-3, 0.1, 1 / 3, 1.0, 7.3)
 
 
 def pair(onnx_type: int, channels: int | None) -> onnx.ModelProto:
-    """Outputs of QuantizeLinear and of DequantizeLinear behind it; axis 1 where there are channels."""
+    """Outputs of QuantizeLinear and of DequantizeLinear after it; axis 1 where there are channels."""
     attributes = {} if channels is None else {"axis": 1}
     shape = [] if channels is None else [channels]
     nodes = [

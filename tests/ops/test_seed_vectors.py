@@ -63,7 +63,7 @@ class Vector:
         return self.name
 
     def arguments(self, point_dtype: torch.dtype) -> tuple[Any, ...]:
-        """Everything behind the input."""
+        """Everything after the input."""
         if self.kind == NUMBERS:
             return self.scale, self.point, self.low, self.high
         scale = torch.tensor(self.scale, dtype=self.scale_dtype)

@@ -108,8 +108,8 @@ def test_uuid_follows_name_options_and_sources() -> None:
     inserts = {line for line in lines if line.startswith("InsertFakeQuantize")}
     assert len(inserts) == 3
     assert all(line.endswith(source_digest()) for line in lines)
-    behind = (*joint_passes(), *post_grad_passes(), QuantizeBias(profile=ONNXRUNTIME))
-    assert len({p.uuid() for p in behind}) == len(behind)
+    after = (*joint_passes(), *post_grad_passes(), QuantizeBias(profile=ONNXRUNTIME))
+    assert len({p.uuid() for p in after}) == len(after)
     assert LowerFakeQuantize(decompositions=lambda: {}).uuid() == LowerFakeQuantize().uuid()
 
 

@@ -98,7 +98,7 @@ MARKED: dict[str, tuple[Callable[[Tensor], Any], Pass, str | None]] = {
         HoistViews(),
         "the captured graph: got one that holds fxquant.pack_planes.default",
     ),
-    "packed masks, behind": (lambda x: PACK_PLANES(x.repeat(1, 8) > 0, 1, 1), KeepDivisions(), None),
+    "packed masks, after": (lambda x: PACK_PLANES(x.repeat(1, 8) > 0, 1, 1), KeepDivisions(), None),
     "stand-ins": (
         lambda x: STAND_IN(x, x),
         KeepDivisions(),

@@ -272,7 +272,7 @@ def test_each_transform_is_one_call_of_its_own() -> None:
 
 
 def test_what_is_wrapped_for_a_transform_does_not_leave_its_call() -> None:
-    gm, _ = dynamo_graph(lambda x: jacrev(torch.tanh)(x[0]) @ x[0], X)  # uses its vjp behind the transform's end
+    gm, _ = dynamo_graph(lambda x: jacrev(torch.tanh)(x[0]) @ x[0], X)  # uses its vjp after the transform's end
     assert OutlineTransforms().run(gm, DYNAMO).rewrites == 1
     assert sum(map(is_transform, gm.graph.nodes)) == 1
 

@@ -151,7 +151,7 @@ def test_activations_are_quantized_beside_groups_too() -> None:
 def test_groups_of_a_linear_weight_are_views_of_it() -> None:
     w = nn.Parameter(torch.randn(4, 16))
     gm = captured(lambda x, w: F.linear(x, w), X, w, passes=(INSERT,))
-    before, behind = (n for n in gm.graph.nodes if packet(n) is torch.ops.aten.reshape)
+    before, after = (n for n in gm.graph.nodes if packet(n) is torch.ops.aten.reshape)
     seen: dict[fx.Node, Any] = {}
 
     class Noting(fx.Interpreter):
@@ -160,8 +160,8 @@ def test_groups_of_a_linear_weight_are_views_of_it() -> None:
             return seen[n]
 
     Noting(gm).run(*(w if "w" in n.meta["source"] else X for n in gm.graph.nodes if n.op == "placeholder"))
-    assert seen[before].data_ptr() == w.data_ptr() and behind.args[0].target is fake_quantize.PER_CHANNEL
-    assert seen[behind].data_ptr() == seen[behind.args[0]].data_ptr()
+    assert seen[before].data_ptr() == w.data_ptr() and after.args[0].target is fake_quantize.PER_CHANNEL
+    assert seen[after].data_ptr() == seen[after.args[0]].data_ptr()
 
 
 def kernels(recipe: Recipe) -> int:

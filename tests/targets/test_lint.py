@@ -72,7 +72,7 @@ def vectors(g: Graph, name: str = "x") -> str:
 
 
 def stored(g: Graph, shape: tuple[int, ...], scale: Any, dtype: Any, **attributes: Any) -> str:
-    """Codes of a type in the file behind a DequantizeLinear; ``scale`` is an array or the name of a value."""
+    """Codes of a type in the file after a DequantizeLinear; ``scale`` is an array or the name of a value."""
     codes = g.const(np.ones(shape, dtype))
     if isinstance(scale, str):
         return g.op("DequantizeLinear", codes, scale, **attributes)
@@ -144,7 +144,7 @@ def _float_beside(g: Graph, broken: bool) -> str:
     return g.op("MatMul", g.op("Reshape", x, shape), y if broken else pair(g, y))
 
 
-def _float_behind_moves(g: Graph, broken: bool) -> str:
+def _float_after_moves(g: Graph, broken: bool) -> str:
     x, y = pair(g, vectors(g)), g.input(2, 8, 8, 1, name="y")
     axes = g.const(np.array([3]))
     return g.op("MatMul", x, g.op("Squeeze", y if broken else pair(g, y), axes))
@@ -176,9 +176,9 @@ COMMON = [
     Case("scale-fits-the-axis", _count, r"shape \(3,\) on axis 1 of a tensor of shape \(8, 8\): \(8,\) would fit"),
     Case("one-quantizer-per-tensor", _twice, "its input is quantized by QuantizeLinear '.*' too"),
     Case("one-quantizer-per-tensor", _again, "it quantizes what was just dequantized"),
-    Case("batch-norm-is-folded", _batch_norm, "it stands behind Conv 'conv', whose weight is quantized unfolded"),
+    Case("batch-norm-is-folded", _batch_norm, "it stands after Conv 'conv', whose weight is quantized unfolded"),
     Case("operands-go-together", _float_beside, "operand 0 is quantized, operand 1 is not"),
-    Case("operands-go-together", _float_behind_moves, "operand 0 is quantized, operand 1 is not"),
+    Case("operands-go-together", _float_after_moves, "operand 0 is quantized, operand 1 is not"),
     Case("weight-axis-is-the-output-channel", _weight_axis, "run along axis 0; MatMul '.*' .* channels on axis 1"),
     Case("weight-axis-is-the-output-channel", _transposed_weight_axis, "run along axis 1; MatMul .* on axis 0"),
     Case("weight-axis-is-the-output-channel", _convolution_axis, "run along axis 1; Conv .* on axis 0"),
@@ -233,7 +233,7 @@ def _int4(rows: int, columns: int, block: int) -> Callable[[Graph, bool], str]:
 
 
 def _fp4(rows: int = 32, block: int = 16, kind: Any = FP8, scales: int = 1) -> Callable[[Graph, bool], str]:
-    """NVFP4: both operands in fp4, with fp8 block scales behind one float scale."""
+    """NVFP4: both operands in fp4, with fp8 block scales after one float scale."""
 
     def build(g: Graph, broken: bool) -> str:
         k, size, dtype, count = (rows, block, kind, scales) if broken else (32, 16, FP8, 1)
@@ -247,10 +247,10 @@ def _fp4(rows: int = 32, block: int = 16, kind: Any = FP8, scales: int = 1) -> C
         shape = (-(-k // size), 8)
         blocks = g.const(np.ones(shape, dtype))
         given = {"axis": 1} if count > 1 else {}
-        behind = g.op(
+        after = g.op(
             "DequantizeLinear", blocks, one, *([] if dtype is FP8 else [g.const(np.zeros((), dtype))]), **given
         )
-        return g.op("MatMul", left, stored(g, (k, 8), behind, FP4, axis=0, block_size=size))
+        return g.op("MatMul", left, stored(g, (k, 8), after, FP4, axis=0, block_size=size))
 
     return build
 

@@ -51,7 +51,7 @@ INTEGER_CONV: dict[str, Build] = {
     "signed relu": lambda g, x: g.qdq(g.op("Relu", g.conv(x)), 0.05, -128, np.int8),
     "clip wider than the codes": lambda g, x: g.qdq(clip(g, g.conv(x), 0, 6), 6 / 255, 0),
     "identity between": lambda g, x: g.qdq(g.op("Identity", g.conv(x))),
-    "behind a max pool": lambda g, x: g.qdq(g.conv(g.op("MaxPool", x, kernel_shape=[2, 2]))),
+    "after a max pool": lambda g, x: g.qdq(g.conv(g.op("MaxPool", x, kernel_shape=[2, 2]))),
     "4-bit codes held in int8": lambda g, x: g.qdq(g.op("Conv", x, g.weight(4, 4, 3, 3, axis=0, limit=7))),
 }
 
@@ -80,7 +80,7 @@ INTEGER_LINEAR: dict[str, tuple[int, str, Build]] = {
     "added bias in 3 dimensions": (3, "MatMulIntegerToFloat", lambda g, x: linear(g, x, "Add")),
     "gemm, no bias": (2, "QGemm", gemm),
     "gemm, codes out": (2, "QGemm", lambda g, x: g.qdq(gemm(g, x, bias=g.floats(5)))),
-    "behind a reshape": (
+    "after a reshape": (
         2,
         "MatMulIntegerToFloat",
         lambda g, x: linear(g, g.op("Reshape", x, g.const(np.array([-1, 8])))),
@@ -104,9 +104,9 @@ FLOAT_CONV: dict[str, tuple[Build, str]] = {
         lambda g, x: g.qdq(g.op("Add", g.conv(x), x, name="sum")),
         "Conv has no output QuantizeLinear: 'conv' goes to Add 'sum'",
     ),
-    "float reader behind relu": (
+    "float reader after relu": (
         lambda g, x: g.op("Tanh", g.op("Relu", g.conv(x), name="relu"), name="tanh"),
-        "Conv has no output QuantizeLinear: 'relu' goes to Tanh 'tanh', behind Relu 'relu'",
+        "Conv has no output QuantizeLinear: 'relu' goes to Tanh 'tanh', after Relu 'relu'",
     ),
     "relu above the smallest code": (
         lambda g, x: g.qdq(g.op("Relu", g.conv(x), name="relu"), 0.05, 5, name="q"),
@@ -203,7 +203,7 @@ FLOAT_LINEAR: dict[str, tuple[str, Build, str]] = {
         "onnxruntime made one float Gemm of it and Add 'bias': its bias 'b' has shape [1, 5]: QGemm wants one"
         f" dimension, a value per column. {APART}",
     ),
-    "added bias behind a product by one": (
+    "added bias after a product by one": (
         "Gemm",
         lambda g, x: g.op("Add", g.op("Mul", linear(g, x), g.const(np.float32(1))), g.floats(5), name="bias"),
         "onnxruntime made one float Gemm of it and Add 'bias': Add has no output QuantizeLinear:"
@@ -256,12 +256,12 @@ FLOAT_LINEAR: dict[str, tuple[str, Build, str]] = {
         lambda g, x: linear(g, g.op("Tanh", x, name="tanh")),
         f"weight-only: operand 0 'tanh' is not the output of a DequantizeLinear: it comes from Tanh 'tanh'; {NBITS}",
     ),
-    "behind a flatten of floats": (
+    "after a flatten of floats": (
         "MatMulNBits",
         lambda g, x: linear(g, g.op("Flatten", g.op("Tanh", x), name="flat")),
         f"weight-only: operand 0 'flat' is not the output of a DequantizeLinear: it comes from Flatten 'flat'; {NBITS}",
     ),
-    "behind a flatten": (
+    "after a flatten": (
         "MatMulNBits",
         lambda g, x: linear(g, g.op("Flatten", x, name="flat")),
         "weight-only: operand 0 'flat' is not the output of a DequantizeLinear: it comes from Flatten 'flat',"

@@ -48,7 +48,7 @@ class _Kernel:
 
         module = PyCodeCache.load(source)
         module.libdevice = types.SimpleNamespace(**{n: functools.partial(_apply, f) for n, f in _LIBDEVICE.items()})
-        self.function = getattr(module, name).fn  # behind Inductor's choice of a configuration
+        self.function = getattr(module, name).fn  # after Inductor's choice of a configuration
 
     def run(self, *args: Any, stream: Any) -> None:
         import triton

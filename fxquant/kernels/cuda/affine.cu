@@ -17,7 +17,7 @@ struct AffineArgs {
   const void* point;
   int64 count;           // elements
   int64 channels;
-  int64 inner;           // elements behind the channel axis
+  int64 inner;           // elements after the channel axis
   int64 row;             // bytes of one row of the mask, a plane of which holds as many elements
   float scale_value;     // where scale_type is SCALE_NUMBER
   int32 point_value;

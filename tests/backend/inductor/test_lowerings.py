@@ -359,7 +359,7 @@ def test_masks_are_packed_in_a_loop_over_planes(layout: Layout, is_open: bool) -
     for eager, ours in zip(*found, strict=True):
         assert_same_bits(ours, eager)
     assert "uint8" in code[0], "a mask is kept"
-    assert 2 <= len(re.findall(r"round\(\)|nearbyint", code[0])) < 8, "of codes and of masks, also behind vectors"
+    assert 2 <= len(re.findall(r"round\(\)|nearbyint", code[0])) < 8, "of codes and of masks, also after vectors"
 
 
 def test_sums_that_are_told_to_be_unrolled_have_the_same_bits() -> None:

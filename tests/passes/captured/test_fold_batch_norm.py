@@ -248,7 +248,7 @@ return [linear]""",
 
 
 class Shared(nn.Module):
-    """One weight, with and without a norm behind it."""
+    """One weight, with and without a norm after it."""
 
     def __init__(self) -> None:
         super().__init__()

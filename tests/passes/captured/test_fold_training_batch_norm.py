@@ -72,7 +72,7 @@ def by_batch(layer: Layer, x: Tensor, scheme: str) -> Tensor:
 
 
 def unfolded(layer: Layer, x: Tensor, scheme: str) -> Tensor:
-    """The layer with its quantized weight, and BatchNorm behind it."""
+    """The layer with its quantized weight, and BatchNorm after it."""
     y = apply_head(layer, x, fake(layer.head.weight, axis_of(layer, scheme)))
     return layer.norm(y + row(bias_of(layer.head, layer.norm.running_mean), y))
 

@@ -86,7 +86,7 @@ def test_values_and_gradients_stay_the_same(view: View, layout: str) -> None:
 
 
 def test_the_view_of_values_with_other_strides() -> None:
-    """Every second column: behind the fake-quant it is whole, before it no view of it is two-dimensional."""
+    """Every second column: after the fake-quant it is whole, before it no view of it is two-dimensional."""
 
     def model(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
         return quantize(x[..., ::2], s, z).view(2, 12) * 2

@@ -95,7 +95,7 @@ NOT_WHOLE = {
     "no statistic": lambda x: extremes(x.relu()),
     "statistic of everything": lambda x: extremes(x * x.mean([0, 1, 2], keepdim=True)),
     "statistic of another tensor": lambda x: extremes(x[:, :1] * x.mean([1], keepdim=True)),
-    "behind a product": lambda x: extremes(normalized(x, [-1]) @ x.transpose(1, 2)),
+    "after a product": lambda x: extremes(normalized(x, [-1]) @ x.transpose(1, 2)),
     "one dimension": lambda x: extremes(x.flatten() * x.flatten().sum()),
 }
 
