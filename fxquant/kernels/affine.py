@@ -1,6 +1,6 @@
 """Launches of ``cuda/affine.cu``: what `fxquant.numerics.affine` computes, with the same bits.
 
-The functions take the arguments of the operators that they stand for, with a launcher in front, and raise `Declined`
+The functions take the arguments of the operators that they stand for, with a launcher in front, and raise `NotServed`
 for all that a kernel does not serve, invalid arguments included: aten's checks then speak.
 """
 

@@ -23,7 +23,7 @@ import torch
 from fxquant.errors import InvalidArgument, KernelUnavailable
 from fxquant.kernels.driver import CudaLauncher
 from fxquant.kernels.entries import ENTRIES
-from fxquant.kernels.launch import Declined, Launcher
+from fxquant.kernels.launch import Launcher, NotServed
 
 PATHS = ("auto", "cuda", "aten")
 _log = logging.getLogger("fxquant.kernels")
@@ -140,7 +140,7 @@ def take(name: str, aten: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
         return aten(*args, **kwargs)
     try:
         return ENTRIES[name](_state.launcher, *args, **kwargs)
-    except Declined as reason:
+    except NotServed as reason:
         text = f"{name}: {reason}"
         if text not in _state.declined:
             _state.declined[text] = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxquant.kernels import affine, amax, floating
 from fxquant.kernels.affine import Qparams
-from fxquant.kernels.launch import Declined, Launcher, require
+from fxquant.kernels.launch import Launcher, NotServed, require
 from fxquant.numerics.blocks import Element, IntegerGrid
 from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
 
@@ -178,7 +178,7 @@ def _format(exponent_bits: int, mantissa_bits: int) -> FloatFormat:
     for found in FLOAT_FORMATS.values():
         if (found.exponent_bits, found.mantissa_bits) == (exponent_bits, mantissa_bits):
             return found
-    raise Declined(f"no format has {exponent_bits} and {mantissa_bits} bits")
+    raise NotServed(f"no format has {exponent_bits} and {mantissa_bits} bits")
 
 
 Entry = Callable[..., Tensor]

@@ -16,7 +16,7 @@ VECTOR_BYTES = 16
 _BLOCKS_PER_PROCESSOR = 32
 
 
-class Declined(Exception):
+class NotServed(Exception):
     """A call that no kernel serves; aten takes it. The message completes "aten computes this, because …"."""
 
 
@@ -35,14 +35,14 @@ class Launcher(Protocol):
 def require(condition: bool, reason: str) -> None:
     """Declines unless ``condition``."""
     if not condition:
-        raise Declined(reason)
+        raise NotServed(reason)
 
 
 def dtype_name(x: Tensor) -> str:
     """The dtype as kernel names have it."""
     found = DTYPES.get(x.dtype)
     if found is None:
-        raise Declined(f"kernels read {', '.join(map(str, DTYPES))}, and this is {x.dtype}")
+        raise NotServed(f"kernels read {', '.join(map(str, DTYPES))}, and this is {x.dtype}")
     return found
 
 

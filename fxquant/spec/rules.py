@@ -12,7 +12,7 @@ from typing import Literal
 from fxquant.errors import InvalidArgument
 from fxquant.spec.quant_spec import QuantSpec
 
-Position = Literal["first", "last"]
+ModelEnd = Literal["first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Rule:
     module: type | str | None = None
     kind: str | None = None
     operand: str | None = None
-    position: Position | None = None
+    position: ModelEnd | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ class Operand:
         return self.quant.quant_min, self.quant.quant_max
 
 
-class Declined(Exception):
+class StaysFloat(Exception):
     """Why a product of two fake-quantized tensors stays float."""
 
 
@@ -92,22 +92,22 @@ def origin(value: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
 
 
 def operand_of(source: fx.Node, moves: tuple[fx.Node, ...]) -> Operand:
-    """The operand that a fake-quant gives; raises Declined where it has no codes of 8 bits with tensors for qparams."""
+    """The operand that a fake-quant gives; StaysFloat where it has no codes of 8 bits with tensors for qparams."""
     quant = FakeQuant.of(source)
     if quant is None:
-        raise Declined(f"{packet(source)} is no affine quantizer")
+        raise StaysFloat(f"{packet(source)} is no affine quantizer")
     point = quant.zero_point
     if not isinstance(point, fx.Node):
-        raise Declined(f"the scale of {source.name} is a number")
+        raise StaysFloat(f"the scale of {source.name} is a number")
     if source.meta["val"].dtype == torch.float64:
-        raise Declined(f"{source.name} is float64")
+        raise StaysFloat(f"{source.name} is float64")
     if point.meta["val"].is_floating_point():
-        raise Declined(f"the zero point of {source.name} is no integer")
+        raise StaysFloat(f"the zero point of {source.name} is no integer")
     axis = None if quant.axis is None else _axis_after(source, quant.axis, moves)
     found = Operand(quant, moves, axis, None if _is_zero(point) else point)
     low, high = found.limits
     if low < -128 or high > 255 or (low < 0 and high > 127):
-        raise Declined(f"the codes of {source.name} have more than 8 bits: [{low}, {high}]")
+        raise StaysFloat(f"the codes of {source.name} have more than 8 bits: [{low}, {high}]")
     return found
 
 
@@ -121,7 +121,7 @@ def _axis_after(source: fx.Node, axis: int, moves: Sequence[fx.Node]) -> int:
         elif name is aten.permute:
             axis = _turned(argument(node, "dims"), dims).index(axis)
         elif name not in KEEPING | CASTING:
-            raise Declined(f"{node.name} moves the channels of {source.name}")
+            raise StaysFloat(f"{node.name} moves the channels of {source.name}")
     return axis
 
 

@@ -19,8 +19,8 @@ from fxquant.passes.joint.integer_products import Rewriter
 from fxquant.passes.joint.product_times import Problem, Window, times
 from fxquant.passes.joint.quantized_products import (
     PRODUCTS,
-    Declined,
     Operand,
+    StaysFloat,
     is_backward,
     is_fake_quantize,
     is_signed,
@@ -72,7 +72,7 @@ class UseIntegerMatmul(Pass):
                 lhs, rhs = (operand_of(*each) for each in origins)
                 _check(node, lhs, rhs)
                 self._weigh(node, lhs)
-            except Declined as reason:
+            except StaysFloat as reason:
                 self.decline(result, node, f"float product: {reason}")
             else:
                 rewriter.replace(node, lhs, rhs)
@@ -88,40 +88,40 @@ class UseIntegerMatmul(Pass):
             return
         found = times(_problem(node, lhs))
         if found.integer * _MARGIN > found.floating:
-            raise Declined(f"integers take {found.integer / found.floating:.2f} of its time here, as measured")
+            raise StaysFloat(f"integers take {found.integer / found.floating:.2f} of its time here, as measured")
 
 
 def _check(node: fx.Node, lhs: Operand, rhs: Operand) -> None:
-    """Raises Declined for products that no integer kernel does."""
+    """Raises StaysFloat for products that no integer kernel does."""
     if packet(node) in (aten.bmm, aten.baddbmm):
-        raise Declined("torch has no product of batches of integer matrices")
+        raise StaysFloat("torch has no product of batches of integer matrices")
     if any(has_argument(node, factor) and argument(node, factor) != 1 for factor in ("alpha", "beta")):
-        raise Declined("it is scaled by alpha or beta")
+        raise StaysFloat("it is scaled by alpha or beta")
     is_conv = node.target is aten.convolution.default
     outer = (None, 0) if is_conv else (0, 1)
     for operand, allowed in zip((lhs, rhs), outer, strict=True):
         if operand.axis is not None and operand.axis != allowed:
-            raise Declined(f"{operand.source.name} has a scale per channel of a dimension that is summed over")
+            raise StaysFloat(f"{operand.source.name} has a scale per channel of a dimension that is summed over")
     _check_sizes(node)
     if is_conv and Convolution(node).transposed:
-        raise Declined("torch has no transposed convolution of integers")
+        raise StaysFloat("torch has no transposed convolution of integers")
     if is_conv and (rhs.zero is not None or rhs.limits[1] > 127):
-        raise Declined("the zero point of its weight may be other than 0")
+        raise StaysFloat("the zero point of its weight may be other than 0")
     why_not = multiplies_exactly(*_capability(node, lhs))
     if why_not:
-        raise Declined(why_not)
+        raise StaysFloat(why_not)
 
 
 def _check_sizes(node: fx.Node) -> None:
     x, w = (each.meta["val"] for each in operands_of(node))
     summed = w.shape[1:] if node.target is aten.convolution.default else w.shape[:1]
     if not all(isinstance(size, int) for size in (*summed, *w.shape)):
-        raise Declined("the length of its sums is symbolic")
+        raise StaysFloat("the length of its sums is symbolic")
     if math.prod(summed) > LONGEST_SUM:
-        raise Declined(f"its sums of {math.prod(summed)} products may not fit int32")
+        raise StaysFloat(f"its sums of {math.prod(summed)} products may not fit int32")
     # torch._int_mm on CUDA: more than 16 rows, the other sizes multiples of 8.
     if x.device.type == "cuda" and (w.shape[0] % 8 or w.shape[1] % 8 or _hint(x.shape[0]) <= 16):
-        raise Declined("CUDA multiplies integers of more than 16 rows and sizes that are multiples of 8 only")
+        raise StaysFloat("CUDA multiplies integers of more than 16 rows and sizes that are multiples of 8 only")
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -18,7 +18,7 @@ import fxquant.ops.amax  # noqa: F401  its operators
 from fxquant.kernels import affine, arguments
 from fxquant.kernels.affine import Qparams
 from fxquant.kernels.dispatch import ENTRIES
-from fxquant.kernels.launch import Declined
+from fxquant.kernels.launch import NotServed
 from fxquant.numerics import planes
 from fxquant.ops import library, saved
 from tests.kernels.host import HostLauncher, assert_same_bits, random_bits, special_values
@@ -400,7 +400,7 @@ DECLINED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize("reason", DECLINED)
 def test_what_no_kernel_serves_is_declined(launcher: HostLauncher, reason: str) -> None:
     name, args, kwargs = DECLINED[reason]
-    with pytest.raises(Declined) as found:
+    with pytest.raises(NotServed) as found:
         ENTRIES[name](launcher, *args, **kwargs)
     assert reason in str(found.value)
     assert not launcher.launched
@@ -409,11 +409,11 @@ def test_what_no_kernel_serves_is_declined(launcher: HostLauncher, reason: str) 
 def test_masks_and_ranges_are_declined_too(launcher: HostLauncher) -> None:
     by = Qparams(torch.ones(4), torch.zeros(4, dtype=torch.int32), -8, 7, "divide", 0)
     for call in (affine.fake_quantize_with_mask, affine.fake_quantize_with_range):
-        with pytest.raises(Declined, match="for one scale only"):
+        with pytest.raises(NotServed, match="for one scale only"):
             call(launcher, X, by)
-    with pytest.raises(Declined, match="whole bytes"):
+    with pytest.raises(NotServed, match="whole bytes"):
         affine.fake_quantize_with_mask(launcher, X, Qparams(*NUMBERS, "divide"), 0)
-    with pytest.raises(Declined, match="does not fit the gradient"):
+    with pytest.raises(NotServed, match="does not fit the gradient"):
         affine.backward_from_mask(launcher, X, torch.zeros(4, 5, dtype=torch.uint8), 1)
 
 
