@@ -212,7 +212,7 @@ def bind_sites(gm: fx.GraphModule, builder: Builder, sites: list[Site]) -> None:
         by_owner.setdefault(site.owner, []).append(site)
     for node in [node for node in gm.graph.nodes if is_bind(node)]:
         own = [site.local for site in by_owner.get(str(node.args[0]), [])]
-        state = [builder.input(1) for local in own for _ in range(2 * local.spec.range.stateful)]
+        state = [builder.input(1) for local in own for _ in local.spec.range.state_names]
         node.args = (register(tuple(own)), [Mode.TRAIN] * len(own), state)
 
 

@@ -25,6 +25,7 @@ def _per_tensor(
     *,
     rounding: str = "reciprocal",
     pass_through: bool = False,
+    scale_gradient: float = 0.0,
 ) -> Tensor:
     return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding))
 
@@ -40,6 +41,7 @@ def _per_channel(
     *,
     rounding: str = "reciprocal",
     pass_through: bool = False,
+    scale_gradient: float = 0.0,
 ) -> Tensor:
     return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding, axis))
 

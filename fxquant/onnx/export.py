@@ -194,7 +194,7 @@ def _check_ranges(model: nn.Module) -> None:
         )
     wanted = [(key, q) for key, q in quantizers(model) if q.enabled and q.stateful]
     unset = [key for key, q in wanted if not q.settle()]
-    zero = [key for key, q in wanted if q.resolved and not (q.max_val - q.min_val).item()]
+    zero = [key for key, q in wanted if q.resolved and q.range.is_degenerate(q.state)]
     for keys, what in ((unset, "no data yet"), (zero, "only zeros")):
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxquant import numerics
+from fxquant.numerics import learnable
 from fxquant.numerics.division import Rounding
 from fxquant.ops.checks import assert_values, can_read, check_floating, check_range, check_rounding, scalar_type
 from fxquant.ops.library import define, same_arguments
@@ -93,6 +94,7 @@ def check_channel_zero_points(
     *,
     rounding: Rounding = "reciprocal",
     pass_through: bool = False,
+    scale_gradient: float = 0.0,
 ) -> None:
     """Values, where a look is free; torch leaves floating ones unchecked too."""
     _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
@@ -173,6 +175,7 @@ def _per_tensor(
     *,
     rounding: Rounding = "reciprocal",
     pass_through: bool = False,
+    scale_gradient: float = 0.0,
 ) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     scale, point = scale.reshape(()), zero_point.reshape(())
@@ -189,6 +192,7 @@ def _per_channel(
     *,
     rounding: Rounding = "reciprocal",
     pass_through: bool = False,
+    scale_gradient: float = 0.0,
 ) -> Tensor:
     per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     return numerics.fake_quantize_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding)
@@ -227,7 +231,18 @@ def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
     if getattr(a, "pass_through", False):
         return {"input": grad}
     found = PER_TENSOR_BACKWARD(grad, a.input, a.scale, a.zero_point, a.quant_min, a.quant_max, rounding=a.rounding)
-    return {"input": found}
+    return {"input": found, **_to_scale(a, grad, None)}
+
+
+def _to_scale(a: Any, grad: Tensor, axis: int | None) -> dict[str, Tensor]:
+    """The gradient of the scale where it is asked for: LSQ's (Esser et al., 2020), times the factor given."""
+    factor = getattr(a, "scale_gradient", 0.0)
+    if not factor:
+        return {}
+    point = a.zero_point.to(a.scale.dtype)
+    limits = (a.quant_min, a.quant_max)
+    found = learnable.learnable_affine_backward(grad, a.input, a.scale, point, axis, *limits, factor, a.rounding)
+    return {"scale": found[1]}
 
 
 def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
@@ -242,14 +257,15 @@ def _backward_per_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
     found = PER_CHANNEL_BACKWARD(
         grad, a.input, a.scale, a.zero_point, a.axis, a.quant_min, a.quant_max, rounding=a.rounding
     )
-    return {"input": found}
+    return {"input": found, **_to_scale(a, grad, a.axis)}
 
 
 _TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
 _CHANNEL = "Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max"
 _ROUNDING = '*, str rounding="reciprocal"'
 # pass_through: the caller knows that no code lies outside the range, so the gradient is dy, and nothing is kept for it.
-_FORWARD = f"{_ROUNDING}, bool pass_through=False"
+# scale_gradient: for scales that are trained, the factor of the gradient that they receive; 0 for none, as in torch.
+_FORWARD = f"{_ROUNDING}, bool pass_through=False, float scale_gradient=0."
 _SAVED = ("input", "scale", "zero_point")
 
 PER_TENSOR_SCALAR = define(

@@ -135,7 +135,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
         frame = enclosing(bind.node, root)[-1]
         rest = list(bind.state)
         for site, mode in zip(registered(bind.key), bind.modes, strict=True):
-            mine = tuple(rest.pop(0) for _ in range(2 if site.spec.range.stateful else 0))
+            mine = tuple(rest.pop(0) for _ in site.spec.range.state_names)
             operands = []
             for edge in site.edges:
                 node = index.get((frame.key, edge.path, edge.kind, edge.ordinal))

@@ -8,7 +8,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from fxquant.errors import NotQuantizedWarning
 from fxquant.ops.marks import bind
 from fxquant.plan.plan import LocalSite
 from fxquant.plan.site_lists import register
-
-if TYPE_CHECKING:
-    pass
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer
 
@@ -59,7 +56,7 @@ class BoundForward:
         self.names = tuple(site.name for site in sites)
         self.key = register(sites, target)
         self.eager_runs = 0
-        self.group: str | None = None  # as `sync_ranges` sets it, for `fxquant.ops.binding.bind`
+        self.group: str | None = None  # as `sync_ranges` sets it, for `fxquant.ops.marks.bind`
         LIVE.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,8 +75,8 @@ class BoundForward:
         for name in self.names:
             quantizer = quantizers[name]
             modes.append(int(quantizer.mode(self.module.training)))
-            if quantizer.stateful:
-                state += [quantizer.min_val, quantizer.max_val]
+            for kept in quantizer.site.spec.range.state_names:  # not a property: Dynamo traces each for every site
+                state.append(getattr(quantizer, kept))
         bind(self.key, modes, state, self.group)
 
     def quantizers(self) -> Iterator[Quantizer]:
@@ -115,7 +112,7 @@ class BoundForward:
         function = types.FunctionType(code, BoundForward.__call__.__globals__, "method")
         shown = inspect.signature(self.inner or cls.forward.__get__(self.module))
         owner = inspect.Parameter("_bound", inspect.Parameter.POSITIONAL_ONLY)
-        function.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
+        function.__dict__["__signature__"] = shown.replace(parameters=[owner, *shown.parameters.values()])
         return types.MethodType(function, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,7 +133,7 @@ def bound_forward(module: nn.Module) -> BoundForward | None:
 
 
 def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, and a look on the host behind each call whether delayed ranges that it read are set now.
+    """``compiled``, and a look on the host after each call whether delayed ranges that it read are set now.
 
     For graphs that take a tensor's own range where none is stored. The ranges that are set make Dynamo take another
     graph at the next call, in which no quantizer waits for its tensor's extremes.
@@ -148,7 +145,7 @@ def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:
         for part in list(LIVE):
             if isinstance(part, BoundForward):
                 for quantizer in part.quantizers():
-                    if quantizer.stateful and not quantizer.resolved and id(quantizer.min_val) in given:
+                    if not quantizer.resolved and id(quantizer.evidence) in given:
                         quantizer.settle()
         return outputs
 

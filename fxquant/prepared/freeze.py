@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
-if TYPE_CHECKING:
-    pass
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan, unwrap
 

@@ -116,9 +116,9 @@ def _check_used(plan: Plan, changes: Mapping[str, QuantSpec | None], used: set[s
 def _take_over(quantizer: Quantizer, old: Quantizer) -> None:
     """State of the quantizer that stood there before."""
     quantizer.observing, quantizer.enabled = old.observing, old.enabled
-    if quantizer.stateful and old.stateful:
-        quantizer.to(old.min_val.device)
-        quantizer.min_val.copy_(old.min_val)
-        quantizer.max_val.copy_(old.max_val)
+    kept = old.state
+    for name, value in quantizer.state.items():
+        if name in kept and (kept[name].shape, type(kept[name])) == (value.shape, type(value)):
+            setattr(quantizer, name, kept[name])  # the tensor itself: an optimizer may know it
     quantizer.train(old.training)
     quantizer.settle()

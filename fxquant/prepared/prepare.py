@@ -6,30 +6,18 @@ import abc
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from fxquant.capture.aside import untouched
-from fxquant.capture.dynamo import dynamo_graphs
-from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
-from fxquant.graph.kinds import kind_of
-from fxquant.passes.base import run_all
-from fxquant.passes.pipelines import normalizing_passes
-from fxquant.plan.exceptions import Exceptions, weighted
-from fxquant.plan.naming import Naming
-from fxquant.plan.plan import Declined, Edge, Plan, Site
-from fxquant.plan.positions import modules_around
-from fxquant.plan.solver import place
-from fxquant.plan.unreached import left_out, unreached
+from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.prepared.attach import attach, detach
-from fxquant.prepared.frame_marks import frame_marks
 from fxquant.prepared.freeze import freeze_batch_norm
+from fxquant.prepared.planning import make_plan
 from fxquant.prepared.quantizer import owners
 from fxquant.prepared.root import plan_of
 from fxquant.spec.ranges import Range
 from fxquant.spec.recipes import Recipe, get_recipe
-from fxquant.spec.rules import Rule, Rulebook
-from fxquant.targets.profiles import Profile, get_profile
+from fxquant.spec.rules import Rule
+from fxquant.targets.profiles import get_profile
 
 
 class Measured(abc.ABC):
@@ -79,8 +67,7 @@ def prepare(
     if ranges is not None:
         chosen = chosen.with_range(ranges)
     _check(model, args, kwargs)
-    kwargs = dict(kwargs or {})
-    plan = _make_plan(model, args, kwargs, chosen, profile)
+    plan = make_plan(model, args, dict(kwargs or {}), chosen, profile)
     try:
         attach(model, plan)
         if isinstance(recipe, Measured):
@@ -143,69 +130,3 @@ def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
 
 def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-def _make_plan(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe, profile: Profile
-) -> Plan:
-    with untouched(model), frame_marks(model):
-        failed: Exception | None = None
-        graphs: list[fx.GraphModule] = []
-        try:
-            graphs = dynamo_graphs(model, args, kwargs)
-        except FxquantError:
-            raise
-        except Exception as error:
-            failed = error
-    if failed is not None:
-        _blame(model, args, kwargs, failed)
-    sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
-    declined: list[Declined] = []
-    for gm in graphs:
-        run_all(normalizing_passes(), gm)
-    layers = [node for gm in graphs for node in weighted(gm.graph, profile)]
-    ends = (layers[0], layers[-1]) if layers else (None, None)
-    book = Rulebook(recipe.rules)
-    for gm in graphs:
-        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm), ends))
-        declined += (*found.described_declines(), *unreached(gm, profile))
-        naming = Naming(gm, sites)
-        for placed in found.placed:
-            naming.add(placed, declined)
-    declined += left_out(model, graphs)
-    _check_kinds(recipe, graphs, sites.values())
-    book.check()
-    if not sites:
-        reasons = "; ".join(sorted({f"{d.where}: {d.reason}" for d in declined})) or "it runs no such operator"
-        raise UnsupportedModel(
-            f"model must hold an operator that {profile.name} runs on integers "
-            f"({', '.join(sorted(profile.hard))}): found none to quantize ({reasons})."
-        )
-    return Plan(recipe=recipe.name, target=profile.name, sites=tuple(sites.values()), declined=tuple(declined))
-
-
-def _blame(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failed: Exception) -> None:
-    """Raises for a run under Dynamo that failed: runs the model again without, to tell whose fault it was."""
-    try:
-        with untouched(model), torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as error:
-        raise InvalidArgument(
-            f"args and kwargs must run through the model: got {type(error).__name__}: {str(error).rstrip('.')}. "
-            "Give prepare what the model's forward takes in training."
-        ) from error
-    raise UnsupportedModel(
-        f"model must run under torch.compile: got {type(failed).__name__}: {str(failed).rstrip('.')}. "
-        'It runs without; try torch.compile(model, backend="eager").'
-    ) from failed
-
-
-def _check_kinds(recipe: Recipe, graphs: list[fx.GraphModule], sites: Any) -> None:
-    used = {edge.kind for site in sites for edge in site.local.edges}
-    unmatched = sorted((recipe.kinds or frozenset()) - used)
-    if unmatched:
-        kinds = {kind.name for gm in graphs for kind in map(kind_of, gm.graph.nodes) if kind is not None}
-        raise InvalidArgument(
-            f"recipe {recipe.name!r} must match the model with each of its kinds: {', '.join(unmatched)} "
-            f"matched no operator. The model has {', '.join(sorted(kinds)) or 'none of any kind'}."
-        )

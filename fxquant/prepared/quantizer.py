@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxquant.plan.plan import LocalSite
 from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
-from fxquant.spec.ranges import MovingAverage
-
-if TYPE_CHECKING:
-    pass
-
+from fxquant.spec.ranges.base import Range
 
 ATTRIBUTE = "quantizers"
 
 
 class Quantizer(nn.Module):
-    """State of one site: ``min_val`` and ``max_val`` (float32, one element, NaN until data was seen) if it has any.
+    """State of one site: what its range keeps between steps, as buffers and parameters, if it keeps anything.
 
-    The tensors stay float32 under ``.half()``. Keys that a float checkpoint lacks are no error.
+    The tensors keep their dtype under ``.half()``. Keys that a float checkpoint lacks are no error.
 
     Attributes:
         observing: in training, the range follows the data; else it stays.
@@ -32,7 +27,7 @@ class Quantizer(nn.Module):
         calibrating: the observing mode of a calibration in progress, None outside one.
     """
 
-    min_val: Tensor
+    min_val: Tensor  # of those whose range is a `fxquant.MovingAverage`
     max_val: Tensor
 
     def __init__(self, site: LocalSite) -> None:
@@ -42,9 +37,13 @@ class Quantizer(nn.Module):
         self.enabled = True
         self.resolved = False
         self.calibrating: Mode | None = None
-        if self.stateful:
-            self.register_buffer("min_val", torch.full((1,), float("nan")))
-            self.register_buffer("max_val", torch.full((1,), float("nan")))
+        state = self.range.initial_state(self.spec)
+        assert tuple(state) == self.range.state_names, "a range's initial state has the names that it says"
+        for name, value in state.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
 
     @property
     def spec(self) -> QuantSpec:
@@ -52,15 +51,24 @@ class Quantizer(nn.Module):
         return self.site.spec
 
     @property
+    def range(self) -> Range:
+        """How the scale is found."""
+        return self.site.spec.range
+
+    @property
     def stateful(self) -> bool:
-        """Whether the range is kept between steps."""
+        """Whether something is kept between steps."""
         return self.site.spec.range.stateful
 
     @property
-    def delayed(self) -> bool:
-        """Whether training quantizes with the range before its update."""
-        found = self.site.spec.range
-        return isinstance(found, MovingAverage) and found.delayed
+    def state(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        return {name: getattr(self, name) for name in self.range.state_names}
+
+    @property
+    def evidence(self) -> Tensor | None:
+        """The first tensor of the state: an input of every graph that binds the site, by which it is known there."""
+        return next(iter(self.state.values()), None)
 
     def mode(self, training: bool) -> Mode:
         """What the site does in a graph traced now."""
@@ -68,42 +76,42 @@ class Quantizer(nn.Module):
             return Mode.OFF
         if self.calibrating is not None:
             return self.calibrating if self.stateful else Mode.OFF
-        if not self.stateful:
-            return Mode.STATIC
-        if training and self.observing:
-            if not self.delayed:
-                return Mode.TRAIN
-            return Mode.DELAYED if self.resolved else Mode.FIRST
-        return Mode.STATIC if self.resolved else Mode.RESOLVE
+        return self.site.spec.range.mode(training and self.observing, self.resolved)
+
+    def is_set(self) -> bool:
+        """Looks (on the host) whether there is a range to quantize with."""
+        return not self.stateful or self.range.is_set(self.state)
 
     def settle(self) -> bool:
-        """Looks (on the host) whether the range is set; remembers it if so."""
-        self.resolved = not self.stateful or bool(torch.isfinite(self.min_val) & torch.isfinite(self.max_val))
+        """Looks whether the range is set; remembers it if so."""
+        self.resolved = self.is_set()
         return self.resolved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        kept = {name: value.data if isinstance(value, nn.Parameter) else value for name, value in self.state.items()}
         super()._apply(fn, recurse)
         for name, before in kept.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != before.dtype:
-                # A range rounded to half precision would move every code.
+            now = getattr(self, name)
+            if now.dtype == before.dtype:
+                continue
+            # A range rounded to half precision would move every code.
+            if isinstance(now, nn.Parameter):
+                now.data = before.to(now.device)
+            else:
                 self._buffers[name] = before.to(now.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         local_metadata, strict, missing, unexpected, errors = args
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for name in self._buffers:
+        for name in self.range.state_names:
             if prefix + name in missing:
                 missing.remove(prefix + name)
         self.settle()
 
     def extra_repr(self) -> str:
         """``u8, [-0.42, 3.1]``."""
-        if not self.stateful:
-            return str(self.spec)
-        return f"{self.spec}, [{self.min_val.item():.4g}, {self.max_val.item():.4g}]"
+        return f"{self.spec}, {self.range.describe(self.state)}" if self.stateful else str(self.spec)
 
 
 class QuantizerSet(nn.ModuleDict):
@@ -129,4 +137,5 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """Site key → quantizer, in module order."""
     for path, _, found in owners(model):
         for name, quantizer in found.items():
-            yield f"{path}.{name}" if path else name, quantizer  # type: ignore[misc]
+            assert isinstance(quantizer, Quantizer)
+            yield f"{path}.{name}" if path else name, quantizer

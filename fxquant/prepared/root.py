@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from fxquant.errors import InvalidArgument, PlanMismatch
 from fxquant.plan.plan import Plan
-
-if TYPE_CHECKING:
-    pass
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.quantizer import ATTRIBUTE
 

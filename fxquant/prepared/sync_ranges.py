@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 from fxquant.prepared.bound_forward import bound_forward
 from fxquant.prepared.quantizer import owners
 from fxquant.prepared.root import require_plan, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def sync_ranges(model: nn.Module, group: ProcessGroup | None = None, *, enabled: bool = True) -> None:

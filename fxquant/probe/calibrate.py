@@ -39,17 +39,19 @@ def calibrate(model: M, data: Iterable[Any], *, method: Method = "max", progress
         raise InvalidArgument(f"method must be one of {', '.join(map(repr, _MODES))}: got {method!r}.")
     plain = unwrap(model)
     ranged = [(key, q) for key, q in quantizers(plain) if q.stateful]
-    kept = [(q.min_val.clone(), q.max_val.clone(), q.resolved) for _, q in ranged]
+    kept = [({name: value.detach().clone() for name, value in q.state.items()}, q.resolved) for _, q in ranged]
     try:
         batches = _observe(plain, data, _MODES[method], progress)
         if not batches:
             raise InvalidArgument("data must hold at least one batch: got none.")
     except BaseException:
-        for (_, q), (low, high, resolved) in zip(ranged, kept, strict=True):
-            q.min_val.copy_(low)
-            q.max_val.copy_(high)
+        for (_, q), (state, resolved) in zip(ranged, kept, strict=True):
+            _write(q, state)
             q.resolved = resolved
         raise
+    with torch.no_grad():
+        for _, q in ranged:
+            q.range.end_calibration(q.state)
     unseen = [key for key, q in ranged if not q.settle()]
     if unseen:
         warnings.warn(
@@ -77,12 +79,18 @@ def _observe(model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool) 
     return count
 
 
+@torch.no_grad()
 def _start(quantizer: Quantizer, mode: Mode) -> None:
     quantizer.calibrating = mode
     if quantizer.stateful:
         quantizer.resolved = False
-        quantizer.min_val.fill_(float("nan"))
-        quantizer.max_val.fill_(float("nan"))
+        quantizer.range.start_calibration(quantizer.state)
+
+
+@torch.no_grad()
+def _write(quantizer: Quantizer, state: dict[str, Tensor]) -> None:
+    for name, value in quantizer.state.items():
+        value.copy_(state[name])
 
 
 def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

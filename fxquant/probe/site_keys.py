@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxquant.graph.meta import site_of, sites_served
-from fxquant.passes.captured.insert_fake_quantize import Insertion
+from fxquant.passes.captured.site_nodes import Insertion
 from fxquant.plan.plan import Role
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan
@@ -46,9 +46,9 @@ class SiteKeys:
 
     def __init__(self, model: nn.Module, caller: str) -> None:
         held = dict(quantizers(model))
-        self._by_state = {id(q.min_val): key for key, q in held.items() if q.stateful}
+        self._by_state = {id(q.evidence): key for key, q in held.items() if q.stateful}
         self._evidence: dict[str, set[int]] = {
-            site.key: {id(held[site.key].min_val)}
+            site.key: {id(held[site.key].evidence)}
             if held[site.key].stateful
             else set(map(id, model.get_submodule(site.owner).parameters()))
             for site in require_plan(model, caller).sites

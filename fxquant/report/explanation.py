@@ -23,6 +23,7 @@ from fxquant.report.example_run import ExampleRun, run_on_examples
 from fxquant.report.forecast import Operation, Place, expected_kernel, operations
 from fxquant.report.operators import Operator
 from fxquant.report.site_rows import Row, bound_forwards, site_rows
+from fxquant.spec.ranges.base import UNSET
 from fxquant.support.table import short, table
 from fxquant.targets.expected import FLOAT
 
@@ -84,7 +85,8 @@ class Explanation:
         statuses = {row.status for row in self.rows}
         # What is the same everywhere is said once, and ranges not at all before there are any.
         dropped = {"status"} if len(statuses) == 1 else set()
-        dropped |= set() if any(row.range.startswith("[") for row in self.rows) else {"range"}
+        keep = {site.key for site in self.plan.sites if site.local.spec.range.stateful}
+        dropped |= set() if any(row.key in keep and row.range != UNSET for row in self.rows) else {"range"}
         head += f", all {statuses.pop()}" if dropped & {"status"} else ""
         header = ["site", "format", "range", "status", "expected kernel", "why", "source"]
         rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import nn
 from fxquant.backend.reports import compile_reports
 from fxquant.plan.plan import Plan
 from fxquant.prepared.bound_forward import BoundForward, bound_forward
-from fxquant.prepared.quantizer import Quantizer, owners, quantizers
+from fxquant.prepared.quantizer import Quantizer, QuantizerSet, owners, quantizers
 from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, place_of
 
 
@@ -56,7 +55,7 @@ def site_rows(
                 operators=tuple(map(str, edges)),
                 kernels=tuple(kernels),
                 shares=shares.get(site.key, ()),
-                range=_range(held[site.key]),
+                range=held[site.key].range.describe(held[site.key].state),
                 status=status[site.owner],
                 reason=site.reason,
                 source=site.source,
@@ -77,10 +76,8 @@ def _statuses(model: nn.Module) -> dict[str, str]:
     that this instance ran. Owners without ranges are judged by those of the whole model, or by graphs if it has none.
     """
     digests = {digest for report in compile_reports() for digest in report.digests}
-    held = {
-        path: [q for q in those.values() if isinstance(q, Quantizer) and q.stateful] for path, _, those in owners(model)
-    }
-    ran = {path for path, those in held.items() if any(not math.isnan(q.min_val.item()) for q in those)}
+    held = {path: _telling(those) for path, _, those in owners(model)}
+    ran = {path for path, those in held.items() if any(q.is_set() for q in those)}
     statuses = {}
     for path, bound in bound_forwards(model).items():
         seen = path in ran if held[path] else bool(ran) or not any(held.values())
@@ -88,8 +85,7 @@ def _statuses(model: nn.Module) -> dict[str, str]:
     return statuses
 
 
-def _range(quantizer: Quantizer) -> str:
-    if not quantizer.stateful:
-        return "of the tensor" if quantizer.spec.range.kind == "current" else ""
-    low, high = quantizer.min_val.item(), quantizer.max_val.item()
-    return "unset" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+def _telling(held: QuantizerSet) -> list[Quantizer]:
+    """Those of whose range one can tell whether it has seen data: it is unset at first."""
+    stateful = [q for q in held.values() if isinstance(q, Quantizer) and q.stateful]
+    return [q for q in stateful if not q.range.is_set(q.range.initial_state(q.spec))]

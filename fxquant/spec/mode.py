@@ -22,3 +22,13 @@ class Mode(enum.IntEnum):
     FOLLOW = 5
     DELAYED = 6
     FIRST = 7
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the site only observes: the tensor stays float."""
+        return self in (Mode.EXTEND, Mode.FOLLOW)
+
+    @property
+    def updates_afterwards(self) -> bool:
+        """Whether the range is updated when the tensor has been quantized."""
+        return self in (Mode.DELAYED, Mode.FIRST)

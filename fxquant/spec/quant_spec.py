@@ -8,7 +8,8 @@ from typing import Any
 
 from fxquant.errors import InvalidArgument
 from fxquant.numerics.division import ROUNDINGS, Rounding
-from fxquant.spec.ranges import RANGE_KINDS, CurrentTensor, Fixed, MovingAverage, Range
+from fxquant.spec.ranges.base import Range
+from fxquant.spec.ranges.moving_average import MovingAverage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class QuantSpec:
         group_size: number of consecutive values of a channel that share a scale, for matrices of weights; None for
             one scale per channel. Groups run along the axis that is not ``axis``.
         rounding: ``"divide"`` is ONNX QuantizeLinear's ``x / scale``, ``"reciprocal"`` torch's ``x · (1/scale)``.
-        range: how minimum and maximum are found.
+        range: how scale and zero point are found.
     """
 
     bits: int = 8
@@ -60,7 +61,7 @@ class QuantSpec:
             )
         if not self.signed:
             raise InvalidArgument("QuantSpec per group must be signed: runtimes take zero point 0 there.")
-        if not isinstance(self.range, CurrentTensor):
+        if not self.range.per_group:
             raise InvalidArgument(
                 f"QuantSpec per group must have range=CurrentTensor(): got {self.range}. Only weights have groups."
             )
@@ -82,19 +83,16 @@ class QuantSpec:
             words.append(f"axis {self.axis}")
         if self.group_size is not None:
             words.append(f"group {self.group_size}")
-        if isinstance(self.range, Fixed):
-            words.append(f"[{self.range.min:g}, {self.range.max:g}]")
-        return " ".join(words)
+        return " ".join(filter(None, (*words, self.range.suffix())))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the plan in a checkpoint; `from_dict` reads them back."""
         fields: dict[str, Any] = dataclasses.asdict(self)
-        fields["range"] = {"kind": self.range.kind, **dataclasses.asdict(self.range)}
+        fields["range"] = self.range.to_dict()
         return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QuantSpec:
         """Inverse of `to_dict`; what older plans lack has its default."""
         fields = dict(fields)
-        found = dict(fields.pop("range"))
-        return cls(range=RANGE_KINDS[found.pop("kind")](**found), **fields)
+        return cls(range=Range.from_dict(fields.pop("range")), **fields)

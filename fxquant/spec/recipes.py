@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
 from fxquant.spec.quant_spec import QuantSpec
-from fxquant.spec.ranges import CurrentTensor, Range, get_range
+from fxquant.spec.ranges.base import Range
+from fxquant.spec.ranges.current_tensor import CurrentTensor
+from fxquant.spec.ranges.named import get_range
 from fxquant.spec.rules import Rule, checked
 
 
@@ -17,8 +19,10 @@ def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
     if role != "weight":
         if spec.axis is not None:
             raise InvalidArgument(f"{subject}.axis must be None: got {spec.axis}. An activation has one scale.")
+        if role not in spec.range.roles:
+            raise InvalidArgument(f"{subject}.range must be one for activations: got {spec.range}.")
         return
-    if not isinstance(spec.range, CurrentTensor):
+    if role not in spec.range.roles:
         raise InvalidArgument(
             f"{subject}.range must be CurrentTensor: got {spec.range}. "
             "Set range=fxquant.CurrentTensor(): a weight needs no history."

@@ -110,9 +110,17 @@ def _is_class(found: type | str | None, wanted: type | str) -> bool:
     return (wanted if isinstance(wanted, str) else wanted.__name__) in names
 
 
-def skip(path: str | None = None, **given: object) -> Rule:
+def skip(
+    path: str | None = None,
+    *,
+    module: type | str | None = None,
+    kind: str | None = None,
+    operand: str | None = None,
+    position: ModelEnd | None = None,
+    optional: bool = False,
+) -> Rule:
     """A rule that leaves what it matches in float: ``skip("head")``, ``skip(module=nn.LSTM)``."""
-    return Rule(spec=None, path=path, **given)  # type: ignore[arg-type]
+    return Rule(spec=None, path=path, module=module, kind=kind, operand=operand, position=position, optional=optional)
 
 
 def first_layer(spec: QuantSpec | None = None, *, operand: str | None = None) -> Rule:

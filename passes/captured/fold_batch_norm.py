@@ -17,7 +17,7 @@ from fxquant.graph.moves import COPYING, RESHAPING
 from fxquant.graph.nodes import call_nodes, only_user, packet
 from fxquant.graph.views import BatchNorm, FakeQuant, SymmetricQparams, qparams_of
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.captured.insert_fake_quantize import grouped_value
+from fxquant.passes.captured.site_nodes import grouped_value
 from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten

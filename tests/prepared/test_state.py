@@ -16,6 +16,7 @@ import fxquant
 from fxquant.backend.reports import compile_reports
 from fxquant.prepared.bound_forward import bound_forward
 from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.root import plan_of
 from fxquant.spec.mode import Mode
 from tests.nets import ConvNet, Mlp, grads, prepared, ranges, step, unset
 
@@ -132,7 +133,7 @@ def test_a_copy_has_state_of_its_own(duplicate: Any) -> None:
     model = trained()
     twin = duplicate(model)
     assert ranges(twin) == ranges(model)
-    assert fxquant.state.plan_of(twin) == fxquant.state.plan_of(model)
+    assert plan_of(twin) == plan_of(model)
     for module in twin.modules():
         bound = bound_forward(module)
         assert bound is None or bound.module is module

@@ -1,0 +1,33 @@
+"""`CurrentTensor`: the range of the tensor in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from fxquant.ops import qparams
+from fxquant.spec.ranges.base import Range
+from fxquant.spec.ranges.site_graph import Qparams, SiteGraph, affine_qparams
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurrentTensor(Range):
+    """The range is that of the tensor in hand: weights, and activations of unprepared models."""
+
+    kind: ClassVar[str] = "current"
+    roles: ClassVar[frozenset[str]] = frozenset({"weight", "activation", "output"})
+    per_group: ClassVar[bool] = True
+
+    def describe(self, state: Mapping[str, Tensor]) -> str:
+        """Where it is from."""
+        return "of the tensor"
+
+    def qparams(self, site: SiteGraph, value: fx.Node) -> Qparams:
+        """``max |w| / quant_max`` of a weight, ``affine_qparams(min, max)`` of an activation."""
+        if site.role == "weight":
+            return Qparams(*site.pair(qparams.SYMMETRIC_QPARAMS, value, site.axis, site.format.quant_max))
+        unset = site.constant(float("nan"))
+        return affine_qparams(site, *site.pair(qparams.RESOLVE_MIN_MAX, value, unset, unset))

@@ -1,0 +1,85 @@
+"""`MovingAverage`: minimum and maximum that follow the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from fxquant.errors import InvalidArgument
+from fxquant.ops import qparams
+from fxquant.spec.mode import Mode
+from fxquant.spec.ranges.base import UNSET, Range
+from fxquant.spec.ranges.site_graph import Qparams, SiteGraph, affine_qparams
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingAverage(Range):
+    """Min and max follow the data in training: ``r ← r + constant·(batch − r)``, the first batch sets them.
+
+    Updated before the batch is quantized (torch's MovingAverageMinMaxObserver). ``delayed``: after it, so that a step
+    is quantized with the range that the step before left, the first with its own. No kernel then waits for the
+    minimum and maximum of the tensor that it quantizes; the ranges that are kept are the same.
+    """
+
+    kind: ClassVar[str] = "moving_average"
+    state_names: ClassVar[tuple[str, ...]] = ("min_val", "max_val")
+    constant: float = 0.01
+    delayed: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.constant <= 1.0:
+            raise InvalidArgument(f"MovingAverage.constant must be in (0, 1]: got {self.constant}.")
+
+    def is_degenerate(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the range has no width."""
+        return not (state["max_val"] - state["min_val"]).item()
+
+    def describe(self, state: Mapping[str, Tensor]) -> str:
+        """``[-0.42, 3.1]``, or ``unset``."""
+        low, high = state["min_val"].item(), state["max_val"].item()
+        return UNSET if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+
+    def mode(self, observing: bool, resolved: bool) -> Mode:
+        """TRAIN or, delayed, DELAYED; FIRST while it may be unset."""
+        if observing and not self.delayed:
+            return Mode.TRAIN
+        if observing:
+            return Mode.DELAYED if resolved else Mode.FIRST
+        return Mode.STATIC if resolved else Mode.RESOLVE
+
+    def qparams(self, site: SiteGraph, value: fx.Node) -> Qparams | None:
+        """``affine_qparams(min, max)`` of the range as the mode says: stored, resolved, or updated first."""
+        low, high = self._range(site, value)
+        return None if site.mode.calibrates else affine_qparams(site, low, high)
+
+    def _range(self, site: SiteGraph, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        low, high = site.state["min_val"], site.state["max_val"]
+        if site.mode in (Mode.STATIC, Mode.DELAYED):
+            return low, high
+        if site.mode in (Mode.RESOLVE, Mode.FIRST):
+            return site.pair(qparams.RESOLVE_MIN_MAX, value, low, high)
+        if site.mode is Mode.TRAIN and site.across_ranks:
+            return self._average(site, value)
+        if site.mode is Mode.EXTEND:
+            new = site.pair(qparams.EXTEND_MIN_MAX, value, low, high)
+        else:
+            new = site.pair(qparams.UPDATE_MIN_MAX, value, low, high, self.constant)
+        site.store(min_val=new[0], max_val=new[1])
+        return new
+
+    def observe(self, site: SiteGraph, value: fx.Node) -> None:
+        """The update, in a form that `BatchRangeUpdates` moves to the end of the graph."""
+        self._average(site, value)
+
+    def _average(self, site: SiteGraph, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        extremes = site.pair(qparams.BATCH_MIN_MAX, value)
+        state = site.state["min_val"], site.state["max_val"]
+        average = site.call(qparams.AVERAGE_MIN_MAX, *extremes, *state, self.constant)
+        site.defer(average)
+        new = site.item(average, 0), site.item(average, 1)
+        site.store(min_val=new[0], max_val=new[1])
+        return new

@@ -1,0 +1,135 @@
+"""The nodes that quantize one tensor: its scale as its range finds it, and the fake-quant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.graph.edit import call, item
+from fxquant.graph.lift import Operand
+from fxquant.graph.meta import mark_observation
+from fxquant.graph.nodes import packet
+from fxquant.ops import fake_quantize
+from fxquant.plan.plan import Role
+from fxquant.spec.mode import Mode
+from fxquant.spec.quant_spec import QuantSpec
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insertion:
+    """One site in one graph.
+
+    ``state`` holds the nodes of the range's state, ``group`` the name of the process group whose ranks keep it equal:
+    ``""`` for this process alone.
+    """
+
+    label: str
+    role: Role
+    spec: QuantSpec
+    edges: tuple[Operand, ...]
+    mode: Mode
+    state: tuple[fx.Node, ...] = ()
+    group: str = ""
+
+
+class SiteNodes:
+    """Makes the nodes of a site for one tensor, each after the one before; the first at the graph's insertion point.
+
+    It is the `fxquant.spec.ranges.SiteGraph` that the range of the site is given.
+    """
+
+    def __init__(self, graph: fx.Graph, source: fx.Node, site: Insertion) -> None:
+        self.graph, self.source, self.site = graph, source, site
+        self.role, self.format, self.mode = site.role, site.spec, site.mode
+        self.axis = site.spec.axis if site.spec.group_size is None else 0
+        self.state = dict(zip(site.spec.range.state_names, site.state, strict=True)) if site.state else {}
+        self.across_ranks = bool(site.group)
+        self._last: fx.Node | None = None
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator."""
+        return self._next(lambda: call(self.graph, op, *args, like=self.source, **kwargs))
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """One of several results."""
+        return self._next(lambda: item(self.graph, node, index))
+
+    def pair(self, op: Any, *args: Any) -> tuple[fx.Node, fx.Node]:
+        """A call of an operator with two results, and these."""
+        both = self.call(op, *args)
+        return self.item(both, 0), self.item(both, 1)
+
+    def constant(self, number: float) -> fx.Node:
+        """A float32 tensor of one element, on the source's device."""
+        # Not new_full of the source: export takes for constant what no input reaches.
+        return self.call(aten.full.default, [1], number, dtype=torch.float32, device=self.source.meta["val"].device)
+
+    def store(self, **values: fx.Node) -> None:
+        """Writes state, by name."""
+        for name, value in values.items():
+            self.call(aten.copy_.default, self.state[name], value)
+
+    def defer(self, average: fx.Node) -> None:
+        """Says that `BatchRangeUpdates` is to do this ``average_min_max`` at the end of the graph."""
+        mark_observation(average, self.site.group)
+
+    def quantized(self) -> fx.Node | None:
+        """The node that stands for the quantized tensor; None where the site only observes."""
+        if self.site.spec.group_size is not None:
+            return self._quantized_in_groups(self.site.spec.group_size)
+        return self._fake_quantize(self.source)
+
+    def observe(self) -> None:
+        """The update of a range after use."""
+        self.site.spec.range.observe(self, self.call(aten.detach.default, self.source))
+
+    def _next(self, make: Callable[[], fx.Node]) -> fx.Node:
+        if self._last is None:
+            self._last = make()
+        else:
+            with self.graph.inserting_after(self._last):
+                self._last = make()
+        return self._last
+
+    def _fake_quantize(self, value: fx.Node) -> fx.Node | None:
+        spec = self.site.spec
+        found = spec.range.qparams(self, self.call(aten.detach.default, value))
+        if found is None:
+            return None
+        options: dict[str, Any] = {"rounding": spec.rounding}
+        if found.scale_gradient:
+            options["scale_gradient"] = found.scale_gradient
+        where = () if self.axis is None else (self.axis,)
+        op = fake_quantize.PER_TENSOR if self.axis is None else fake_quantize.PER_CHANNEL
+        qparams = (found.scale, found.zero_point)
+        node = self.call(op, value, *qparams, *where, spec.quant_min, spec.quant_max, **options)
+        node.meta["site"] = self.site
+        return node
+
+    def _quantized_in_groups(self, size: int) -> fx.Node | None:
+        """``w[N, K]``  →  ``reshape(FQ(reshape(w, [N·K/G, G]), s, 0, axis 0), [N, K])``, ``wᵀ`` for ``w[K, N]``.
+
+        A group is a row of what the quantizer sees, so that a scale per row is a scale per group. Of a contiguous
+        ``[N, K]`` both reshapes are views.
+        """
+        first = self.site.spec.axis == 0
+        rows = self.source if first else self.call(aten.transpose.int, self.source, 0, 1)
+        node = self._fake_quantize(self.call(aten.reshape.default, rows, [-1, size]))
+        if node is None:
+            return None
+        whole = self.call(aten.reshape.default, node, list(rows.meta["val"].shape))
+        return whole if first else self.call(aten.transpose.int, whole, 0, 1)
+
+
+def grouped_value(node: fx.Node) -> fx.Node | None:
+    """The fake-quant node of a weight per group, given the node after it that has the weight's own form."""
+    while packet(node) in (aten.transpose, aten.reshape):
+        node = node.all_input_nodes[0]
+    site = node.meta.get("site") if node.target is fake_quantize.PER_CHANNEL else None
+    return node if isinstance(site, Insertion) and site.spec.group_size is not None else None
