@@ -33,14 +33,19 @@ def fxquant(
 ) -> Callable[..., Any]:
     """Backend ``"fxquant"``: the QAT graph of ``gm``, compiled by Inductor.
 
-    ``mode`` is torch.compile's. ``options``: ``recipe`` and ``target`` for a model that was not prepared (recipe None
-    places nothing: for a model that calls ``fxquant.ops`` itself), ``inductor``, a mapping of Inductor settings, and
-    ``integer_matmul``: whether forward products are taken of integer codes, True, False (the default) or "auto",
-    which measures where that is faster (`fxquant.passes.use_integer_matmul`). ``save_quantized`` False keeps floats for
-    backward where codes and packed masks would do (`fxquant.passes.save_quantized_activations`). ``reuse_weights`` True
-    keeps quantized weights from call to call, one more copy of them, and quantizes those again that have changed:
-    by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts not (`fxquant.reuse`). It
-    excludes ``integer_matmul``, and has no effect where torch.distributed is initialized.
+    ``mode`` is torch.compile's. ``options``:
+
+    - ``recipe`` and ``target``, for a model that was not prepared; recipe None places nothing, for a model that calls
+      ``fxquant.ops`` itself.
+    - ``inductor``: a mapping of Inductor's own settings.
+    - ``integer_matmul``: whether forward products are taken of integer codes: True, False (the default), or "auto",
+      which measures where that is faster (`fxquant.passes.joint.use_integer_matmul`).
+    - ``save_quantized``: False keeps floats for backward where codes and packed masks would do
+      (`fxquant.passes.joint.save_quantized_activations`).
+    - ``reuse_weights``: True keeps quantized weights from call to call, one more copy of them, and quantizes those
+      again that have changed: by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts
+      not (`fxquant.backend.reuse`). It excludes ``integer_matmul``, and has no effect where torch.distributed is
+      initialized.
     """
     require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)

@@ -17,7 +17,7 @@ from fxquant.graph.nodes import packet
 aten = torch.ops.aten
 Shape = Sequence[int]
 
-# Products that have no kind in `fxquant.graph.KINDS`.
+# Products that have no kind in `fxquant.graph.kinds.KINDS`.
 _OTHERS = frozenset(
     {
         *(aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu, aten.bilinear, aten.addbmm, aten.addmv, aten.dot),

@@ -1,6 +1,6 @@
 """What backward keeps of a quantizer's input: its clip mask, and bits packed into bytes.
 
-Internal to compiled graphs (`fxquant.passes.save_quantized_activations`); codes themselves come from
+Internal to compiled graphs (`fxquant.passes.joint.save_quantized_activations`); codes themselves come from
 `fxquant.ops.quantize`.
 """
 

@@ -25,7 +25,7 @@ class Edge:
 
     Attributes:
         path: the module that runs the operator, relative to the owner ("" for the owner itself).
-        kind: operator kind, as in `fxquant.graph.KINDS`.
+        kind: operator kind, as in `fxquant.graph.kinds.KINDS`.
         ordinal: which of the operators of that kind that the module itself runs, in execution order.
         operand: name of the operand; "output" for the operator's own result.
     """

@@ -25,7 +25,7 @@ class BoundSite:
     """A local site found in a graph: its operands there, its mode, and the nodes that hold its state.
 
     ``owner`` is the owner's path below the compiled frame: the plan's own where the whole model was captured.
-    ``group`` is as in `fxquant.ops.binding.bind`.
+    ``group`` is as in `fxquant.ops.marks.bind`.
     """
 
     site: LocalSite

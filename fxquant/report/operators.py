@@ -19,7 +19,7 @@ class Wire:
     """One tensor that goes into an operator.
 
     Attributes:
-        operand: which, as in `fxquant.graph.KINDS`; empty for arguments that no quantizer can stand on.
+        operand: which, as in `fxquant.graph.kinds.KINDS`; empty for arguments that no quantizer can stand on.
         source: index of the operator that makes it; None for a parameter or constant.
         site: key of the quantizer whose codes it carries, None for float.
         serves: the edge of the plan that it is, as the whole model names it; empty on the way there.

@@ -28,7 +28,8 @@ class Product:
     """One operator that multiplies matrices, or one of attention's two.
 
     Attributes:
-        name: as its graph calls it; kind: as in `fxquant.graph.KINDS`, or ATen's name; module: path; source: user line.
+        name: as its graph calls it; kind: as in `fxquant.graph.kinds.KINDS`, or ATen's name.
+        module: path; source: user line.
         flops: two for each multiply-add, over all runs on the example inputs.
         quantized: whether all its operands are.
         second: whether it multiplies attention's probabilities by the values.

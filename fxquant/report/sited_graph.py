@@ -50,7 +50,7 @@ class SitedGraph:
         self.heads = self._heads()
 
     def _follow(self) -> None:
-        """Finds the tensor of every site, as `fxquant.passes.insert_fake_quantize` does."""
+        """Finds the tensor of every site, as `fxquant.passes.captured.insert_fake_quantize` does."""
         changed = changed_in_place(self.graph)
         by_site: dict[str, list[Operand]] = {}
         for operand, (site, _) in self.located.items():

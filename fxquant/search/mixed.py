@@ -33,7 +33,8 @@ class MixedRecipe(dict[str, QuantSpec | None]):
 
     Attributes:
         effect: what the chosen formats alone should do to the result, a distance from the float model as in
-            `fxquant.SensitivityReport`. It is put together from single measurements, as if errors were independent.
+            `fxquant.search.SensitivityReport`. It is put together from single measurements, as if errors were
+            independent.
         weight_bytes: bytes of the weights' codes, scales not counted; float weights at their own width.
         int8_bytes: what they would be with 8 bits each.
         integer_share: part of the products' multiply-adds whose operands are all quantized, 0 to 1.

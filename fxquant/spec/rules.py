@@ -21,7 +21,7 @@ class Where:
 
     Attributes:
         modules: path and class of every module around the operator, outermost first; "" is the model itself.
-        kind: operator kind, as in `fxquant.graph.KINDS`.
+        kind: operator kind, as in `fxquant.graph.kinds.KINDS`.
         operand: ``"weight"``, ``"input"``, ``"lhs"``, …; ``"output"`` for the operator's result.
         position: the ends of the model that the operator stands at.
     """

@@ -122,7 +122,7 @@ class _Surroundings:
         self.last_input = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
 
     def lift(self, edges: Iterable[Operand]) -> Lifting:
-        """As `fxquant.place` lifts. Through active dropout too: its input is the tensor that is deployed, its
+        """As `fxquant.plan.solver` lifts. Through active dropout too: its input is the tensor that is deployed, its
         output is that tensor's codes at another scale, which would widen the range for nothing."""
         return lift(edges, lambda node: passes_values(node) and node.all_input_nodes[0] not in self.changed)
 
