@@ -2,9 +2,9 @@
 
     python bench/bench_placement.py [--sizes 1000,4000,16000] [--graphs NAME,…] [--rounds 3] [--insert] [--out …]
 
-A JSON line per graph and size, then a table: median seconds of `fxquant.plan.solver.place` (solve), of what
-`prepare` does with its answer (name: positions, owners, sites) and, on demand, of `InsertFakeQuantize` on the sites (insert: mostly
-fake tensors of what it adds), each with its ratio to the next smaller size. Graphs and sizes take turns; Python's
+A JSON line per graph and size, then a table: median seconds of `fxquant.plan.solver.place` (solve), of what `prepare`
+does with its answer (name: positions, owners, sites) and, on demand, of `InsertFakeQuantize` on the sites (insert:
+mostly fake tensors of what it adds), each with its ratio to the next smaller size. Graphs and sizes take turns; Python's
 garbage collector waits, as with `timeit`. Before timing, the plan is held to be complete: every product has all its
 operands quantized.
 """
@@ -31,7 +31,7 @@ from fxquant.graph.moves import passes_values
 from fxquant.graph.nodes import call_nodes, is_bind
 from fxquant.ops.marks import BIND
 from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
-from fxquant.plan.naming import Naming as _Naming
+from fxquant.plan.naming import Naming
 from fxquant.plan.plan import Declined, Edge, Site
 from fxquant.plan.site_lists import register
 from fxquant.plan.solver import Placements, place
@@ -198,7 +198,7 @@ def name_sites(gm: fx.GraphModule, found: Placements) -> list[Site]:
     """The sites as `prepare` names them."""
     sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
     declined: list[Declined] = []
-    naming = _Naming(gm, sites)
+    naming = Naming(gm, sites)
     for placed in found.placed:
         naming.add(placed, declined)
     assert not declined, declined[0]
