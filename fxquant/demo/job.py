@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.demo.console import Console
 from fxquant.demo.data import Digits, calibration
 from fxquant.demo.extras import require
@@ -94,36 +96,26 @@ def quantize(
     console: Console,
 ) -> Quantized:
     """Take a copy of a float net to an ONNX file that is proven against it, and say what each stage cost."""
-    import fxquant
     from fxquant.report import sqnr
 
     torch.compiler.reset()  # a net's graphs under the last recipe count against Dynamo's recompile limit
     torch.manual_seed(seed)
-    title, inputs = f"{trained.net} {recipe}", (digits.test_x,)
-    model: nn.Module = copy.deepcopy(trained.model)
-    model = fxquant.prepare(model, (digits.example,), recipe=recipe, target=TARGET)
+    title = f"{trained.net} {recipe}"
+    model = fxquant.prepare(copy.deepcopy(trained.model), (digits.example,), recipe=recipe, target=TARGET)
 
     fxquant.calibrate(model, calibration(digits))
     ptq = accuracy(model, compiled(model, "fxquant_eager"), digits)
     console.stage(f"{title} PTQ", f"{100 * ptq:.1f} %")
 
-    def freeze() -> None:
-        fxquant.freeze_batch_norm(model)
-        fxquant.freeze_ranges(model)
-
     with console.bar(f"{title} QAT", schedule.steps(digits)) as advance:
-        step = compiled(model, "fxquant")
-        curve = train(model, step, digits, schedule, seed=seed + 1, advance=advance, freeze=freeze)
-    model.eval()
+        curve = fine_tune(model, digits, schedule, seed=seed + 1, advance=advance)
     with torch.no_grad():
         logits = compiled(model, "fxquant_eager")(digits.test_x)
     qat = score(logits, digits)
     console.stage(f"{title} QAT", f"{100 * qat:.1f} %; exporting and verifying")
 
     path = out / f"{trained.net}-{recipe}.onnx"
-    exported = fxquant.export_onnx(model, (digits.example,), str(path))
-    report = fxquant.verify_onnx(model, inputs, str(path))
-    path.with_suffix(".txt").write_text(f"{exported}\n\n{report}\n", encoding="utf-8")
+    report = deploy(model, digits, path)
     deployed = run_onnx(path, digits.test_x)
     result = Result(
         net=trained.net,
@@ -135,7 +127,30 @@ def quantize(
         same_class=float((deployed.argmax(1) == logits.argmax(1)).double().mean()),
         **proof(report),
     )
-    return Quantized(result=result, curve=curve, sqnr=dict(sqnr(model, inputs)))
+    return Quantized(result=result, curve=curve, sqnr=dict(sqnr(model, (digits.test_x,))))
+
+
+def fine_tune(
+    model: nn.Module, digits: Digits, schedule: Schedule, *, seed: int, advance: Callable[[float], None]
+) -> list[float]:
+    """Train a prepared net, compiled, its batch norms and ranges frozen for the last epochs; leaves it in eval mode."""
+
+    def freeze() -> None:
+        fxquant.freeze_batch_norm(model)
+        fxquant.freeze_ranges(model)
+
+    step = compiled(model, "fxquant")
+    curve = train(model, step, digits, schedule, seed=seed, advance=advance, freeze=freeze)
+    model.eval()
+    return curve
+
+
+def deploy(model: nn.Module, digits: Digits, path: Path) -> Any:
+    """Write the ONNX file, and beside it a ``.txt`` of what export and verification say; the verification's report."""
+    exported = fxquant.export_onnx(model, (digits.example,), str(path))
+    report = fxquant.verify_onnx(model, (digits.test_x,), str(path))
+    path.with_suffix(".txt").write_text(f"{exported}\n\n{report}\n", encoding="utf-8")
+    return report
 
 
 def proof(report: Any) -> dict[str, Any]:

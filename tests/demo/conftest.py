@@ -1,0 +1,15 @@
+"""Fixtures of the demo's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxquant.demo.data import Digits
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    pytest.importorskip("sklearn")
+    from fxquant.demo import data
+
+    return data.load(0)
