@@ -5,8 +5,8 @@
 A JSON line per graph and size, then a table: median seconds of `fxquant.plan.solver.place` (solve), of what `prepare`
 does with its answer (name: positions, owners, sites) and, on demand, of `InsertFakeQuantize` on the sites (insert:
 mostly fake tensors of what it adds), each with its ratio to the next smaller size. Graphs and sizes take turns;
-Python's garbage collector waits, as with `timeit`. Before timing, the plan is held to be complete: every product has all
-its operands quantized.
+Python's garbage collector waits, as with `timeit`. Before timing, the plan is held to be complete: every product has
+all its operands quantized.
 """
 
 from __future__ import annotations
