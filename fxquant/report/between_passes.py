@@ -83,7 +83,7 @@ def _compiled(model: nn.Module, args: tuple[Any, ...], passes: Passes) -> list[S
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         graphs.append(capture(gm, inputs))
-        found.extend(_steps(graphs[-1], passes, len(graphs)))
+        found.extend(steps_of(graphs[-1], passes, len(graphs)))
         return gm.forward
 
     with untouched(model), compiled_aside(model, backend, dynamic=False) as compiled:
@@ -94,10 +94,11 @@ def _compiled(model: nn.Module, args: tuple[Any, ...], passes: Passes) -> list[S
 def _exported(model: nn.Module, args: tuple[Any, ...], passes: Passes) -> Iterator[Step]:
     with evaluating(model), exporting(), torch.no_grad():
         gm = exported_graph(model, args, {}, None)
-    return _steps(gm, passes, 1)
+    return steps_of(gm, passes, 1)
 
 
-def _steps(gm: fx.GraphModule, passes: Passes, number: int) -> Iterator[Step]:
+def steps_of(gm: fx.GraphModule, passes: Passes, number: int) -> Iterator[Step]:
+    """What is captured, then what each pass does to it; ``number`` is the graph's."""
     yield Step(number=number, stage=CAPTURED.name, name="captured", graph=_drawn(gm))
     for stage, each in passes:
         result = run_all((each,), gm, stage)

@@ -3,84 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxquant.backend.inductor.step import Kept, Step, site_of, trace_step
+from fxquant.backend.inductor.step import Step, trace_step
 from fxquant.errors import InvalidArgument
-from fxquant.graph.frames import normalize_path, relative, user_line
-from fxquant.graph.nodes import packet
 from fxquant.plan.plan import Plan
 from fxquant.prepared.root import require_plan, unwrap
+from fxquant.report.step_bytes import (
+    BATCH,
+    Bytes,
+    Saved,
+    SiteCost,
+    Size,
+    as_number,
+    bytes_by_site,
+    saved_of,
+    simplified,
+    total_of,
+)
 from fxquant.support.table import megabytes, table
 
-Size: TypeAlias = "int | sympy.Expr"
-"""Bytes: a number, or an expression in `BATCH` where the batch is left open."""
-
-BATCH = sympy.Symbol("batch", integer=True, positive=True)
 _LINES = 12  # of the table of kept tensors that are printed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """Of one training step: read and written by its kernels, and saved by its forward for its backward."""
-
-    read: Size = 0
-    written: Size = 0
-    saved: Size = 0
-
-    @property
-    def moved(self) -> Size:
-        """Read and written."""
-        return _plain(self.read + self.written)
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(
-            read=_plain(self.read + other.read),
-            written=_plain(self.written + other.written),
-            saved=_plain(self.saved + other.saved),
-        )
-
-    def to_dict(self) -> dict[str, int | str]:
-        """Numbers, and expressions as text."""
-        return {name: _shown(value) for name, value in vars(self).items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteCost:
-    """One quantizer: ``key``, ``role`` and ``spec`` as in `fxquant.explain`, and its share of the step's bytes."""
-
-    key: str
-    role: str
-    spec: str
-    bytes: Bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """One allocation that the forward keeps for the backward; parameters, buffers and inputs are none.
-
-    Attributes:
-        size: its bytes; dtype, shape: of the (first) tensor in it.
-        site: key of the quantizer that is charged with it, None for the model itself.
-        made_by: the operator that made it and the module around, or the quantizer.
-        serves: the operators of the backward graph that read it, likewise.
-        source: file and line of the user's code that made it.
-    """
-
-    size: Size
-    dtype: str
-    shape: tuple[Size, ...]
-    site: str | None
-    made_by: str
-    serves: tuple[str, ...]
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +37,7 @@ class Cost:
     """What `cost` found; prints as tables.
 
     ``total`` is the quantized step, ``plain`` the same step without quantizers, ``rest`` what of ``total`` no site is
-    charged with. ``saved`` and ``plain_saved`` list the allocations behind ``total.saved`` and ``plain.saved``.
+    charged with. ``saved`` and ``plain_saved`` list the allocations that add up to ``total.saved`` and ``plain.saved``.
     ``batch`` is the batch size of the example inputs where it was left open, else None.
     """
 
@@ -114,7 +63,7 @@ class Cost:
             )
         if not isinstance(batch, int) or batch < 2:
             raise InvalidArgument(f"batch must be a whole number above 1: got {batch!r}. torch compiles 1 by itself.")
-        found = _replaced(self, lambda size: _plain(sympy.sympify(size).subs(BATCH, batch)))
+        found = _replaced(self, lambda size: simplified(sympy.sympify(size).subs(BATCH, batch)))
         return dataclasses.replace(found, batch=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +75,7 @@ class Cost:
             "batch": self.batch,
             "sites": [{**vars(site), "bytes": site.bytes.to_dict()} for site in self.sites],
             **{name: getattr(self, name).to_dict() for name in ("rest", "total", "plain")},
-            **{name: [_saved_dict(one) for one in getattr(self, name)] for name in ("saved", "plain_saved")},
+            **{name: [one.to_dict() for one in getattr(self, name)] for name in ("saved", "plain_saved")},
         }
 
     def __str__(self) -> str:
@@ -138,11 +87,11 @@ class Cost:
         parts = [head, "", table(["", "read", "written", "saved for backward"], rows)]
         if self.batch is not None:
             parts.append(f"saved: plain {self.plain.saved}, quantized {self.total.saved} bytes")
-        sites = sorted(shown.sites, key=lambda site: -(_number(site.bytes.moved) + _number(site.bytes.saved)))
+        sites = sorted(shown.sites, key=lambda site: -(as_number(site.bytes.moved) + as_number(site.bytes.saved)))
         by_site = [[site.key, site.role, site.spec, *_cells(site.bytes)] for site in sites]
         by_site.append(["(the model)", "", "", *_cells(shown.rest)])
         parts += ["", table(["site", "role", "format", "read", "written", "saved"], by_site)]
-        kept = sorted(shown.saved, key=lambda one: -_number(one.size))
+        kept = sorted(shown.saved, key=lambda one: -as_number(one.size))
         lines = [[_amount(one.size), one.dtype, _shape(one), one.made_by, _listed(one.serves)] for one in kept]
         parts += ["", table(["saved", "dtype", "shape", "made by", "read in backward by"], lines[:_LINES])]
         if len(lines) > _LINES:
@@ -164,14 +113,7 @@ def cost(
     that of the model as it is: its modes, frozen ranges, ``requires_grad``, and autocast around this call. Ranges
     count as set.
 
-    **Counting**: a kernel reads and writes each of its tensors once; what stays within a fused kernel costs nothing.
-    The sum is Inductor's own count (``torch._inductor.metrics.num_bytes_accessed``). A write is charged to the site
-    whose value it is. A read is charged to a site where no loop of the kernel that reads the tensor works for the
-    model itself. A site's kernels contain what Inductor fuses in front of it, and the quantized tensor is often
-    written *instead of* the float one: what quantizers add is ``total`` less ``plain``.
-
-    **Saved** are allocations, each once, that the forward graph hands to the backward graph. A site is charged with
-    those that it made and those that only quantizers read; where there are several, the first.
+    `Bytes` says how they are counted, `Saved` which allocations are, and both whom they are charged to.
 
     Args:
         model: prepared, maybe compiled; all of it must be one graph.
@@ -194,12 +136,12 @@ def cost(
     batch = _batch(args, named) if dynamic_batch else None
     plain = trace_step(model, args, named, quantized=False, batch=batch)
     step = trace_step(model, args, named, quantized=True, batch=batch)
-    return _cost_of(plan, plain, step, training=model.training, batch=batch)
+    return cost_of(plan, plain, step, training=model.training, batch=batch)
 
 
-def _cost_of(plan: Plan, plain: Step, step: Step, *, training: bool, batch: int | None) -> Cost:
+def cost_of(plan: Plan, plain: Step, step: Step, *, training: bool, batch: int | None) -> Cost:
     """The bytes of two steps by the sites of a plan."""
-    saved, by_site = _saved(step), _by_site(step)
+    saved, by_site = saved_of(step), bytes_by_site(step)
     for one in saved:
         by_site[one.site] += Bytes(saved=one.size)
     sites = [
@@ -213,9 +155,9 @@ def _cost_of(plan: Plan, plain: Step, step: Step, *, training: bool, batch: int 
         sites=tuple(sites),
         rest=rest,
         total=sum((site.bytes for site in sites), rest),
-        plain=_total(plain),
+        plain=total_of(plain),
         saved=saved,
-        plain_saved=_saved(plain),
+        plain_saved=saved_of(plain),
         batch=batch,
     )
 
@@ -228,82 +170,6 @@ def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
             f"args must have a batch of at least 2 to be left open: got {size}. torch compiles a batch of 1 by itself."
         )
     return size
-
-
-# ---------------------------------------------------------------- charging
-
-
-def _by_site(step: Step) -> defaultdict[str | None, Bytes]:
-    """Bytes read and written, by site; None is the model itself."""
-    found: defaultdict[str | None, Bytes] = defaultdict(Bytes)
-    for kernel in step.kernels:
-        for access in kernel.reads:
-            found[_charged(access.nodes)] += Bytes(read=_size(access.size, step))
-        for access in kernel.writes:
-            found[_charged(access.nodes)] += Bytes(written=_size(access.size, step))
-    return found
-
-
-def _charged(nodes: Iterable[fx.Node]) -> str | None:
-    """The first site, if the nodes are all of sites."""
-    sites = [site_of(node) for node in nodes]
-    return sites[0] if sites and None not in sites else None
-
-
-def _saved(step: Step) -> tuple[Saved, ...]:
-    return tuple(_one_saved(kept, step) for kept in step.kept)
-
-
-def _one_saved(kept: Kept, step: Step) -> Saved:
-    return Saved(
-        size=_size(kept.size, step),
-        dtype=str(kept.dtype).removeprefix("torch."),
-        shape=tuple(_size(length, step) for length in kept.shape),
-        site=site_of(kept.node) or _charged(kept.readers),
-        made_by=_described(kept.node),
-        serves=tuple(dict.fromkeys(map(_described, kept.readers))),
-        source=user_line(kept.node),
-    )
-
-
-def _total(step: Step) -> Bytes:
-    found = sum(_by_site(step).values(), Bytes())
-    return found + Bytes(saved=_plain(sum(_size(kept.size, step) for kept in step.kept)))
-
-
-def _described(node: fx.Node) -> str:
-    """``quantizer layer1.conv1.weight``, or the operator and the module that it ran in."""
-    site = site_of(node)
-    if site is not None:
-        return f"quantizer {site}"
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    paths = [normalize_path(path) for path, _ in stack.values()]
-    module = relative(paths[-1], paths[0]) if paths else ""
-    if node.op == "placeholder":
-        return "a parameter or input"  # kept in another layout than it came in
-    origin = node.meta.get("original_aten")
-    name = getattr(origin, "_opname", None) or getattr(packet(node), "__name__", str(packet(node)))
-    return f"{name} in {module}" if module else str(name)
-
-
-# ---------------------------------------------------------------- sizes
-
-
-def _size(size: Any, step: Step) -> Size:
-    """A size with the batch's symbols as `BATCH`."""
-    expression = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
-    return _plain(expression.subs(dict.fromkeys(step.open & expression.free_symbols, BATCH)))
-
-
-def _plain(size: Any) -> Size:
-    """Numbers as int."""
-    expanded = sympy.expand(size)
-    return int(expanded) if expanded.is_Integer else expanded
-
-
-def _number(size: Size) -> int:
-    """For sorting: an open size counts as a batch of 2."""
-    return int(sympy.sympify(size).subs(BATCH, 2)) if isinstance(size, sympy.Expr) else size
 
 
 def _replaced(value: Any, change: Callable[[Size], Size]) -> Any:
@@ -319,14 +185,6 @@ def _replaced(value: Any, change: Callable[[Size], Size]) -> Any:
 
 
 # ---------------------------------------------------------------- showing
-
-
-def _shown(size: Size) -> int | str:
-    return size if isinstance(size, int) else str(size)
-
-
-def _saved_dict(one: Saved) -> dict[str, Any]:
-    return {**vars(one), "size": _shown(one.size), "shape": [_shown(n) for n in one.shape], "serves": list(one.serves)}
 
 
 def _amount(size: Size) -> str:

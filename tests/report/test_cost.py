@@ -22,7 +22,9 @@ import fxquant
 from fxquant.__main__ import main
 from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument, UnsupportedModel
-from fxquant.report.cost import BATCH, Bytes, Cost, cost
+from fxquant.report.cost import Cost, cost
+from fxquant.report.step_bytes import BATCH, Bytes
+from fxquant.spec.recipes import get_recipe
 from tests.nets import ConvNet, Mlp, ranges
 
 
@@ -142,7 +144,7 @@ def test_a_checkpointed_region_keeps_what_the_user_s_tags_let() -> None:
 def test_delayed_ranges_count_as_set() -> None:
     torch.manual_seed(0)
     x = tokens()
-    model = fxquant.prepare(Mlp(), (x,), recipe=fxquant.recipes.get_recipe("int8").with_range("delayed"))
+    model = fxquant.prepare(Mlp(), (x,), recipe=get_recipe("int8").with_range("delayed"))
     before = cost(model, (x,)).total
     torch.compile(model, backend="fxquant")(x).sum().backward()  # sets them: the first step is a graph of its own
     assert (before.saved, before.moved) == compiled_step(model, x, backend="fxquant")
