@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from fxquant.report.coverage import Coverage
 from fxquant.report.products import Product
 
 
-def product(flops: int, why: str = "", **fields: object) -> Product:
+def product(flops: int, why: str = "", **fields: Any) -> Product:
     """Quantized where there is no ``why``."""
     one = Product(
         name="x", kind="conv", module="m", source="", flops=flops, quantized=not why, second=False, reason=why
@@ -83,7 +84,7 @@ def test_lines_end_at_120_columns_between_words() -> None:
 
 
 def test_the_table_of_what_is_left() -> None:
-    left = product(2500, "a rule", kind="linear", module="", source="/home/me/net.py:12")
+    left = product(2500, "a rule", kind="linear", module="", source="/src/net.py:12")
     found = Coverage(products=(*MIXED, left))
     assert found.most_float() == [left, MIXED[1]], "most work first, what attention does inside not at all"
     assert found.cells() == [

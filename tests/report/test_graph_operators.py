@@ -92,9 +92,9 @@ def test_an_operator_says_who_runs_it_and_from_which_line() -> None:
     graph = ByHand()
     node = graph.call(aten.relu.default, graph.input("x", 2))
     node.meta["nn_module_stack"] = {"act": ("act", nn.ReLU)}
-    node.meta["stack_trace"] = 'File "/home/me/net.py", line 7, in forward'
+    node.meta["stack_trace"] = 'File "/src/net.py", line 7, in forward'
     one = listed(graph.module(node))[1]
-    assert (one.name, one.module, one.source) == ("relu_default", "act", "/home/me/net.py:7")
+    assert (one.name, one.module, one.source) == ("relu_default", "act", "/src/net.py:7")
     assert (one.place, one.head, one.kernel, one.declined) == (None, None, "", ())
 
 
@@ -103,11 +103,11 @@ def test_an_operator_has_what_the_solver_said_of_it_on_its_line() -> None:
     x = graph.input("x", 2)
     nodes = [graph.call(aten.relu.default, x), graph.call(aten.relu.default, x)]
     for node in nodes:
-        node.meta["stack_trace"] = 'File "/home/me/net.py", line 7, in forward'
+        node.meta["stack_trace"] = 'File "/src/net.py", line 7, in forward'
     said = [
         ("relu_default", "net.py:9"),
-        ("relu_default_1", "/home/me/net.py:7"),
-        ("relu_default_1", "/home/me/net.py:7"),
+        ("relu_default_1", "/src/net.py:7"),
+        ("relu_default_1", "/src/net.py:7"),
     ]
     declined = tuple(
         Declined(where=where, reason=f"reason {number}", source=source) for number, (where, source) in enumerate(said)

@@ -17,7 +17,7 @@ from tests.report.plans_by_hand import plan, site
 
 aten = torch.ops.aten
 NOTHING = plan()
-LINE = 'File "/home/me/net.py", line 7, in forward'
+LINE = 'File "/src/net.py", line 7, in forward'
 
 
 def sited(gm: fx.GraphModule, those: Plan = NOTHING, runs: int = 1) -> SitedGraph:
@@ -60,7 +60,7 @@ def test_a_product_is_named_as_in_its_graph() -> None:
     net = Matmul()
     net.product.meta["nn_module_stack"] = {"m": ("L['self']._modules['m']", nn.Module)}
     found = only(sited(net.gm))
-    assert (found.name, found.kind, found.source) == ("matmul_default", "matmul", "/home/me/net.py:7")
+    assert (found.name, found.kind, found.source) == ("matmul_default", "matmul", "/src/net.py:7")
     assert found.module.endswith("m") and not found.second
 
 
@@ -163,7 +163,7 @@ def test_an_operator_without_a_kind() -> None:
     assert (found.kind, found.reason) == ("addbmm", "placement does not know addbmm")
 
 
-def said(*reasons: str, where: str = "matmul_default", source: str = "/home/me/net.py:7") -> Plan:
+def said(*reasons: str, where: str = "matmul_default", source: str = "/src/net.py:7") -> Plan:
     return plan(declined=tuple(Declined(where=where, reason=reason, source=source) for reason in reasons))
 
 
@@ -174,7 +174,7 @@ def said(*reasons: str, where: str = "matmul_default", source: str = "/home/me/n
         (said("its rhs: a rule", "its lhs: another"), "its rhs: a rule"),
         (said("its lhs: another"), "its lhs: another"),
         (said("a rule", where="matmul_7"), "its rhs has no quantizer"),
-        (said("a rule", source="/home/me/net.py:8"), "its rhs has no quantizer"),
+        (said("a rule", source="/src/net.py:8"), "its rhs has no quantizer"),
         (said("its rhs: of the line", where="elsewhere"), "of the line"),
         (said("by its key", where="matmul0_rhs", source=""), "by its key"),
     ],

@@ -117,6 +117,7 @@ def one_saved(size: int, node: fx.Node, readers: list[fx.Node]) -> Saved:
 def test_what_a_quantizer_made_is_charged_to_it_whoever_reads_it(nodes: Nodes) -> None:
     found = one_saved(8, nodes.call(aten.round, A), [nodes.call(aten.mm)])
     assert (found.site, found.made_by, found.serves) == (A, f"quantizer {A}", ("mm",))
+    assert one_saved(8, nodes.call(aten.round, A), [nodes.call(aten.where, B, backward=True)]).site == A
 
 
 def test_what_only_quantizers_read_is_charged_to_the_first_of_them(nodes: Nodes) -> None:
@@ -149,11 +150,11 @@ def test_a_copy_of_an_input_is_no_operator_s(nodes: Nodes) -> None:
 
 def test_an_allocation_has_its_size_type_shape_and_line(nodes: Nodes) -> None:
     made = nodes.call(aten.relu)
-    made.meta["stack_trace"] = 'File "/home/me/net.py", line 12, in forward\n    return x.relu()'
+    made.meta["stack_trace"] = 'File "/src/net.py", line 12, in forward\n    return x.relu()'
     one = step([], [kept(16 * S0, made, [], shape=(S0, 4))], batch=[S0])
     (found,) = saved_of(one)
     assert (found.size, found.dtype, found.shape) == (16 * BATCH, "float32", (BATCH, 4))
-    assert found.source == "/home/me/net.py:12"
+    assert found.source == "/src/net.py:12"
     assert found.to_dict() == {
         "size": "16*batch",
         "dtype": "float32",
@@ -161,7 +162,7 @@ def test_an_allocation_has_its_size_type_shape_and_line(nodes: Nodes) -> None:
         "site": None,
         "made_by": "relu",
         "serves": [],
-        "source": "/home/me/net.py:12",
+        "source": "/src/net.py:12",
     }
 
 
