@@ -160,7 +160,7 @@ def test_attention_of_grouped_queries() -> None:
     assert [one.flops for one in found.products][2:] == [2 * 4 * 36 * 2] * 2  # four heads of queries
 
 
-def test_a_classifier_behind_a_softmax_is_no_attention() -> None:
+def test_a_classifier_after_a_softmax_is_no_attention() -> None:
     def run(self: Any, x: Tensor) -> Tensor:
         return self.b(self.a(x).softmax(-1))
 

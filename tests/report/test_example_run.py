@@ -15,6 +15,7 @@ from fxquant.prepared.root import plan_of
 from fxquant.report.example_run import ExampleRun, run_on_examples
 
 X = torch.ones(2, 4)
+LAYER, HEAD = ("layer", "linear", 0), ("head", "linear", 0)
 
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> ExampleRun:
@@ -114,17 +115,18 @@ def test_a_single_input_is_no_tuple() -> None:
 
 def test_results_of_an_operator_that_runs_in_several_graphs_are_quantized_in_all_or_not() -> None:
     class Twice(nn.Module):
-        """The first product of the layer goes into the second's codes; after the break it goes out in float."""
+        """The layer's result goes on in float at first; after the break it becomes the head's codes."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.layer, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.layer(x) @ x.t()
+            x = torch.tanh(self.layer(x))
             torch._dynamo.graph_break()
-            return self.layer(x @ torch.ones(2, 4))
+            return self.head(self.layer(x))
 
     found = run(fxquant.prepare(Twice(), (X,)), X)
-    assert found.results["layer", "linear", 0] is False
     assert len(found.graphs) == 2
+    assert [dict(one.results()) for one in found.sited][-2:] == [{LAYER: False}, {LAYER: True, HEAD: False}]
+    assert found.results == {LAYER: False, HEAD: False}
