@@ -19,7 +19,8 @@ def constant(gm: fx.GraphModule, name: str, value: Tensor, like: fx.Node) -> fx.
     target = held_name(name)
     while hasattr(gm, target):
         target += "_"
-    gm.register_buffer(target, value.contiguous())
+    value = value.contiguous()
+    gm.register_buffer(target, value)
     node = gm.graph.get_attr(target)
     around: list[Any] = [each.meta.get("val") for each in (like, *like.all_input_nodes)]
     mode = next(fake.fake_mode for fake in around if hasattr(fake, "fake_mode"))
