@@ -117,6 +117,17 @@ def test_the_float_net_is_not_touched(asked: Asked, tmp_path: Path) -> None:
     assert float(trained.model.off.detach()) == 0 and trained.model.off.grad is None
 
 
+def test_fine_tuning_draws_other_batches_than_training_in_float(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(job, "train", lambda *_, seed, **__: seeds.append(seed) or [0.0])
+    monkeypatch.setitem(NETS, "own", Reader)
+    job.train_float("own", FEW, SHORT, seed=3, console=Console(io.StringIO()))
+    quantized(tmp_path)
+    assert seeds == [3, 4]
+
+
 def test_what_is_said_of_a_run(asked: Asked, tmp_path: Path) -> None:
     stream = io.StringIO()
     run, _ = quantized(tmp_path, stream)

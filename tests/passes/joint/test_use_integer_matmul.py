@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.errors import InvalidArgument
+from fxquant.graph import inline
 from fxquant.numerics import integer
 from fxquant.ops import (
     fake_quantize_mx,
@@ -367,6 +368,43 @@ def test_products_without_an_integer_kernel() -> None:
     assert found == "its sums of 70000 products may not fit int32"
     found = declined(lambda x, w, s: aten.mm(u8(x), channels(w, s).view(40, 5)), x, w, scales)
     assert found == "view moves the channels of fake_quantize_per_channel_affine"
+
+
+@pytest.mark.parametrize("rows", [6, 1, 17])
+def test_a_batch_of_any_size(rows: int) -> None:
+    """A graph of symbolic sizes serves more rows, or fewer, than it was traced with."""
+    x, w, scales = operands(m=9)
+    mode = {"tracing_mode": "symbolic"}
+    gm = make_fx(lambda x: aten.mm(u8(x), channels(w, scales).t()), _allow_non_fake_inputs=True, **mode)(x)
+    assert apply(EVERYWHERE, gm).rewrites == 1
+    x, _, _ = operands(m=rows, seed=1)
+    code = quantize_per_tensor(x, SCALE, POINT, 0, 255, torch.uint8)
+    weight = quantize_per_channel(w, scales, torch.zeros(5, dtype=torch.int32), 0, -127, 127).t()
+    assert torch.equal(gm(x), integer.matmul(code, weight, SCALE, scales, lhs_zero=POINT))
+
+
+def test_sums_of_any_length_are_declined() -> None:
+    x, w, scales = operands()
+    model = lambda x, w, s: aten.mm(u8(x), channels(w, s).t())  # noqa: E731
+    gm = make_fx(model, tracing_mode="symbolic")(x, w, scales)
+    assert reasons(untouched(EVERYWHERE, gm)) == ["the length of its sums is symbolic"]
+
+
+def test_products_of_one_form_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, scales = operands(k=16, n=16)
+    forms: list[int] = []
+    traces = inline.traced
+    monkeypatch.setattr(inline, "traced", lambda *given: forms.append(1) or traces(*given))
+
+    def model(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        for _ in range(3):
+            x = aten.mm(u8(x), channels(w, s).t())
+        return aten.mm(u8(x[:2]), channels(w, s).t())
+
+    gm = traced(model, x, w, scales)
+    before = gm(x, w, scales)
+    assert EVERYWHERE.run(gm).rewrites == 4 and len(forms) == 2, "six rows, and two"
+    torch.testing.assert_close(gm(x, w, scales), before, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_no_match_is_left_without_a_word() -> None:
