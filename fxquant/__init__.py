@@ -47,7 +47,8 @@ _HOMES = {
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
     **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.spec"),
 }
-_MODULES = ("backend", "errors", "formats", "kernels", "onnx", "ops", "report", "tensor_quant")
+_MODULES = ("backend", "errors", "kernels", "onnx", "ops", "plan", "report", "spec", "tensor_quant")
+_FORMER = ("formats", "profiles", "recipes", "rules", "state")
 # Modules that had another name in version 0.1, and checkpoints of whole models that name them, load from there.
 __path__.append(str(Path(__file__).parent / "formerly"))
 
@@ -83,7 +84,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in (*_MODULES, *_FORMER):
         return importlib.import_module(f"fxquant.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -17,139 +17,15 @@ from torch import Tensor
 from fxquant import numerics
 from fxquant.numerics import learnable
 from fxquant.numerics.division import Rounding
-from fxquant.ops.checks import assert_values, can_read, check_floating, check_range, check_rounding, scalar_type
+from fxquant.ops.affine_checks import (
+    ZERO_POINT_RANGE,
+    check_channel_zero_points,
+    per_channel_arguments,
+    per_tensor_arguments,
+    scalar_arguments,
+)
+from fxquant.ops.checks import assert_values
 from fxquant.ops.library import define, same_arguments
-
-_INPUTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_ZERO_POINTS = (torch.int32, torch.int64, torch.float32, torch.float16)
-_AXIS = "`axis` must be between 0 and number of dimensions of"
-_POINT = "`zero_point` must be between `quant_min` and `quant_max`"
-
-
-def _check_input(x: Tensor) -> None:
-    check_floating("input", x)
-    if x.dtype not in _INPUTS:  # 8-bit floats: torch has no arithmetic on them
-        raise NotImplementedError(f"`input` must be wider than 8 bits: not implemented for '{scalar_type(x.dtype)}'.")
-
-
-def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
-    """The dtypes that torch's per-channel kernels take, and int64 zero points."""
-    if scale.dtype not in (torch.float32, torch.bfloat16):
-        raise RuntimeError(f"Scale must be Float or BFloat16, found {scalar_type(scale.dtype)}.")
-    if zero_point.dtype not in _ZERO_POINTS:
-        raise RuntimeError(
-            f"Zero-point must be Int32, Float or Half, found {scalar_type(zero_point.dtype)} (Long is accepted too)."
-        )
-
-
-def _check_lengths(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
-    if scale.dim() != 1:
-        raise RuntimeError(f"scale should be a 1-D tensor: got shape {tuple(scale.shape)}.")
-    if zero_point.dim() != 1:
-        raise RuntimeError(f"zero point should be a 1-D tensor: got shape {tuple(zero_point.shape)}.")
-    if scale.shape[0] != zero_point.shape[0]:
-        raise RuntimeError(
-            "scale and zero-point need to have the same dimensions: "
-            f"got {scale.shape[0]} and {zero_point.shape[0]} elements."
-        )
-    try:
-        slices = x.size(axis)
-    except IndexError as error:
-        raise IndexError(f"{_AXIS} {name}: got {axis} of {x.dim()}. {error}.") from None
-    if scale.shape[0] != slices:
-        raise RuntimeError(
-            f"dimensions of scale and zero-point are not consistent with {name} tensor: "
-            f"got {scale.shape[0]} of each for {slices} slices of axis {axis}."
-        )
-
-
-def _check_place(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
-    if axis < 0:  # torch comes to this last, having counted it from the end before
-        raise RuntimeError(f"{_AXIS} {name}: got {axis} of {x.dim()}.")
-    for what, tensor in (("scale", scale), ("zero_point", zero_point)):
-        if tensor.device != x.device:
-            raise RuntimeError(
-                f"`{what}` must be on the device of `{name}`: got {tensor.device} and {x.device}. "
-                f"Move it with .to({str(x.device)!r})."
-            )
-
-
-def check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
-    """Scale and zero point are one vector each, as long as ``axis`` of the argument called ``name``."""
-    _check_lengths(x, scale, zero_point, axis, name)
-    _check_place(x, scale, zero_point, axis, name)
-
-
-def _refuse_zero_point(zero_point: object, quant_min: int, quant_max: int) -> None:
-    raise RuntimeError(f"{_POINT}: got {zero_point}, not in [{quant_min}, {quant_max}].")
-
-
-def check_channel_zero_points(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    axis: int,
-    quant_min: int,
-    quant_max: int,
-    *,
-    rounding: Rounding = "reciprocal",
-    pass_through: bool = False,
-    scale_gradient: float = 0.0,
-) -> None:
-    """Values, where a look is free; torch leaves floating ones unchecked too."""
-    _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
-    if can_read(zero_point) and not zero_point.is_floating_point():
-        outside = zero_point[(zero_point < quant_min) | (zero_point > quant_max)]
-        if outside.numel():
-            _refuse_zero_point(outside[0].item(), quant_min, quant_max)
-
-
-def _channel_qparams(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: str
-) -> None:
-    check_rounding(rounding)
-    check_qparams(scale, zero_point)
-    _check_lengths(x, scale, zero_point, axis, "input")
-    check_range(quant_min, quant_max)
-
-
-def per_channel_arguments(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int, rounding: str
-) -> None:
-    """Checks what shapes, dtypes and numbers of a per-channel call show, in torch's order."""
-    _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)
-    _check_place(x, scale, zero_point, axis, "input")
-    _check_input(x)
-
-
-def per_tensor_qparams(scale: Tensor, zero_point: Tensor) -> None:
-    """One scale and zero point, each a tensor of one element."""
-    check_qparams(scale, zero_point)
-    for name, tensor in (("zero_point", zero_point), ("scale", scale)):
-        if tensor.numel() != 1:
-            raise RuntimeError(
-                f"{name} must be a 1-element tensor: got shape {tuple(tensor.shape)}; "
-                f"a Tensor with {tensor.numel()} elements cannot be converted to Scalar."
-            )
-
-
-def per_tensor_arguments(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: str
-) -> None:
-    """`per_channel_arguments` for one scale and zero point."""
-    check_rounding(rounding)
-    check_range(quant_min, quant_max)
-    per_tensor_qparams(scale, zero_point)
-    _check_input(x)
-
-
-def scalar_arguments(x: Tensor, zero_point: int, quant_min: int, quant_max: int, rounding: str) -> None:
-    """The same for numbers, whose zero point shows its value."""
-    check_rounding(rounding)
-    check_range(quant_min, quant_max)
-    if not quant_min <= zero_point <= quant_max:
-        _refuse_zero_point(zero_point, quant_min, quant_max)
-    _check_input(x)
 
 
 def _per_tensor_scalar(
@@ -261,12 +137,21 @@ def _backward_per_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
 
 
 _TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
+
+
 _CHANNEL = "Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max"
+
+
 _ROUNDING = '*, str rounding="reciprocal"'
+
+
 # pass_through: the caller knows that no code lies outside the range, so the gradient is dy, and nothing is kept for it.
 # scale_gradient: for scales that are trained, the factor of the gradient that they receive; 0 for none, as in torch.
 _FORWARD = f"{_ROUNDING}, bool pass_through=False, float scale_gradient=0."
+
+
 _SAVED = ("input", "scale", "zero_point")
+
 
 PER_TENSOR_SCALAR = define(
     "fake_quantize_per_tensor_affine(Tensor input, float scale, int zero_point, int quant_min, int quant_max, "
@@ -275,12 +160,16 @@ PER_TENSOR_SCALAR = define(
     backward=_backward_scalar,
     lift=same_arguments,
 )
+
+
 PER_TENSOR = define(
     f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_FORWARD}) -> Tensor",
     _per_tensor,
     backward=_backward_per_tensor,
     lift=same_arguments,
 )
+
+
 PER_CHANNEL = define(
     f"fake_quantize_per_channel_affine(Tensor input, {_CHANNEL}, {_FORWARD}) -> Tensor",
     _per_channel,
@@ -288,12 +177,16 @@ PER_CHANNEL = define(
     backward=_backward_per_channel,
     lift=lambda x, scale, point, axis, *rest: (x, scale, point, axis + 1, *rest),
 )
+
+
 PER_TENSOR_BACKWARD = define(
     f"fake_quantize_per_tensor_affine_backward(Tensor grad, Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
     _per_tensor_grad,
     backward=lambda a, grad: {"grad": _backward_per_tensor(a, grad)["input"]},
     saves=_SAVED,
 )
+
+
 PER_CHANNEL_BACKWARD = define(
     f"fake_quantize_per_channel_affine_backward(Tensor grad, Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
     _per_channel_grad,
@@ -301,7 +194,10 @@ PER_CHANNEL_BACKWARD = define(
     saves=_SAVED,
 )
 
+
 FAKE_QUANTIZE = (PER_TENSOR_SCALAR, PER_TENSOR, PER_CHANNEL)
+
+
 BACKWARD = (PER_TENSOR_BACKWARD, PER_CHANNEL_BACKWARD)
 
 
@@ -309,7 +205,7 @@ def assert_zero_points(zero_point: Tensor, quant_min: int, quant_max: int) -> No
     """``check=True``: integer zero points are codes."""
     if not zero_point.is_floating_point():
         inside = (zero_point >= quant_min) & (zero_point <= quant_max)
-        assert_values(inside, f"{_POINT}: got one outside [{quant_min}, {quant_max}].")
+        assert_values(inside, f"{ZERO_POINT_RANGE}: got one outside [{quant_min}, {quant_max}].")
 
 
 def fake_quantize_per_tensor_affine(

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fxquant.numerics import integer
 from fxquant.numerics.division import Rounding
-from fxquant.ops.checks import dtype_names, scalar_type
-from fxquant.ops.fake_quantize import (
+from fxquant.ops.affine_checks import (
     check_channel_zero_points,
     check_channels,
     check_qparams,
@@ -23,8 +22,9 @@ from fxquant.ops.fake_quantize import (
     per_tensor_arguments,
     per_tensor_qparams,
     scalar_arguments,
-    scale_tensor,
 )
+from fxquant.ops.checks import dtype_names, scalar_type
+from fxquant.ops.fake_quantize import scale_tensor
 from fxquant.ops.int4 import check_last_axis
 from fxquant.ops.library import define, same_arguments
 

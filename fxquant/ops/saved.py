@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxquant.numerics import affine, planes
 from fxquant.numerics.division import Rounding
-from fxquant.ops.fake_quantize import per_tensor_arguments
+from fxquant.ops.affine_checks import per_tensor_arguments
 from fxquant.ops.library import define, same_arguments
 
 

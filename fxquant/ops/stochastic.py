@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fxquant.errors import InvalidArgument
 from fxquant.numerics import per_channel_view, stochastic
+from fxquant.ops.affine_checks import per_channel_arguments, per_tensor_arguments
 from fxquant.ops.checks import scalar_type
-from fxquant.ops.fake_quantize import per_channel_arguments, per_tensor_arguments
 from fxquant.ops.library import define
 
 

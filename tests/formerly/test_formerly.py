@@ -105,6 +105,12 @@ def test_a_module_has_its_old_name(module: str) -> None:
     assert [name for name in NAMES[module] if not hasattr(loaded, name)] == []
 
 
+@pytest.mark.parametrize("name", ["formats", "plan", "profiles", "recipes", "rules", "spec", "state"])
+def test_a_module_is_an_attribute_of_the_package(name: str) -> None:
+    code = f"import fxquant; assert fxquant.{name}.__name__ == 'fxquant.{name}'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=300)
+
+
 def test_functions_stay_functions_whoever_imports_the_modules() -> None:
     for module in NAMES:
         importlib.import_module(module)

@@ -18,8 +18,7 @@ from fxquant.ops import (
     fake_quantize_per_tensor_affine,
     quantize_dequantize,
 )
-from fxquant.ops.fake_quantize import BACKWARD, PER_CHANNEL_BACKWARD
-from fxquant.ops.fake_quantize import PER_TENSOR_BACKWARD as PER_TENSOR_BACKWARD
+from fxquant.ops.fake_quantize import BACKWARD, PER_CHANNEL_BACKWARD, PER_TENSOR_BACKWARD
 from fxquant.ops.marks import BIND
 from tests.ops.oracle import assert_same_bits
 

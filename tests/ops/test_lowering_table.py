@@ -24,6 +24,7 @@ from fxquant.ops.lowering_table import KERNELS, ROLES, Form, Stage, becomes
 from fxquant.ops.marks import BIND
 from fxquant.ops.plain_inductor import fuse_in_inductor
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from fxquant.passes.base import PassResult
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from tests.ops.cases import Case
 from tests.ops.test_every_op import CASES
@@ -139,7 +140,7 @@ def test_what_the_pass_replaces(where: Any, device: str, calls: dict[Any, fx.Gra
     found = {}
     for op, gm in calls.items():
         gm = moved(gm, device)
-        LowerFakeQuantize(where=where).run(gm)
+        LowerFakeQuantize(where=where).rewrite(gm, PassResult())  # whatever stage may hold such a graph
         found[operator_name(op)] = form_in(gm, op)
     assert found == {name: becomes(name, where, device) for name in found}
 
@@ -173,7 +174,7 @@ def test_another_row_is_another_decision(monkeypatch: pytest.MonkeyPatch) -> Non
     found = {}
     for where in ("joint", "anywhere"):
         gm = traced(op)
-        LowerFakeQuantize(where=where).run(gm)
+        LowerFakeQuantize(where=where).rewrite(gm, PassResult())  # whatever stage may hold such a graph
         found[where] = form_in(gm, op)
     assert found == {"joint": "arithmetic", "anywhere": "node"}
 
