@@ -32,7 +32,7 @@ from fxquant.graph.nodes import call_nodes, is_bind
 from fxquant.ops.marks import BIND
 from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
 from fxquant.plan.naming import Naming
-from fxquant.plan.plan import Declined, Edge, Site
+from fxquant.plan.plan import Edge, FloatPlace, Site
 from fxquant.plan.site_lists import register
 from fxquant.plan.solver import Placements, place
 from fxquant.spec.mode import Mode
@@ -197,7 +197,7 @@ def products(gm: fx.GraphModule) -> list[fx.Node]:
 def name_sites(gm: fx.GraphModule, found: Placements) -> list[Site]:
     """The sites as `prepare` names them."""
     sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
-    declined: list[Declined] = []
+    declined: list[FloatPlace] = []
     naming = Naming(gm, sites)
     for placed in found.placed:
         naming.add(placed, declined)

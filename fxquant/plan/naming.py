@@ -11,7 +11,7 @@ from fxquant.graph.lift import Operand
 from fxquant.graph.meta import region_of
 from fxquant.graph.views import Bind
 from fxquant.plan.placements import Placement
-from fxquant.plan.plan import Declined, Edge, LocalSite, Site
+from fxquant.plan.plan import Edge, FloatPlace, LocalSite, Site
 from fxquant.plan.positions import edges_of, enclosing, positions
 
 
@@ -33,7 +33,7 @@ class Naming:
                 # Later binds in a frame are of modules whose forward was called by name, which begins no frame.
                 self.starts.setdefault((frame.key, region_of(node)), bind.key)
 
-    def add(self, placed: Placement, declined: list[Declined]) -> None:
+    def add(self, placed: Placement, declined: list[FloatPlace]) -> None:
         first = placed.edges[0][0]
         owner = self._owner(placed.edges)
         if owner is None or self._is_of_repeated_module(placed):
@@ -45,7 +45,7 @@ class Naming:
         if owner is None:
             where = " → ".join(frame.path for frame in enclosing(first, self.root)[1:]) or "the model's forward"
             declined.append(
-                Declined(
+                FloatPlace(
                     where=first.name,
                     reason=f"a graph break or checkpoint lies between it and the start of {where}",
                     source=user_line(first),

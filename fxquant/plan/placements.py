@@ -15,7 +15,7 @@ from fxquant.graph.kinds import activation_name, kind_of, operands
 from fxquant.graph.lift import Operand
 from fxquant.graph.moves import ZEROS, unmoved
 from fxquant.graph.nodes import packet
-from fxquant.plan.plan import Declined, Role
+from fxquant.plan.plan import FloatPlace, Role
 from fxquant.plan.problem import Problem, names
 from fxquant.plan.settling import Settling
 from fxquant.plan.weight_groups import matrix_of
@@ -48,9 +48,9 @@ class Placements:
     placed: list[Placement]
     declined: list[tuple[fx.Node, str]]
 
-    def described_declines(self) -> tuple[Declined, ...]:
+    def described_declines(self) -> tuple[FloatPlace, ...]:
         """Declines as plan entries."""
-        return tuple(Declined(where=n.name, reason=why, source=user_line(n)) for n, why in self.declined)
+        return tuple(FloatPlace(where=n.name, reason=why, source=user_line(n)) for n, why in self.declined)
 
 
 class Placing:

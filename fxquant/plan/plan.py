@@ -88,7 +88,7 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Declined:
+class FloatPlace:
     """A place that was looked at and left in float, with the reason."""
 
     where: str
@@ -103,7 +103,7 @@ class Plan:
     recipe: str
     target: str
     sites: tuple[Site, ...]
-    declined: tuple[Declined, ...] = ()
+    declined: tuple[FloatPlace, ...] = ()
 
     def owners(self) -> dict[str, tuple[Site, ...]]:
         """Owner path → its sites."""
@@ -135,7 +135,7 @@ class Plan:
                 "Load it with the fxquant that wrote it and save the float weights with fxquant.strip."
             )
         sites = tuple(_site(s) for s in fields["sites"])
-        declined = tuple(Declined(**d) for d in fields["declined"])
+        declined = tuple(FloatPlace(**d) for d in fields["declined"])
         return cls(recipe=fields["recipe"], target=fields["target"], sites=sites, declined=declined)
 
     def difference(self, other: Plan) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from fxquant.errors import InvalidArgument
-from fxquant.plan.plan import Declined, Plan, Site
+from fxquant.plan.plan import FloatPlace, Plan, Site
 from fxquant.prepared.attach import attach, detach
 from fxquant.prepared.quantizer import Quantizer, quantizers
 from fxquant.prepared.root import require_plan, unwrap
@@ -63,7 +63,7 @@ def _changed(plan: Plan, changes: dict[str, QuantSpec | None]) -> Plan:
         spec = changes[pattern]
         if spec is None:
             reason = f"left in float by override({pattern!r})"
-            declined.append(Declined(where=site.key, reason=reason, source=site.source))
+            declined.append(FloatPlace(where=site.key, reason=reason, source=site.source))
             continue
         sites.append(_with_spec(site, spec, pattern, get_profile(plan.target)))
     _check_used(plan, changes, used)

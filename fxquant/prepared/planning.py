@@ -16,7 +16,7 @@ from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import normalizing_passes
 from fxquant.plan.exceptions import Exceptions, weighted
 from fxquant.plan.naming import Naming
-from fxquant.plan.plan import Declined, Edge, Plan, Site
+from fxquant.plan.plan import Edge, FloatPlace, Plan, Site
 from fxquant.plan.positions import modules_around
 from fxquant.plan.solver import place
 from fxquant.plan.unreached import left_out, unreached
@@ -36,7 +36,7 @@ def make_plan(
     """
     graphs = _graphs(model, args, kwargs)
     sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
-    declined: list[Declined] = []
+    declined: list[FloatPlace] = []
     layers = [node for gm in graphs for node in weighted(gm.graph, profile)]
     ends = (layers[0], layers[-1]) if layers else (None, None)
     book = Rulebook(recipe.rules)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
-from fxquant.plan.plan import Declined, Plan
+from fxquant.plan.plan import FloatPlace, Plan
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
@@ -41,7 +41,7 @@ class Explanation:
 
     plan: Plan
     rows: tuple[Row, ...]
-    declined: tuple[Declined, ...]
+    declined: tuple[FloatPlace, ...]
     compile_declines: tuple[str, ...]
     coverage: Coverage | None = None
     graphs: tuple[tuple[Operator, ...], ...] | None = field(default=None, repr=False)

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxquant.graph.kinds import kind_of
 from fxquant.graph.nodes import packet
-from fxquant.plan.plan import Declined
+from fxquant.plan.plan import FloatPlace
 from fxquant.report.forecast import Place
 
 
@@ -61,7 +61,7 @@ def label_of(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target)).rsplit(".", 1)[-1]
 
 
-def declines_of(declined: Iterable[Declined]) -> dict[tuple[str, str], tuple[str, ...]]:
+def declines_of(declined: Iterable[FloatPlace]) -> dict[tuple[str, str], tuple[str, ...]]:
     """(operator, source line) → reasons."""
     reasons: dict[tuple[str, str], tuple[str, ...]] = {}
     for one in declined:

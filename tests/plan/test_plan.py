@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fxquant.errors import PlanMismatch
-from fxquant.plan.plan import Declined, Edge, LocalSite, Plan, Site
+from fxquant.plan.plan import Edge, FloatPlace, LocalSite, Plan, Site
 from fxquant.plan.site_lists import digest, register, registered, target_of
 from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
@@ -31,7 +31,7 @@ WEIGHT = LocalSite(
 
 def plan(*locals_: LocalSite, owner: str = "layer1.0") -> Plan:
     sites = tuple(Site(owner=owner, local=site, reason="operand of conv", source="net.py:3") for site in locals_)
-    declined = (Declined(where="add", reason="operands are broadcast", source="net.py:9"),)
+    declined = (FloatPlace(where="add", reason="operands are broadcast", source="net.py:9"),)
     return Plan(recipe="int8", target="onnxruntime", sites=sites, declined=declined)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fxquant
-from fxquant.plan.plan import Declined, Edge, LocalSite, Plan, Role, Site
+from fxquant.plan.plan import Edge, FloatPlace, LocalSite, Plan, Role, Site
 from fxquant.spec.quant_spec import QuantSpec
 
 U8 = QuantSpec(bits=8, signed=False, symmetric=False)
@@ -23,5 +23,5 @@ def site(owner: str, role: Role, *edges: str, spec: QuantSpec = U8, name: str = 
     return Site(owner=owner, local=local, reason="asked for", source=source)
 
 
-def plan(*sites: Site, declined: tuple[Declined, ...] = (), target: str = "onnxruntime") -> Plan:
+def plan(*sites: Site, declined: tuple[FloatPlace, ...] = (), target: str = "onnxruntime") -> Plan:
     return Plan(recipe="int8", target=target, sites=sites, declined=declined)

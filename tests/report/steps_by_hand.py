@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from fxquant.backend.inductor.scheduled import Access, Kernel
+from fxquant.backend.inductor.scheduled import Access, ScheduledKernel
 from fxquant.backend.inductor.step import Kept, Step
 
 S0 = sympy.Symbol("s0", integer=True, positive=True)  # a size that a graph leaves open
@@ -35,9 +35,9 @@ class Nodes:
         return node
 
 
-def kernel(reads: Iterable[Bytes] = (), writes: Iterable[Bytes] = ()) -> Kernel:
+def kernel(reads: Iterable[Bytes] = (), writes: Iterable[Bytes] = ()) -> ScheduledKernel:
     """One kernel, from the bytes of each tensor and the nodes that read or write it there."""
-    return Kernel(reads=_accesses(reads), writes=_accesses(writes))
+    return ScheduledKernel(reads=_accesses(reads), writes=_accesses(writes))
 
 
 def _accesses(those: Iterable[Bytes]) -> tuple[Access, ...]:
@@ -49,7 +49,7 @@ def kept(size: Any, node: fx.Node, readers: Iterable[fx.Node], shape: tuple[Any,
     return Kept(size=sympy.sympify(size), dtype=torch.float32, shape=shape, node=node, readers=tuple(readers))
 
 
-def step(kernels: Iterable[Kernel], those: Iterable[Kept] = (), batch: Iterable[sympy.Symbol] = ()) -> Step:
+def step(kernels: Iterable[ScheduledKernel], those: Iterable[Kept] = (), batch: Iterable[sympy.Symbol] = ()) -> Step:
     """A step of these kernels and allocations; ``batch``: the symbols that stand for the batch."""
     empty = fx.GraphModule({}, fx.Graph())
     return Step(forward=empty, backward=empty, kernels=tuple(kernels), kept=tuple(those), open=frozenset(batch))

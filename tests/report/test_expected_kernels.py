@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 import fxquant
-from fxquant.plan.plan import Declined, Role
+from fxquant.plan.plan import FloatPlace, Role
 from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, operations, place_of, why_float
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.targets.expected import FLOAT_PROBABILITIES
@@ -35,7 +35,7 @@ def test_an_edge_as_the_whole_model_names_it(owner: str, path: str, whole: str) 
 
 @pytest.mark.parametrize("where", ["a.b.weight", "a.b.linear0_weight", "a.b_linear0_weight", "a_b_linear0_weight"])
 def test_a_site_may_have_been_any_owner_s(where: str) -> None:
-    one = plan(declined=(Declined(where=where, reason="left out by hand"),))
+    one = plan(declined=(FloatPlace(where=where, reason="left out by hand"),))
     assert why_float(one, ("a.b", "linear", 0), (), "weight") == "left out by hand"
     assert why_float(one, ("a.b", "linear", 0), (), "input") == ""
     assert why_float(one, ("a.c", "linear", 0), (), "weight") == ""
@@ -43,18 +43,18 @@ def test_a_site_may_have_been_any_owner_s(where: str) -> None:
 
 def test_the_second_call_of_a_module_has_no_short_name() -> None:
     one = plan(
-        declined=(Declined(where="a.weight", reason="first"), Declined(where="a.linear1_weight", reason="second"))
+        declined=(FloatPlace(where="a.weight", reason="first"), FloatPlace(where="a.linear1_weight", reason="second"))
     )
     assert why_float(one, ("a", "linear", 0), (), "weight") == "first"
     assert why_float(one, ("a", "linear", 1), (), "weight") == "second"
 
 
 SAID = [
-    Declined(where="linear", reason="its weight: a rule", source="net.py:3"),
-    Declined(where="linear_1", reason="its weight: a rule", source="net.py:4"),
-    Declined(where="linear_2", reason="its weight: another rule", source="net.py:5"),
-    Declined(where="linear_2", reason="its input: too wide", source="net.py:5"),
-    Declined(where="add", reason="used in float", source="net.py:3"),
+    FloatPlace(where="linear", reason="its weight: a rule", source="net.py:3"),
+    FloatPlace(where="linear_1", reason="its weight: a rule", source="net.py:4"),
+    FloatPlace(where="linear_2", reason="its weight: another rule", source="net.py:5"),
+    FloatPlace(where="linear_2", reason="its input: too wide", source="net.py:5"),
+    FloatPlace(where="add", reason="used in float", source="net.py:3"),
 ]
 
 
@@ -76,7 +76,7 @@ def test_what_was_said_of_the_user_s_line(sources: set[str], operand: str, expec
 
 
 def test_a_key_is_surer_than_a_line() -> None:
-    declined = (*SAID, Declined(where="fc.weight", reason="its weight: by override"))
+    declined = (*SAID, FloatPlace(where="fc.weight", reason="its weight: by override"))
     assert why_float(plan(declined=declined), FC, {"net.py:3"}, "weight") == "by override"
 
 
@@ -100,7 +100,7 @@ def test_sites_meet_at_the_operators_that_they_serve() -> None:
 
 def test_without_a_graph_an_operand_is_float_where_the_plan_says_why() -> None:
     assert operations(plan(INPUT))[FC].why_float == {}, "its weight may serve another call too"
-    declined = (Declined(where="fc.weight", reason="a rule"),)
+    declined = (FloatPlace(where="fc.weight", reason="a rule"),)
     assert operations(plan(INPUT, declined=declined))[FC].why_float == {"weight": "a rule"}
     assert operations(plan(WEIGHT))[FC].why_float == {"input": ""}, "no activation has a site"
 
@@ -116,7 +116,7 @@ def test_a_graph_says_what_serves_an_operand_and_what_is_float() -> None:
 
 
 def test_a_result_without_a_graph_is_float_where_the_plan_says_so() -> None:
-    declined = (Declined(where="fc.output", reason="a rule"),)
+    declined = (FloatPlace(where="fc.output", reason="a rule"),)
     assert operations(plan(INPUT, WEIGHT, declined=declined))[FC].why_float == {"output": "a rule"}
     assert operations(plan(INPUT, WEIGHT, declined=declined), {FC: True}, {})[FC].why_float == {}
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
-from fxquant.plan.plan import Declined, Plan
+from fxquant.plan.plan import FloatPlace, Plan
 from fxquant.report.graph_operators import graph_operators
 from fxquant.report.operators import Operator, Wire, declines_of, label_of
 from fxquant.report.sited_graph import SitedGraph
@@ -110,7 +110,7 @@ def test_an_operator_has_what_the_solver_said_of_it_on_its_line() -> None:
         ("relu_default_1", "/src/net.py:7"),
     ]
     declined = tuple(
-        Declined(where=where, reason=f"reason {number}", source=source) for number, (where, source) in enumerate(said)
+        FloatPlace(where=where, reason=f"reason {number}", source=source) for number, (where, source) in enumerate(said)
     )
     found = listed(graph.module(*nodes), plan(declined=declined))
     assert [one.declined for one in found[1:3]] == [(), ("reason 1", "reason 2")]
@@ -161,5 +161,5 @@ def test_an_operator_is_called_by_its_kind_or_by_torch_s_name(target: Any, label
 
 def test_reasons_are_kept_by_operator_and_line_in_their_order() -> None:
     said = [("a", "1", "first"), ("b", "1", "second"), ("a", "2", "third"), ("a", "1", "fourth")]
-    found = declines_of(Declined(where=where, source=source, reason=reason) for where, source, reason in said)
+    found = declines_of(FloatPlace(where=where, source=source, reason=reason) for where, source, reason in said)
     assert found == {("a", "1"): ("first", "fourth"), ("b", "1"): ("second",), ("a", "2"): ("third",)}

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
-from fxquant.plan.plan import Declined, Plan
+from fxquant.plan.plan import FloatPlace, Plan
 from fxquant.report.products import Product, opaque_bodies, products_of
 from fxquant.report.sited_graph import SitedGraph
 from tests.graph.by_hand import ByHand
@@ -164,7 +164,7 @@ def test_an_operator_without_a_kind() -> None:
 
 
 def said(*reasons: str, where: str = "matmul_default", source: str = "/src/net.py:7") -> Plan:
-    return plan(declined=tuple(Declined(where=where, reason=reason, source=source) for reason in reasons))
+    return plan(declined=tuple(FloatPlace(where=where, reason=reason, source=source) for reason in reasons))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Access:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class ScheduledKernel:
     """One generated kernel or library call, each of its tensors once."""
 
     reads: tuple[Access, ...]
@@ -59,7 +59,7 @@ class Lowered:
 
     gm: fx.GraphModule
     backward: bool
-    kernels: tuple[Kernel, ...] = ()
+    kernels: tuple[ScheduledKernel, ...] = ()
     outputs: Mapping[fx.Node, tuple[str, sympy.Expr]]
     inputs: frozenset[str] = frozenset()
     open: frozenset[sympy.Symbol] = frozenset()
@@ -148,7 +148,7 @@ def _aliased(buffer: Any) -> str | None:
     return str(names[0]) if names else None
 
 
-def _kernel(graph: Any, node: Any) -> Kernel:
+def _kernel(graph: Any, node: Any) -> ScheduledKernel:
     """The rule of Inductor's ``get_read_write_buffer_accesses``, with sizes as expressions.
 
     What only the kernel itself uses is in registers. A buffer that is written and read counts as written. A kernel of
@@ -164,7 +164,7 @@ def _kernel(graph: Any, node: Any) -> Kernel:
 
     multiple = isinstance(node, ExternKernelSchedulerNode) and isinstance(node.node, ir.MultiOutput)
     if isinstance(node, NopKernelSchedulerNode) or multiple:
-        return Kernel(reads=(), writes=())
+        return ScheduledKernel(reads=(), writes=())
     reads, writes = ({dep.name for dep in deps} for deps in (node.read_writes.reads, node.read_writes.writes))
     if isinstance(node, FusedSchedulerNode):
         own = set(node.snodes)
@@ -183,7 +183,7 @@ def _kernel(graph: Any, node: Any) -> Kernel:
                 found.append(Access(size=size, nodes=_touching(node, name, kind)))
         return tuple(found)
 
-    return Kernel(reads=accesses(reads - writes, "reads"), writes=accesses(writes, "writes"))
+    return ScheduledKernel(reads=accesses(reads - writes, "reads"), writes=accesses(writes, "writes"))
 
 
 def _touching(kernel: Any, name: str, kind: str) -> tuple[fx.Node, ...]:

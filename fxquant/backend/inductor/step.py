@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.backend.inductor.compile import compile_quantized
-from fxquant.backend.inductor.scheduled import Kernel, Lowered, Stopped, recorder, stop
+from fxquant.backend.inductor.scheduled import Lowered, ScheduledKernel, Stopped, recorder, stop
 from fxquant.backend.quantize import quantize_graph
 from fxquant.backend.reports import unreported
 from fxquant.capture.aside import compiled_aside, untouched
@@ -60,7 +60,7 @@ class Step:
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[ScheduledKernel, ...]
     kept: tuple[Kept, ...]
     open: frozenset[sympy.Symbol]
 
