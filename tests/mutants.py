@@ -299,9 +299,24 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "fxquant/prepared/quantizer.py",
         "tests/prepared/test_state.py",
         {
-            "return Mode.STATIC if self.resolved else Mode.RESOLVE": "return Mode.STATIC",
-            "if now is not None and now.dtype != before.dtype:": "if now is None:",
+            "if now.dtype == before.dtype:": "if now.dtype != before.dtype:",
             "missing.remove(prefix + name)": "pass",
+        },
+    ),
+    (
+        "fxquant/spec/ranges/base.py",
+        "tests/spec/test_range_kinds.py tests/prepared/test_state.py",
+        {
+            "return Mode.STATIC if resolved else Mode.RESOLVE": "return Mode.STATIC",
+            'value.fill_(float("nan"))': "pass",
+        },
+    ),
+    (
+        "fxquant/spec/ranges/moving_average.py",
+        "tests/prepared/test_delayed_ranges.py tests/passes/captured/test_insert_fake_quantize.py",
+        {
+            "return Mode.DELAYED if resolved else Mode.FIRST": "return Mode.DELAYED",
+            "if site.mode in (Mode.STATIC, Mode.DELAYED):": "if site.mode is Mode.STATIC:",
         },
     ),
     (
@@ -315,7 +330,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
     (
         "fxquant/prepared/override.py",
         "tests/prepared/test_override.py",
-        {"if length % size:": "if length < size:", "quantizer.min_val.copy_(old.min_val)": "pass"},
+        {"if length % size:": "if length < size:", "setattr(quantizer, name, kept[name])": "pass"},
     ),
     (
         "fxquant/onnx/translate_operators.py",
