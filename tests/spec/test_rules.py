@@ -136,7 +136,7 @@ def test_one_tensor_read_in_two_formats_has_two_quantizers() -> None:
     assert [len([s for s in p.sites if s.local.role == "activation"]) for p in (together, apart)] == [1, 2]
 
 
-def test_rules_of_a_recipe_come_behind_those_of_the_call() -> None:
+def test_rules_of_a_recipe_come_after_those_of_the_call() -> None:
     recipe = Recipe(name="mine", rules=(skip("layer1"), skip("head")))
     kept = formats(plan(Rule(path="layer1", operand="weight", spec=W4), recipe=recipe))
     assert "layer1.0.weight" in kept and "layer1.0.input" not in kept and "head.weight" not in kept
