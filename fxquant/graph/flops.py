@@ -51,8 +51,9 @@ def flops(node: fx.Node) -> int:
 def attention_flops(node: fx.Node) -> tuple[int, int]:
     """Of query · keyᵀ, and of the probabilities · value; torch's counter knows no attention on CPU."""
     read = operands(node)
-    three = [read[name] for name in ("query", "key", "value")] if read else node.all_input_nodes[:3]
-    query, key, value = (_shape(one.meta["val"]) for one in three)
+    # What has no schema, as flex_attention, begins with the three; one tensor may be all of them.
+    three = [read[name] for name in ("query", "key", "value")] if read else node.args[:3]
+    query, key, value = (_shape(one.meta["val"]) for one in three if isinstance(one, fx.Node))
     scores = 2 * math.prod(query[:-1]) * key[-2]
     return scores * query[-1], scores * value[-1]
 
