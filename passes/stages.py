@@ -57,7 +57,7 @@ CAPTURED = Stage(
 
 JOINT = Stage(
     name="joint",
-    marks=frozenset({*saved.FORWARD, *saved.BACKWARD, INTEGER_CONVOLUTION}),
+    marks=frozenset({INTEGER_CONVOLUTION}),
     makes=frozenset(
         {*quantize.QUANTIZE, *quantize.DEQUANTIZE, *saved.FORWARD, *saved.BACKWARD, INTEGER_CONVOLUTION},
     ),

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from fxquant.backend.reports import compile_reports
 from fxquant.passes.base import PassResult
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.stages import Stage
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import INT8
 from tests.nets import Mlp, grads, prepared, step
@@ -168,8 +169,8 @@ def test_seconds_are_of_every_hook_that_ran(x: Tensor, monkeypatch: pytest.Monke
     """Joint graph, forward and backward; a graph from the cache meets the hook of the captured graph only."""
     run, hour, calls = LowerFakeQuantize.run, 3600.0, []
 
-    def slow(self: LowerFakeQuantize, gm: fx.GraphModule) -> PassResult:
-        result = run(self, gm)
+    def slow(self: LowerFakeQuantize, gm: fx.GraphModule, stage: Stage | None = None) -> PassResult:
+        result = run(self, gm, stage)
         calls.append(gm)
         result.seconds += hour
         return result

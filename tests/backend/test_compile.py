@@ -20,6 +20,7 @@ from fxquant.passes import base
 from fxquant.passes.base import Decline, PassResult
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.passes.stages import Stage
 from fxquant.spec.recipes import INT8, W4A8
 from fxquant.targets.profiles import get_profile
 from tests.nets import ConvNet, Mlp, eager_runs, grads, prepared, ranges, step, unset
@@ -268,8 +269,8 @@ def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.Mo
     run, hour = LowerFakeQuantize.run, 3600.0
     said = Decline(pass_name="test", node="none", reason="a graph was lowered")
 
-    def slow(self: LowerFakeQuantize, gm: fx.GraphModule) -> PassResult:
-        result = run(self, gm)
+    def slow(self: LowerFakeQuantize, gm: fx.GraphModule, stage: Stage | None = None) -> PassResult:
+        result = run(self, gm, stage)
         result.seconds += hour
         result.declines.append(said)
         return result

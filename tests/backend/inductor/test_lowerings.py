@@ -19,6 +19,7 @@ from fxquant.ops.fake_quantize import PER_TENSOR
 from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
 from fxquant.passes.base import PassResult
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
+from fxquant.support.patches import DTYPE_RULES
 from tests.ops.oracle import assert_same_bits, hard_values
 
 
@@ -378,10 +379,11 @@ def test_dtype_rules_are_set_up_once_a_table(monkeypatch: pytest.MonkeyPatch) ->
     from torch._inductor import utils
     from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 
-    lowerings.register_lowerings()
     name, rule = next(iter(utils.op_dtype_propagation_rules.items()))
-    known = vars(DtypePropagationOpsHandler())[name]
-    assert vars(DtypePropagationOpsHandler())[name] is known
     rules = {**utils.op_dtype_propagation_rules, "new_op_of_a_test": rule}
-    monkeypatch.setattr(utils, "op_dtype_propagation_rules", rules)
-    assert vars(DtypePropagationOpsHandler()).pop("new_op_of_a_test")
+    with DTYPE_RULES.acting():
+        known = vars(DtypePropagationOpsHandler())[name]
+        assert vars(DtypePropagationOpsHandler())[name] is known
+        monkeypatch.setattr(utils, "op_dtype_propagation_rules", rules)
+        assert vars(DtypePropagationOpsHandler()).pop("new_op_of_a_test")
+    assert vars(DtypePropagationOpsHandler())[name] is not known, "others fill it for each operation"

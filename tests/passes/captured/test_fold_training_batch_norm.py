@@ -16,6 +16,7 @@ from fxquant.passes.base import Pass
 from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.captured.fold_training_batch_norm import FoldTrainingBatchNorm
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
+from fxquant.passes.stages import JOINT, enter
 from tests.passes.captured.test_fold_batch_norm import (
     LAYERS,
     SCHEMES,
@@ -212,10 +213,12 @@ def test_marked_nodes_are_saved() -> None:
     gm = captured(layer, torch.randn(2, 3, 6, 6), passes=passes("per tensor"))
     marked = [n for n in gm.graph.nodes if "fxquant.running_statistic" in n.meta.get("custom", {})]
     assert [str(n.target) for n in marked] == ["aten.add.Scalar"]
+    enter(gm, JOINT)  # AOTAutograd hands the mark on to its joint graph
     assert apply(SaveRunningStatistics(), gm).rewrites == 1
     tagged = {n: n.meta["recompute"] for n in gm.graph.nodes if "recompute" in n.meta}
     assert tagged == {marked[0]: CheckpointPolicy.MUST_SAVE}
-    assert untouched(SaveRunningStatistics(), captured(layer.eval(), torch.randn(2, 3, 6, 6))).declines == []
+    plain = enter(captured(layer.eval(), torch.randn(2, 3, 6, 6)), JOINT)
+    assert untouched(SaveRunningStatistics(), plain).declines == []
 
 
 def test_a_shared_weight_stays_as_it_is_for_others() -> None:
