@@ -151,7 +151,7 @@ def test_an_input_is_called_as_the_user_s_forward_calls_it(source: str, label: s
         (tag_activation_checkpoint, "tag_activation_checkpoint"),
         (torch.nn.functional.relu, "relu"),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "__name__", value)),
 )
 def test_an_operator_is_called_by_its_kind_or_by_torch_s_name(target: Any, label: str) -> None:
     graph = fx.Graph()
