@@ -8,6 +8,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,21 +22,18 @@ from fxquant.plan.site_lists import register
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer
 
-
-class _Exporting:
-    """Whether torch.export is tracing for `fxquant.export_onnx`; a user's own export sees the float model."""
-
-    active = False
+# Whether this thread's torch.export traces for `fxquant.export_onnx`; a user's own export sees the float model.
+_EXPORTING: ContextVar[bool] = ContextVar("fxquant exports", default=False)
 
 
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
     """Owners bind their state inside, as they do under Dynamo."""
-    _Exporting.active = True
+    token = _EXPORTING.set(True)
     try:
         yield
     finally:
-        _Exporting.active = False
+        _EXPORTING.reset(token)
 
 
 class BoundForward:
@@ -60,7 +58,7 @@ class BoundForward:
         LIVE.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or _Exporting.active:
+        if torch.compiler.is_dynamo_compiling() or _EXPORTING.get():
             self.bind()
         else:
             self._note_eager()

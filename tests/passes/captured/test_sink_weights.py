@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxquant
 from fxquant.graph.bodies import all_graphs
+from fxquant.graph.nodes import packet
 from fxquant.passes.base import PassResult
 from fxquant.passes.captured.constant_weights import is_weight
 from fxquant.passes.captured.sink_weights import SinkWeights
@@ -159,6 +160,26 @@ def test_a_weight_that_the_graph_changes_stays() -> None:
     assert apply(PASS, gm).rewrites == 1, "the other's"
     assert sum(each > 0 for each in there) == 2
     assert sum(each > 0 for each in distances(gm)) == 1
+
+
+class ReadEarly(nn.Module):
+    """The transposed weight is summed before the product that reads it quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(X.shape[-1], X.shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = self.weight.t()
+        return (x + turned.sum()) @ turned
+
+
+def test_what_others_read_earlier_stays_where_it_is() -> None:
+    gm = graph(ReadEarly())
+    apply(SinkWeights(), gm)
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    late = [(n.name, s.name) for n in gm.graph.nodes for s in n.all_input_nodes if order[s] > order[n]]
+    assert late == [] and any(packet(n) is torch.ops.aten.t for n in gm.graph.nodes)
 
 
 def test_untouched() -> None:
