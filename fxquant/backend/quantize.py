@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import fx, nn
 from fxquant.backend.options import Options
 from fxquant.backend.reports import report
 from fxquant.capture.dynamo import capture
-from fxquant.errors import InvalidArgument, UnsupportedModel
+from fxquant.errors import InvalidArgument, NotQuantizedWarning, UnsupportedModel
 from fxquant.graph.bodies import execution_order
+from fxquant.graph.nodes import packet
 from fxquant.graph.views import Bind
 from fxquant.passes.base import Decline, PassResult, run_all
 from fxquant.passes.pipelines import training_passes
@@ -39,6 +41,7 @@ def quantize_graph(
             "Give them to fxquant.prepare."
         )
     _refuse_buckets(captured)
+    _tell_of_fused(captured)
     if chosen.recipe is None:
         result = PassResult(declines=[left_alone(captured, "recipe=None places nothing")])
     else:
@@ -62,6 +65,18 @@ def _target(digests: Iterable[str]) -> str | None:
             "Prepare them for the same, or compile them apart."
         )
     return found[0] if found else None
+
+
+def _tell_of_fused(gm: fx.GraphModule) -> None:
+    """Warns of layers that are one operator of torch's here: of prepared models, those called by other code."""
+    fused = [node.name for node in execution_order(gm) if packet(node) is torch.ops.aten._transformer_encoder_layer_fwd]
+    if fused:
+        warnings.warn(
+            f"{', '.join(fused[:4])} evaluates a whole layer of attention in one operator of torch's, in float. Call "
+            "torch.backends.mha.set_fastpath_enabled(False), or prepare the model: it then evaluates as it trains.",
+            NotQuantizedWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_buckets(gm: fx.GraphModule) -> None:

@@ -10,6 +10,7 @@ from fxquant.plan.plan import Plan
 from fxquant.prepared.bound_forward import BoundForward, bound_forward
 from fxquant.prepared.quantizer import ATTRIBUTE, QuantizerSet, owners
 from fxquant.prepared.root import Root
+from fxquant.prepared.unfused import attach_unfused, detach_unfused
 
 
 def detach(model: nn.Module) -> None:
@@ -22,6 +23,7 @@ def detach(model: nn.Module) -> None:
                 module.__dict__["forward"] = bound.inner
             bound.release()
         delattr(module, ATTRIBUTE)
+    detach_unfused(model)
     root = model.__dict__.get(Root.SLOT)
     if root is not None:
         root.detach()
@@ -38,6 +40,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
                 "Rename it."
             )
     Root(model, plan).attach()
+    attach_unfused(model)
     devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}
     for path, sites in by_owner.items():
         locals_ = tuple(site.local for site in sites)

@@ -36,6 +36,11 @@ def exporting() -> Iterator[None]:
         _EXPORTING.reset(token)
 
 
+def is_exporting() -> bool:
+    """Whether that is so in this thread now."""
+    return _EXPORTING.get()
+
+
 class BoundForward:
     """The forward of an owner: binds its quantizers' state in compiled graphs, then runs the module's own forward.
 
@@ -58,7 +63,7 @@ class BoundForward:
         LIVE.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or _EXPORTING.get():
+        if torch.compiler.is_dynamo_compiling() or is_exporting():
             self.bind()
         else:
             self._note_eager()

@@ -21,6 +21,7 @@ from fxquant.plan.positions import modules_around
 from fxquant.plan.solver import place
 from fxquant.plan.unreached import left_out, unreached
 from fxquant.prepared.frame_marks import frame_marks
+from fxquant.prepared.unfused import unfused
 from fxquant.spec.recipes import Recipe
 from fxquant.spec.rules import Rulebook
 from fxquant.targets.profiles import Profile
@@ -62,7 +63,7 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The graphs that the model runs, normalized, with marks where the frames of modules begin."""
     failed: Exception | None = None
     graphs: list[fx.GraphModule] = []
-    with untouched(model), frame_marks(model):
+    with untouched(model), unfused(model), frame_marks(model):
         try:
             graphs = dynamo_graphs(model, args, kwargs)
         except FxquantError:

@@ -31,7 +31,8 @@ def calibrate(model: M, data: Iterable[Any], *, method: Method = "max", progress
             training does.
         progress: draw a bar on a terminal.
 
-    What was in the ranges before is forgotten; after an error it is back. BatchNorm statistics, modes and weights
+    What was in the ranges before is forgotten, but for sites that the batches did not run, which a warning names;
+    after an error all of it is back. BatchNorm statistics, modes and weights
     stay. Raises InvalidArgument for an unprepared model, no data, or an unknown method.
     """
     require_plan(model, "calibrate")
@@ -52,10 +53,15 @@ def calibrate(model: M, data: Iterable[Any], *, method: Method = "max", progress
     with torch.no_grad():
         for _, q in ranged:
             q.range.end_calibration(q.state)
-    unseen = [key for key, q in ranged if not q.settle()]
+    unseen = [(key, q, before) for (key, q), before in zip(ranged, kept, strict=True) if not q.settle()]
+    for _, q, (state, _) in unseen:
+        _write(q, state)
+    holding = sum(q.settle() for _, q, _ in unseen)
     if unseen:
+        keep = f" {holding} of them keep the ranges that they had." if holding else ""
         warnings.warn(
-            f"{len(unseen)} sites saw no data in calibration: {', '.join(unseen[:5])}. The batches did not run them.",
+            f"{len(unseen)} sites saw no data in calibration: {', '.join(key for key, _, _ in unseen[:5])}. "
+            f"The batches did not run them.{keep}",
             NotQuantizedWarning,
             stacklevel=2,
         )

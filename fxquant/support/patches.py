@@ -265,6 +265,10 @@ OTHERS: Mapping[str, str] = {
     "fxquant/backend/inductor/step.py: pgo.get_code_state": (
         "What Dynamo learnt of sizes while `fxquant.cost` traced is forgotten; other threads' compiles wait meanwhile."
     ),
+    "fxquant/prepared/unfused.py: mha._is_fastpath_enabled": (
+        "Off while torch.export runs one of a prepared model's layers of attention, then what it was. Under Dynamo "
+        "only the trace sees the change."
+    ),
     "fxquant/backend/reuse.py: register_optimizer_step_post_hook": (
         "With options={'reuse_weights': True}: drops what was computed from the parameters that an optimizer has "
         "stepped. Changes no optimizer; `unwatch_optimizers` there removes it."

@@ -110,6 +110,8 @@ SYMBOLS: Mapping[str, str] = {
     "torch.ops.aten._assert_tensor_metadata": "value",
     "torch.utils._pytree.tree_leaves": "(_)",
     "torch.utils._pytree.tree_map": "(_, _)",
+    "torch.backends.mha._is_fastpath_enabled": "value",
+    "torch.ops.aten._transformer_encoder_layer_fwd": "value",
 }
 OLDER = {  # symbols that this torch may lack: a newer or older one has another in its place
     "torch._higher_order_ops.utils._hop_compile_and_call": "invoke_subgraph_placeholder before torch 2.13",

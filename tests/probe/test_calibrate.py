@@ -106,3 +106,11 @@ def test_sites_that_saw_nothing_are_named():
     model = fxquant.prepare(Branch(), (torch.randn(2, 4),))
     with pytest.warns(NotQuantizedWarning, match=r"1 sites saw no data in calibration: second\.input"):
         fxquant.calibrate(model, [{"x": torch.randn(2, 4), "both": False}])
+    both, alone = torch.randn(2, 4), torch.randn(2, 4)
+    fxquant.calibrate(model, [both])
+    before = _ranges(model)
+    with pytest.warns(NotQuantizedWarning, match=r"1 of them keep the ranges that they had"):
+        fxquant.calibrate(model, [{"x": alone, "both": False}])
+    extremes = (alone.min().item(), alone.max().item())
+    assert _ranges(model) == {"first.input": extremes, "second.input": before["second.input"]}
+    assert all(q.resolved for _, q in quantizers(model) if q.stateful)
