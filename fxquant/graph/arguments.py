@@ -97,5 +97,19 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(_places(node.target), node.args, strict=False)), **node.kwargs}
 
 
+def in_places(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments with those in their places that are written by keyword and may stand there: args and kwargs.
+
+    ``fake_quantize(x, scale=s, zero_point=z, quant_min=0, rounding="divide")`` → ``(x, s, z, 0), {"rounding": …}``.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload), f"{node.name} calls {node.target}, which has no schema"
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, place in list(_places(node.target).items())[len(args) :]:
+        if place.index is None or name not in kwargs:
+            break
+        args.append(kwargs.pop(name))
+    return tuple(args), kwargs
+
+
 def _is_same(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)

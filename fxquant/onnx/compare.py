@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import InvalidArgument
+from fxquant.errors import ExportError, InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
 from fxquant.onnx.export import ABSORBED
+from fxquant.onnx.feeds import feeds_of, tensors_of
 from fxquant.onnx.verify_report import CodeRow
 from fxquant.passes.export.constants import held_name
 from fxquant.probe.recording import named
 from fxquant.probe.visitor import Run, Use, visiting
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
-from fxquant.targets.session import input_names, run_codes
+from fxquant.targets.session import run_codes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,44 +37,49 @@ class Case:
     kwargs: dict[str, Any]
     path: ModelPath
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The inputs that are tensors, flattened in order, as the exporter does."""
-        return [t for t in torch.utils._pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-
     @cached_property
     def feeds(self) -> Feeds:
         """The file's inputs by name. Raises InvalidArgument where it has another number of them."""
-        names, leaves = input_names(self.path), self.tensors
-        if len(names) != len(leaves):
-            raise InvalidArgument(
-                f"args and kwargs must hold the file's {len(names)} inputs ({', '.join(names)}): "
-                f"got {len(leaves)} tensors."
-            )
-        return {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
+        return feeds_of(self.path, self.args, self.kwargs)
 
 
 @dataclass
 class Codes:
-    """Rows per site, codes that differ at the model's inputs, and sites that the file does not know."""
+    """Rows per site, codes that differ at the model's inputs, and sites that one of the two does not have.
+
+    Attributes:
+        unknown: the file does not have them.
+        not_run: the file quantizes them, the model's run did not come by.
+    """
 
     rows: list[CodeRow] = field(default_factory=list)
     at_inputs: int = 0
     unknown: set[str] = field(default_factory=set)
+    not_run: set[str] = field(default_factory=set)
 
 
 def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes]:
     """Every site of the model against its QuantizeLinear: each from the file's codes before it, and each from its own.
 
-    ``keys`` are those of the plan's sites. Raises InvalidArgument for a file that lacks some of them.
+    ``keys`` are those of the plan's sites. Raises InvalidArgument for a file that lacks some of them, ExportError
+    where the file quantizes activations and none was compared: two sides that quantize nothing agree on nothing.
     """
     feeds, absorbed = case.feeds, _absorbed_codes(case.path)
     theirs = run_codes(case.path, feeds, also=keys)
+    quantized = {label.partition("@")[0] for label in theirs} & {*keys}
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
     with visiting(case.model, "verify_onnx") as run:
         cascaded = _compare(case, run, theirs, follow=False)
         _check_sites(case.path, cascaded.unknown - absorbed.keys())
-        return _compare(case, run, theirs, follow=True), cascaded
+        compared = _compare(case, run, theirs, follow=True)
+    compared.not_run = quantized - {row.key.partition("@")[0] for row in compared.rows}
+    if quantized and not any(row.compared for row in compared.rows):
+        raise ExportError(
+            f"the model's run must come by the sites of {os.fspath(case.path)}: got 0 codes of {len(quantized)} sites "
+            f"({', '.join(sorted(quantized)[:5])}) to compare. Give inputs that are not empty; if they are not, the "
+            "model takes another way than the one that was exported: see fxquant.explain."
+        )
+    return compared, cascaded
 
 
 def _absorbed_codes(path: ModelPath) -> dict[str, np.ndarray | None]:
@@ -97,7 +103,7 @@ def _check_sites(path: ModelPath, absent: Set[str]) -> None:
 def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: bool) -> Codes:
     """Runs the model and compares every site; ``follow``: each goes on from the file's codes."""
     result = Codes()
-    inputs = {tensor.data_ptr() for tensor in case.tensors}
+    inputs = {tensor.data_ptr() for tensor in tensors_of(case.args, case.kwargs)}
 
     def visit(key: str, use: Use) -> Tensor | None:
         if use.role == "weight":
@@ -120,16 +126,6 @@ def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: b
 
     run(case.args, case.kwargs, named(visit))
     return result
-
-
-def arrays(outputs: Any) -> list[np.ndarray]:
-    """A model's outputs in the order of the file's."""
-    return [_array(value) for value in torch.utils._pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
-
-
-def _array(value: Tensor) -> np.ndarray:
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # numpy has no bfloat16
 
 
 def largest_difference(found: list[np.ndarray], reference: list[np.ndarray]) -> float:

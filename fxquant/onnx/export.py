@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
+from fxquant.graph.edit import copied
+from fxquant.onnx.file_check import FileCheck
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.passes.base import run_all
 from fxquant.passes.export.freeze import Frozen
@@ -75,6 +77,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset: int | None = None,
     weight_storage: WeightStorage = "int8",
+    verify: bool = True,
 ) -> ExportReport:
     """Writes a prepared, trained (or calibrated) model as ONNX QuantizeLinear/DequantizeLinear.
 
@@ -88,11 +91,15 @@ def export_onnx(
         opset: ONNX opset, the target's default if None.
         weight_storage: ``"int4"`` packs codes of at most 4 bits as ONNX int4 (half the size; onnxruntime then runs
             them in float). Those of weights per group always are.
+        verify: hold the file to the evaluated graph on the given inputs before it takes its place: one run, in
+            onnxruntime without optimizations or, where that is not installed, in onnx's own evaluator. What cannot be
+            run there is a note. `verify_onnx` is the whole proof.
 
     Raises:
         InvalidArgument: not prepared, unusable path or opset.
         RangeNotSet: activation ranges that no data has set, by name.
-        ExportError: torch.export or the exporter failed on the model.
+        ExportError: torch.export or the exporter failed on the model, or the file computes another thing; the first
+            tensor that is off is named, and an earlier file stays.
         MissingDependency: onnx or onnxscript is not installed.
     """
     plan = require_plan(model, "export_onnx")
@@ -107,14 +114,16 @@ def export_onnx(
     if dynamic_shapes is None and dynamic_batch:
         args, named = _at_least_two(args), _at_least_two(named)
         dynamic_shapes = open_shapes(plain, args, named)
-    gm, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
+    gm, evaluated, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
     notes = frozen.notes
     program = to_onnx(gm, args, named, dynamic_shapes, opset)
     written = {value.name for node in program.model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     program.model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     notes += pack_int4(program.model, only_blocks=weight_storage != "int4")
-    size = save(program, destination)
+    check = FileCheck(evaluated, args, named, frozen.labels) if verify else None
+    size = save(program, destination, check)
+    notes += [] if check is None else check.notes
     return ExportReport(
         path=os.fspath(path),
         target=plan.target,
@@ -130,8 +139,11 @@ def export_onnx(
 
 def quantized_graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, plan: Plan
-) -> tuple[fx.GraphModule, Frozen]:
-    """The evaluation graph in its target's form, through the passes that compile uses and those of export."""
+) -> tuple[fx.GraphModule, fx.GraphModule, Frozen]:
+    """The evaluation graph in its target's form, through the passes that compile uses and those of export.
+
+    Second, the graph as it is between the two.
+    """
     try:
         with evaluating(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, dynamic_shapes)
@@ -142,6 +154,7 @@ def quantized_graph(
         ) from error
     profile = get_profile(plan.target)
     trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
+    evaluated = copied(gm)
     exported = run_all(export_passes(profile), gm, EXPORT)
     frozen = exported.product(Frozen)
     frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
@@ -154,7 +167,7 @@ def quantized_graph(
             NotQuantizedWarning,
             stacklevel=3,
         )
-    return gm, frozen
+    return gm, evaluated, frozen
 
 
 def _wanted(model: nn.Module, key: str) -> bool:

@@ -17,8 +17,9 @@ from fxquant.backend.entry import fxquant_eager
 from fxquant.capture.aside import compiled_aside, evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.errors import InvalidArgument
-from fxquant.onnx.compare import Case, arrays, compare_codes, largest_difference, within_code
+from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
 from fxquant.onnx.export import open_shapes
+from fxquant.onnx.feeds import arrays
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
@@ -49,8 +50,9 @@ def verify_onnx(
     interleaved, medians), or in OpenVINO (outputs, kernels). For tensorrt and generic, which are not run here, it
     checks the target's rules instead. Changes neither model nor file.
 
-    Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not
-    load or run), MissingDependency (onnx, onnxruntime, the target's runtime).
+    Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not load or
+    run; it quantizes activations and the model's run came by none of them), MissingDependency (onnx, onnxruntime, the
+    target's runtime).
     """
     plan = require_plan(model, "verify_onnx")
     target = get_target(plan.target)
@@ -63,6 +65,7 @@ def verify_onnx(
         path=os.fspath(path),
         target=plan.target,
         codes=tuple(compared.rows),
+        not_run=tuple(sorted(compared.not_run)),
         input_differing_codes=compared.at_inputs,
         cascaded_codes=sum(row.differing for row in cascaded.rows),
         max_output_difference=largest_difference(unoptimized, trained),

@@ -36,6 +36,7 @@ class VerifyReport:
         lint: the target's rules on the file, where no runtime tells.
         codes: per QuantizeLinear, onnxruntime without optimizations against `fxquant_eager`, each site computed from
             the codes that onnxruntime had before it: what differs, differs because of the kernels in between.
+        not_run: sites that the file quantizes and the model's run did not come by.
         differing_codes, compared_codes, largest_code_difference: the same, summed up.
         input_differing_codes: of those, at QuantizeLinear nodes that read a graph input.
         cascaded_codes: codes that differ when each side goes on from its own: one float that rounds to the other side
@@ -65,6 +66,7 @@ class VerifyReport:
     latency: float
     float_latency: float
     integer_dot: str | None
+    not_run: tuple[str, ...] = ()
 
     @property
     def integer_share(self) -> float:
@@ -106,16 +108,23 @@ class VerifyReport:
         }
 
     def __str__(self) -> str:
-        codes = (
-            f"{self.differing_codes} of {self.compared_codes} codes differ from fxquant_eager "
-            f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
-            f"{self.cascaded_codes} when differences run on through the net"
-        )
+        codes = "no activation is quantized: there are no codes to compare"
+        if self.codes or self.not_run:
+            codes = (
+                f"{self.differing_codes} of {self.compared_codes} codes differ from fxquant_eager "
+                f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
+                f"{self.cascaded_codes} when differences run on through the net"
+            )
         off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
         lines = [
             *self._kernel_lines(),
             codes if self.runtime == REFERENCE else f"in {PLAIN}, {codes}",
             *([table(("site", "differ", "of", "largest"), off)] if off else []),
+            *(
+                [f"{len(self.not_run)} sites of the file were not run: {', '.join(self.not_run)}"]
+                if self.not_run
+                else []
+            ),
             self._output_line(),
             *([self._latency_line()] if not math.isnan(self.latency) else []),
             *([self.integer_dot] if self.integer_dot else []),

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,11 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def save(program: Any, destination: Path) -> int:
-    """Writes beside the destination and moves into place, so that no half file is ever there; returns bytes written."""
+def save(program: Any, destination: Path, check: Callable[[Path], None] | None = None) -> int:
+    """Writes beside the destination and moves into place, so that no half file is ever there; returns bytes written.
+
+    ``check`` is given the whole file before it moves; what it raises leaves the destination as it was.
+    """
     onnx = require("onnx")
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fxquant-") as folder:
         temporary = Path(folder) / destination.name
@@ -71,6 +74,8 @@ def save(program: Any, destination: Path) -> int:
             raise
         except Exception as error:
             raise ExportError(f"{destination.name} must be a valid ONNX model: got {error}") from error
+        if check is not None:
+            check(temporary)
         files = sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name)  # what it refers to first
         total = sum(written.stat().st_size for written in files)
         for written in files:

@@ -76,7 +76,7 @@ def run_outputs(path: ModelPath, feeds: Feeds, *, optimize: bool) -> list[np.nda
     Raises ``ExportError`` where the model does not load or a node fails while it runs (that it loads is no
     proof: fused per-channel activations fail only then), ``InvalidArgument`` for feeds of other names.
     """
-    return _run(session(path, optimize=optimize), None, feeds)
+    return run_session(session(path, optimize=optimize), None, feeds)
 
 
 def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> dict[str, np.ndarray]:
@@ -102,7 +102,7 @@ def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> d
     if not names:
         return {}
     built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
-    return dict(zip(names, _run(built, list(names.values()), feeds), strict=True))
+    return dict(zip(names, run_session(built, list(names.values()), feeds), strict=True))
 
 
 def quantize_outputs(path: ModelPath) -> dict[str, str]:
@@ -127,7 +127,7 @@ def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, t
     sessions = {k: session(path, optimize=True, threads=threads, config=still) for k, path in paths.items()}
     for built in sessions.values():
         for _ in range(3):
-            _run(built, None, feeds)
+            run_session(built, None, feeds)
     seconds: dict[str, list[float]] = {key: [] for key in sessions}
     order = list(sessions)
     for _ in range(rounds):
@@ -148,7 +148,8 @@ def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
     }
 
 
-def _run(built: onnxruntime.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[np.ndarray]:
+def run_session(built: onnxruntime.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[np.ndarray]:
+    """Values by name, the outputs for None. Raises ``ExportError`` and ``InvalidArgument`` as ``run_outputs``."""
     wanted = [value.name for value in built.get_inputs()]
     if set(wanted) != set(feeds):
         raise InvalidArgument(f"feeds must name the model's inputs {wanted}: got {list(feeds)}.")

@@ -35,6 +35,7 @@ class Frozen:
     activations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     absorbed: list[str] = field(default_factory=list)  # no QuantizeLinear of their own: constants, equals of others
+    labels: dict[str, str] = field(default_factory=dict)  # fake-quant of an activation, by name → its label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,7 @@ class _Freezing:
             new = call(self.gm.graph, QUANTIZE_DEQUANTIZE, view.input, *grid, like=view.node)
         self._replace(view.node, new)
         self.frozen.activations.append(label)
+        self.frozen.labels[view.node.name] = label
 
     def _weight(self, view: FakeQuant, label: str) -> None:
         node, axis = view.node, view.axis

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxquant.graph.kinds import operands
 from fxquant.graph.moves import PADS, PERMUTING, REPEATING, is_agnostic
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.passes.base import Pass, PassResult
@@ -53,7 +54,7 @@ class RequantizeTransposed(Pass):
         """Quantizes what products read through a transpose."""
         done = 0
         for node in list(call_nodes(gm.graph)):
-            for value in dict.fromkeys(node.all_input_nodes[:2]) if packet(node) in _PRODUCTS else ():
+            for value in dict.fromkeys(operands(node).values()) if packet(node) in _PRODUCTS else ():
                 pair = pair_before(value)
                 if pair is not None and _is_transposed(value):
                     again = quantized_again(value, pair)

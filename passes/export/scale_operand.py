@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument, argument_at, has_argument
 from fxquant.graph.edit import call
+from fxquant.graph.kinds import operands, replace_operand
 from fxquant.graph.nodes import call_nodes, only_user, packet
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.export.pairs import MATMULS, pair_before, quantized_again
@@ -33,18 +35,18 @@ class ScaleOperand(Pass):
 
 
 def _move(node: fx.Node) -> bool:
-    product, factor = node.args[0], _factor(node)
+    product, factor = argument_at(node, 0), _factor(node)
     if factor is None or not isinstance(product, fx.Node) or not _meets_softmax(node):
         return False
     if packet(product) not in MATMULS or len(product.users) > 1:
         return False
-    left, right = product.args
-    pair = pair_before(left)
-    if pair is None or pair_before(right) is None or not isinstance(left, fx.Node):
+    read = operands(product)
+    left, pair = read["lhs"], pair_before(read["lhs"])
+    if pair is None or pair_before(read["rhs"]) is None:
         return False
     with node.graph.inserting_before(product):
         scaled = call(node.graph, aten.mul.Tensor, left, factor, like=left)
-    product.update_arg(0, quantized_again(scaled, pair, factor))
+    replace_operand(product, "lhs", quantized_again(scaled, pair, factor))
     node.replace_all_uses_with(product)
     node.graph.erase_node(node)
     return True
@@ -52,8 +54,10 @@ def _move(node: fx.Node) -> bool:
 
 def _factor(node: fx.Node) -> float | None:
     """What a product or quotient multiplies by, where it is a positive number."""
-    factor = node.args[1]
-    if node.kwargs or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+    factor = argument_at(node, 1)
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        return None
+    if has_argument(node, "rounding_mode") and argument(node, "rounding_mode") is not None:
         return None
     return 1.0 / factor if packet(node) is aten.div else float(factor)
 

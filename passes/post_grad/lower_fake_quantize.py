@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxquant.graph.arguments import in_places
 from fxquant.graph.inline import Bodies, of_operands, paste
 from fxquant.graph.meta import mark_masked_gradient
 from fxquant.graph.nodes import call_nodes
@@ -45,7 +46,7 @@ class LowerFakeQuantize(Pass):
         due = {node: op for node, op in calls if isinstance(op, OpOverload) and self._is_due(node, op)}
         bodies = Bodies(self.decompositions() if due else {})
         for node, op in due.items():
-            arithmetic = of_operands(ARITHMETIC[op], node.args, node.kwargs, _is_node)
+            arithmetic = of_operands(ARITHMETIC[op], *in_places(node), _is_node)
             _replace(node, bodies.of(_form(node), arithmetic, _operands(node)))
         return len(due)
 
@@ -61,7 +62,7 @@ def _device(node: fx.Node) -> str:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    return [a for a in node.args if isinstance(a, fx.Node)]
+    return [a for a in in_places(node)[0] if isinstance(a, fx.Node)]
 
 
 def _is_node(value: object) -> bool:
@@ -70,7 +71,8 @@ def _is_node(value: object) -> bool:
 
 def _form(node: fx.Node) -> tuple[object, ...]:
     """What a body depends on beside its operands: the operator, and the arguments that are no nodes."""
-    return node.target, tuple(None if isinstance(a, fx.Node) else a for a in node.args), tuple(node.kwargs.items())
+    args, named = in_places(node)
+    return node.target, tuple(None if isinstance(a, fx.Node) else a for a in args), tuple(named.items())
 
 
 def _replace(node: fx.Node, body: fx.Graph) -> None:

@@ -13,6 +13,7 @@ from fxquant.graph.arguments import (
     argument,
     argument_at,
     has_argument,
+    in_places,
     name_at,
     named_arguments,
     operand,
@@ -154,3 +155,12 @@ def test_the_number_of_a_dtype_is_no_default() -> None:
     with pytest.raises(AssertionError, match="must have the argument 'dtype'"):
         argument(node, "dtype")
     assert argument(graph.call_function(quantize.QUANTIZE_TENSOR, (*args, 0, 255, torch.uint8)), "dtype") is torch.uint8
+
+
+def test_keywords_go_into_their_places_as_far_as_none_is_left_out() -> None:
+    graph = fx.Graph()
+    x, w, b = (graph.placeholder(name) for name in "xwb")
+    given = {"weight": w, "bias": b, "padding": [1, 1], "groups": 2}
+    node = graph.call_function(aten.conv2d.default, (x,), given)
+    assert in_places(node) == ((x, w, b), {"padding": [1, 1], "groups": 2})  # the stride between is not written
+    assert in_places(graph.call_function(aten.conv2d.default, (x, w))) == ((x, w), {})

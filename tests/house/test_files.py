@@ -130,3 +130,26 @@ def test_the_path_rule_itself(line: str) -> None:
 @pytest.mark.parametrize("line", ["#!/usr/bin/env bash", "https://a.org/x/work/y", "a/work/x", "$HOME/opt/x"])
 def test_the_path_rule_lets_pass(line: str) -> None:
     assert not MACHINE_PATH.search(line) and not INDEX_HOST.search(line)
+
+
+# What has no schema to read by: items, nested graphs, outputs, Inductor's own nodes.
+BY_POSITION = {
+    "fxquant.backend.inductor.lowerings",
+    "fxquant.graph.arguments",
+    "fxquant.graph.bodies",
+    "fxquant.graph.flops",
+    "fxquant.graph.inline",
+    "fxquant.graph.views",
+    "fxquant.passes.captured.silence_bodies",
+    "fxquant.passes.captured.split_weights",
+    "fxquant.passes.dynamo.dissolve_exported",
+    "fxquant.report.between_passes",
+    "fxquant.report.products",
+}
+
+
+def test_operands_are_read_by_their_names() -> None:
+    """A pass may write an operand by keyword: who reads ``node.args[1]`` does not see it."""
+    pattern = re.compile(r"\b(?!self)\w+\.args\[")
+    found = {name for name, path in package_modules().items() if pattern.search(path.read_text(encoding="utf-8"))}
+    assert found == BY_POSITION, "use fxquant.graph.arguments, or say why the node has no schema"

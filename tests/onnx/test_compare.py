@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fxquant.errors import InvalidArgument
-from fxquant.onnx.compare import Case, arrays, largest_difference, within_code
+from fxquant.onnx.compare import Case, largest_difference, within_code
+from fxquant.onnx.feeds import arrays
 from tests.onnx.graphs import Graph
 
 RAMP = np.linspace(0.0, 255.0, 256, dtype=np.float32)  # one 8-bit code of it is 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
 
     x = torch.randn(4, 3, 8, 8)
     record(model, (x,), None, visit)
-    gm, frozen = quantized_graph(model, (x,), {}, None, plan_of(model))
+    gm, _, frozen = quantized_graph(model, (x,), {}, None, plan_of(model))
     nodes = {n.args[5]: n for n in gm.graph.nodes if n.target is QUANTIZE_DEQUANTIZE}
     assert {label: nodes[label].args[1:3] for label in frozen.activations} == seen
 
@@ -247,6 +248,23 @@ class TestRefusals:
         with pytest.raises(ExportError, match="must be a valid ONNX model: got disk full"):
             fxquant.export_onnx(model, (self.x,), path)
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["m.onnx"]
+
+    def test_a_file_that_computes_another_thing(self, model, tmp_path, monkeypatch):
+        """As if a pass had lost the stem's bias; the tensor after the stem is the first that is off."""
+        path = tmp_path / "m.onnx"
+        path.write_bytes(b"old")
+
+        def lose_bias(program, **_):
+            bias = program.graph.initializers["stem__bias__codes"]
+            bias.const_value = onnx_ir.tensor(np.zeros_like(bias.const_value.numpy()), name=bias.name)
+            return []
+
+        monkeypatch.setattr("fxquant.onnx.export.pack_int4", lose_bias)
+        match = r"what the evaluated graph does: got another body\.0\.conv_conv0_input: .*verify=False\) writes"
+        with pytest.raises(ExportError, match=match):
+            fxquant.export_onnx(model, (torch.randn_like(self.x),), path)
+        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["m.onnx"]
+        assert fxquant.export_onnx(model, (self.x,), path, verify=False).file_bytes == path.stat().st_size
 
     def test_onnx_not_installed(self, model, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)

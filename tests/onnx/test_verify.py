@@ -124,3 +124,12 @@ def test_a_tensor_that_no_input_reaches_is_compared_too(tmp_path):
     report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
     assert_codes_agree(report)
     assert [row.key for row in report.codes] == ["fc.input", "fc.input@1"]  # one module, two tensors
+
+
+def test_a_comparison_of_nothing_is_a_failure(verified):
+    """Not agreement on 0 of 0 codes: of inputs without a value, or of a model that evaluates another operator."""
+    model, path, _ = verified
+    with pytest.raises(
+        ExportError, match=r"got 0 codes of 7 sites \(avg_pool0_input, .* to compare\. Give inputs that are not"
+    ):
+        fxquant.verify_onnx(model, (torch.randn(0, 3, 8, 8),), path)

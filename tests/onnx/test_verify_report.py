@@ -119,6 +119,14 @@ outputs differ by 0.125 in onnxruntime without optimizations (spread 1.5)"""
     )
 
 
+def test_what_was_not_compared_is_said() -> None:
+    assert "\n1 sites of the file were not run: tail.input\n" in str(dataclasses.replace(HERE, not_run=("tail.input",)))
+    weights_only = str(dataclasses.replace(HERE, codes=()))
+    assert (
+        "\nno activation is quantized: there are no codes to compare\n" in weights_only and " of 0 " not in weights_only
+    )
+
+
 @pytest.mark.parametrize("report", [HERE, ELSEWHERE, NOWHERE], ids=lambda report: report.target)
 def test_plain_values(report: VerifyReport) -> None:
     fields = json.loads(json.dumps(report.to_dict(), allow_nan=False))

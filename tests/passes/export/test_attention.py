@@ -132,6 +132,15 @@ def test_a_scale_goes_into_the_operand(op: Any, factor: float, mask: bool) -> No
     assert found == {"q": 0.1, "q@mul_tensor" if op is aten.div.Tensor else "q@mul_tensor_1": 0.025, "k": 0.2}
 
 
+def test_operands_by_keyword_are_operands() -> None:
+    gm = scores()
+    for node in call_nodes(gm.graph):
+        if node.target in (aten.matmul.default, aten.mul.Tensor):
+            node.args, node.kwargs = (node.args[0],), {"other": node.args[1]}
+    gm.recompile()
+    assert same_numbers(ScaleOperand(), gm, Q, K).rewrites == 1
+
+
 @pytest.mark.parametrize(
     "gm",
     [

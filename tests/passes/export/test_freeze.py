@@ -77,7 +77,8 @@ conv2d_default = conv2d(quantize_dequantize_default, dequantize_affine_default, 
 return [conv2d_default]
 """,
     )
-    assert found == Frozen(weights=["conv.weight"], activations=["conv.input"])
+    labels = {"fake_quantize_per_tensor_affine_tensor_qparams": "conv.input"}
+    assert found == Frozen(weights=["conv.weight"], activations=["conv.input"], labels=labels)
     codes = gm.get_buffer("conv__weight__codes")
     assert codes.dtype == torch.int8 and codes.flatten().tolist() == [100, -33, 24, 100, 100, 100]
     bias = gm.get_buffer("conv__bias__codes")
@@ -108,8 +109,10 @@ def test_labels_of_one_site_in_several_places() -> None:
     twice = quantized_input(g, g.call(aten.relu.default, quantized_input(g, x)))
     twice.meta["stands_for"] = ["other.input"]
     gm = g.done(twice)
+    names = [node.name for node in call_nodes(gm.graph) if node.target is PER_TENSOR]
     found = frozen(gm, torch.ones(2, 2))
-    assert found == Frozen(activations=["conv.input", "conv.input@1"], absorbed=["other.input"])
+    labels = ["conv.input", "conv.input@1"]
+    assert found == Frozen(activations=labels, absorbed=["other.input"], labels=dict(zip(names, labels, strict=True)))
 
 
 def test_a_constant_that_is_no_weight_is_stored_and_absorbed() -> None:

@@ -60,6 +60,23 @@ return [mul]
     )
 
 
+def test_operands_by_keyword_are_operands() -> None:
+    def quantized(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        return fake_quantize_per_tensor_affine(x, s, z, 0, 15, rounding="divide")
+
+    x = hard_values(0.3, 0, 15)
+    gm = post_grad(quantized, x, SCALE, POINT)
+    (node,) = call_nodes(gm.graph)
+    node.args, node.kwargs = node.args[:1], {"scale": node.args[1], "zero_point": node.args[2], **_rest(node)}
+    gm.recompile()
+    assert apply(LowerFakeQuantize(), gm).rewrites == 1
+    assert_same_bits(gm(SCALE, POINT, x)[0], quantized(x, SCALE, POINT))
+
+
+def _rest(node: fx.Node) -> dict[str, Any]:
+    return {"quant_min": node.args[3], "quant_max": node.args[4], **node.kwargs}
+
+
 def test_a_mask_is_computed_again_and_tags_are_kept() -> None:
     """The mask needs no gradient, so a partitioner could keep it from forward; what follows it needs one."""
     gm = post_grad(

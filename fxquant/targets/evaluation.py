@@ -1,0 +1,72 @@
+"""A file run as the standard says, with what goes into and comes out of its quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fxquant.errors import MissingDependency
+from fxquant.support.require import require
+from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
+from fxquant.targets.session import data_folder, run_session, session
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What a run gave.
+
+    Attributes:
+        outputs: the graph's, by name, in order.
+        pairs: QuantizeLinear's result → what it read, and what the DequantizeLinear after it gave.
+    """
+
+    outputs: Mapping[str, np.ndarray]
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def evaluate(path: ModelPath, inputs: Sequence[np.ndarray], labels: Collection[str]) -> Evaluated:
+    """One run: in onnxruntime without optimizations, or, where it is not installed, in onnx's own evaluator.
+
+    ``inputs`` are in the graph's order. ``labels`` are results of QuantizeLinear nodes; those that the file lacks are
+    left out. Raises what the runtime raises, ExportError where onnxruntime does not load or run the file, ValueError
+    for another number of inputs.
+    """
+    model = load_model(path)
+    outputs = [output.name for output in model.graph.output]
+    feeds = dict(zip([value.name for value in model.graph.input], inputs, strict=True))
+    pairs = _pairs(Wiring(model=model, folder=folder_of(path)), labels)
+    wanted = dict.fromkeys(name for pair in pairs.values() for name in pair if name not in feeds)
+    shown = [*outputs, *(name for name in wanted if name not in outputs)]
+    for name in shown[len(outputs) :]:
+        model.graph.output.append(require("onnx").ValueInfoProto(name=name))
+    found = feeds | dict(zip(shown, _run(model, path, shown, feeds), strict=True))
+    return Evaluated(
+        outputs={name: found[name] for name in outputs},
+        pairs={label: (found[read], found[given]) for label, (read, given) in pairs.items()},
+    )
+
+
+def _pairs(wiring: Wiring, labels: Collection[str]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for node in wiring.model.graph.node:
+        label = node.output[0] if node.output else ""
+        if node.op_type == "QuantizeLinear" and label in labels and node.input[0] not in wiring.constants:
+            after = [user for user in wiring.consumers.get(label, ()) if user.op_type == "DequantizeLinear"]
+            if after:
+                found[label] = (node.input[0], after[0].output[0])
+    return found
+
+
+def _run(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds) -> list[np.ndarray]:
+    try:
+        require("onnxruntime")
+    except MissingDependency:
+        require("onnx").load_external_data_for_model(model, folder_of(path))
+        return list(require("onnx.reference").ReferenceEvaluator(model).run(names, dict(feeds)))
+    built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
+    return run_session(built, names, feeds)
