@@ -21,8 +21,10 @@ from fxquant.graph.meta import site_of
 from fxquant.passes.pipelines import joint_passes
 from fxquant.prepared.bound_forward import settle_after
 from fxquant.spec.mode import Mode
+from fxquant.support.patches import in_buckets, quantizes_first
 
 
+@quantizes_first
 @collecting_rarely()
 def fxquant(
     gm: fx.GraphModule,
@@ -50,7 +52,8 @@ def fxquant(
     require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)
     looks = _takes_first_ranges(quantized)
-    compiled = compile_quantized(quantized, example_inputs, mode=mode, options=options)
+    compiler = functools.partial(compile_quantized, mode=mode, options=options)
+    compiled = in_buckets(quantized, example_inputs, compiler)
     return settle_after(compiled) if looks else compiled
 
 
@@ -60,6 +63,7 @@ def _takes_first_ranges(gm: fx.GraphModule) -> bool:
     return any(site is not None and site.mode is Mode.FIRST for site in sites)
 
 
+@quantizes_first
 def fxquant_eager(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -80,5 +84,5 @@ def fxquant_eager(
     if Options.read(options).reuse_weights:
         compiled = reused(quantized, example_inputs, compiler, compiler, "fxquant_eager")
     else:
-        compiled = compiler(quantized, example_inputs)
+        compiled = in_buckets(quantized, example_inputs, compiler)
     return settle_after(compiled) if looks else compiled

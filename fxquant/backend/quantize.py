@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.backend.lost_sites import is_cut, warn_of_lost
 from fxquant.backend.options import Options
 from fxquant.backend.reports import report
 from fxquant.capture.dynamo import capture
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, UnsupportedModel
 from fxquant.graph.bodies import execution_order
-from fxquant.graph.nodes import packet
+from fxquant.graph.nodes import is_bind, packet
 from fxquant.graph.views import Bind
 from fxquant.passes.base import Decline, PassResult, run_all
 from fxquant.passes.pipelines import training_passes
-from fxquant.plan.positions import bound_sites
 from fxquant.plan.site_lists import target_of
 from fxquant.prepared.live import of_prepared_model
 from fxquant.targets.profiles import get_profile
@@ -31,6 +31,8 @@ def quantize_graph(
     """Dynamo's graph as the captured QAT graph: what both backends hand on."""
     started = time.perf_counter()
     chosen = Options.read(options)
+    if not _may_hold_sites(gm, example_inputs):
+        return _left_whole(gm, started)
     # Without gradients there is nothing to checkpoint.
     captured = capture(gm, example_inputs, inline_checkpoints=not torch.is_grad_enabled())
     digests = tuple(bind.key for node in execution_order(captured) if (bind := Bind.of(node)) is not None)
@@ -40,8 +42,9 @@ def quantize_graph(
             f"options must not set {' and '.join(chosen.given)} for a prepared model: its plan decides. "
             "Give them to fxquant.prepare."
         )
-    _refuse_buckets(captured)
     _tell_of_fused(captured)
+    if is_cut(gm):
+        warn_of_lost(captured)
     if chosen.recipe is None:
         result = PassResult(declines=[left_alone(captured, "recipe=None places nothing")])
     else:
@@ -54,6 +57,22 @@ def quantize_graph(
     result.seconds = time.perf_counter() - started
     report(captured, digests, result)
     return captured
+
+
+def _may_hold_sites(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether a graph of Dynamo's binds an owner, or reads a parameter as a model does.
+
+    An optimizer's step is no model: its parameters are attributes of the graph, which it writes into.
+    """
+    return any(map(is_bind, execution_order(gm))) or any(map(_is_trainable, example_inputs))
+
+
+def _left_whole(gm: fx.GraphModule, started: float) -> fx.GraphModule:
+    """A graph with nothing to quantize, as Dynamo made it."""
+    result = PassResult(declines=[left_alone(gm)])
+    result.seconds = time.perf_counter() - started
+    report(gm, (), result)
+    return gm
 
 
 def _target(digests: Iterable[str]) -> str | None:
@@ -76,20 +95,6 @@ def _tell_of_fused(gm: fx.GraphModule) -> None:
             "torch.backends.mha.set_fastpath_enabled(False), or prepare the model: it then evaluates as it trains.",
             NotQuantizedWarning,
             stacklevel=2,
-        )
-
-
-def _refuse_buckets(gm: fx.GraphModule) -> None:
-    """DDP's bucket splitter may part an owner's operators from its state, and would leave them float unseen."""
-    if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:  # private; tried on 2.13 and 2.15
-        return
-    _, missing = bound_sites(gm)
-    if missing:
-        names = ", ".join(absent.site.name for absent in missing[:4])
-        raise UnsupportedModel(
-            "a prepared model must reach the backend whole under DistributedDataParallel: Dynamo cut its graph into "
-            f"buckets, and {len(missing)} sites of this one have their operators in another ({names}). "
-            "Set torch._dynamo.config.optimize_ddp = False."
         )
 
 

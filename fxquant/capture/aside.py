@@ -25,6 +25,11 @@ def in_compiled_region() -> bool:
     return False
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is torch.compile's wrapper, or compiled in place."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Runs a block and puts buffers, attributes, training flags and random state back, whatever the block did."""

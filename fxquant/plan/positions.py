@@ -36,12 +36,18 @@ class BoundSite:
     bind: fx.Node
     group: str | None = None
 
+    @property
+    def key(self) -> str:
+        """The site's key as seen from the compiled frame."""
+        return f"{self.owner}.{self.site.name}".lstrip(".")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A bound site none of whose operators are in the graph."""
+    """A bound site none of whose operators are in the graph; ``key`` as that of a `BoundSite`."""
 
     site: LocalSite
+    key: str
     bind: fx.Node
 
 
@@ -142,8 +148,8 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                 if node is not None and node.graph is bind.node.graph and (node, edge.operand) not in taken:
                     operands.append((node, edge.operand))
             taken.update(operands)
+            owner = relative(frame.path, root)
             if operands:
-                owner = relative(frame.path, root)
                 found.append(
                     BoundSite(
                         site=site,
@@ -156,5 +162,5 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                     )
                 )
             else:
-                missing.append(Missing(site=site, bind=bind.node))
+                missing.append(Missing(site=site, key=f"{owner}.{site.name}".lstrip("."), bind=bind.node))
     return found, missing

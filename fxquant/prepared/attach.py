@@ -7,7 +7,7 @@ from torch import nn
 
 from fxquant.errors import UnsupportedModel
 from fxquant.plan.plan import Plan
-from fxquant.prepared.bound_forward import BoundForward, bound_forward
+from fxquant.prepared.bound_forward import BoundForward, bound_forward, quantize_before_buckets
 from fxquant.prepared.quantizer import ATTRIBUTE, QuantizerSet, owners
 from fxquant.prepared.root import Root
 from fxquant.prepared.unfused import attach_unfused, detach_unfused
@@ -39,6 +39,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
                 f"{path or 'model'} must not have an attribute {ATTRIBUTE!r} of its own: fxquant keeps state there. "
                 "Rename it."
             )
+    quantize_before_buckets()
     Root(model, plan).attach()
     attach_unfused(model)
     devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.aside import in_compiled_region, own_code
+from fxquant.capture.aside import in_compiled_region, is_compiled, own_code
 from fxquant.errors import NotQuantizedWarning
 from fxquant.ops.marks import bind
 from fxquant.plan.plan import LocalSite
 from fxquant.plan.site_lists import register
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer
+from fxquant.support.patches import BUCKETS
 
 # Whether this thread's torch.export traces for `fxquant.export_onnx`; a user's own export sees the float model.
 _EXPORTING: ContextVar[bool] = ContextVar("fxquant exports", default=False)
@@ -92,13 +93,20 @@ class BoundForward:
         LIVE.discard(self)
 
     def _note_eager(self) -> None:
-        if not self.names or not in_compiled_region():
+        if not self.names:
+            return
+        if in_compiled_region():
+            how = "inside torch.compile"
+            why = "Dynamo left its frame out: see TORCH_LOGS=graph_breaks,recompiles for why"
+        elif any(is_compiled(module) for module in self.module.modules()):
+            how = "around modules that are compiled"
+            why = "Compile it as a whole, or leave them float: fxquant.override(model, {key: None})"
+        else:
             return
         if self.eager_runs == 0:
             warnings.warn(
-                f"{type(self.module).__name__} ran in eager Python inside torch.compile, so its "
-                f"{len(self.names)} quantized tensors ({', '.join(self.names[:4])}) stayed float. "
-                "Dynamo left its frame out: see TORCH_LOGS=graph_breaks,recompiles for why.",
+                f"{type(self.module).__name__} ran in eager Python {how}, so its {len(self.names)} quantized tensors "
+                f"({', '.join(self.names[:4])}) stayed float. {why}.",
                 NotQuantizedWarning,
                 stacklevel=3,
             )
@@ -121,12 +129,19 @@ class BoundForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         register(self.sites, self.target)
+        quantize_before_buckets()
         LIVE.add(self)
 
 
 @functools.cache
 def _code_for(name: str) -> types.CodeType:
     return own_code(BoundForward.__call__, name).__code__
+
+
+@functools.cache
+def quantize_before_buckets() -> None:
+    """Keeps `BUCKETS` in place from now on: torch looks for it before it calls a backend."""
+    BUCKETS.put()
 
 
 def bound_forward(module: nn.Module) -> BoundForward | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fxquant.capture.aside import is_compiled
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.prepared.attach import attach, detach
 from fxquant.prepared.freeze import freeze_batch_norm
@@ -108,7 +109,7 @@ def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
             f"kwargs must be a mapping of names to example inputs: got {type(kwargs).__name__}. "
             "Settings of prepare, as recipe, are given by name."
         )
-    compiled = [path or "the model itself" for path, module in model.named_modules() if _is_compiled(module)]
+    compiled = [path or "the model itself" for path, module in model.named_modules() if is_compiled(module)]
     if compiled:
         raise InvalidArgument(
             f"model must not be compiled yet: {compiled[0]} is. Prepare first, torch.compile or .compile() afterwards."
@@ -126,7 +127,3 @@ def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
             f"parameters must be floating point: got {dtype} for {name!r}. "
             "Prepare the float model, before any weight is quantized or packed."
         )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None

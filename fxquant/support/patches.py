@@ -3,7 +3,8 @@
 It stands in the lowest room, since operators, captures and the backend replace one each. Two rules hold for all:
 
 - **Guard.** Each entry of `PATCHES` calls torch's own function, unless the thread that calls is inside `Patch.acting`
-  (a context variable says so), or, for the one with a ``default``, unless the graph at hand holds operators of ours.
+  (a context variable says so), or, for those that are `always`, unless the graph at hand is ours: holds operators of
+  ours, or is compiled by a backend of ours.
   So what anybody else compiles or exports, before, after or in another thread meanwhile, is what torch makes of it.
 - **Undo.** The replacement is put in the function's place by the first that acts, and taken out by the last. Where
   somebody has replaced it once more, it is left where it is: there it calls torch's own function.
@@ -16,7 +17,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -217,6 +218,61 @@ SCHEDULE = Patch(
     serves="graphs that `fxquant.cost` compiles",
 )
 
+# ---------------------------------------------------------------- buckets of DistributedDataParallel
+
+# Cuts a graph into buckets: called with it, its inputs, and what compiles each part.
+Split = Callable[[torch.fx.GraphModule, Sequence[Any], Callable[..., Any]], Callable[..., Any]]
+_SPLIT: ContextVar[Split | None] = ContextVar("how the graph in hand is cut", default=None)
+
+
+def quantizes_first(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a backend that hands its quantized graph to `in_buckets`."""
+    vars(backend).update(fxquant_buckets=True)
+    return backend
+
+
+def _quantize_then_cut(cut: Callable[..., Any], self: Any, gm: Any, inputs: Sequence[Any], **options: Any) -> Any:
+    backend = self.backend_compile_fn
+    inner = getattr(backend, "_torchdynamo_orig_backend", backend)
+    if not hasattr(getattr(inner, "compiler_fn", inner), "fxquant_buckets"):
+        return cut(self, gm, inputs, **options)
+
+    def split(quantized: torch.fx.GraphModule, inputs: Sequence[Any], compile_part: Callable[..., Any]) -> Any:
+        self.backend_compile_fn = compile_part
+        return cut(self, quantized, inputs)
+
+    token = _SPLIT.set(split)
+    try:
+        return backend(gm, inputs, **options)
+    finally:
+        _SPLIT.reset(token)
+
+
+def in_buckets(gm: torch.fx.GraphModule, inputs: Sequence[Any], compile_part: Callable[..., Any]) -> Callable[..., Any]:
+    """A quantized graph compiled as a whole or, where torch cuts the graph in hand, in its parts."""
+    split = _SPLIT.get()
+    if split is None:
+        return compile_part(gm, inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, inputs, strict=True):
+        node.meta["example_value"] = value  # by which parameters are told, and weighed
+    try:
+        return split(gm, inputs, compile_part)
+    finally:
+        for node in placeholders:
+            node.meta.pop("example_value", None)
+
+
+BUCKETS = Patch(
+    "torch._dynamo.backends.distributed:DDPOptimizer.compile_fn",
+    why="torch cuts the graph of a model in DistributedDataParallel where a bucket of gradients is full, before any "
+    "backend sees it. That parts operators from the bind of their state. Here the graph is quantized whole, then cut.",
+    tried="2.13",
+    serves="graphs that our backends compile, from the first model prepared on",
+    instead=_quantize_then_cut,
+    always=True,
+)
+
 # ---------------------------------------------------------------- caches
 
 
@@ -243,7 +299,16 @@ CACHE_KEY = Patch(
     always=True,
 )
 
-PATCHES: tuple[Patch, ...] = (NO_AUTOCAST, REGIONS, MODULE_CALLS, DTYPE_RULES, COMPILE_EARLY, SCHEDULE, CACHE_KEY)
+PATCHES: tuple[Patch, ...] = (
+    NO_AUTOCAST,
+    REGIONS,
+    MODULE_CALLS,
+    DTYPE_RULES,
+    COMPILE_EARLY,
+    SCHEDULE,
+    BUCKETS,
+    CACHE_KEY,
+)
 
 OTHERS: Mapping[str, str] = {
     "fxquant/backend/inductor/lowerings.py: register_lowering": (

@@ -53,7 +53,7 @@ class InsertFakeQuantize(Pass):
         by_graph: dict[fx.Graph, list[Insertion]] = {}
         for bound in found:
             insertion = Insertion(
-                label=f"{bound.owner}.{bound.site.name}".lstrip("."),
+                label=bound.key,
                 role=bound.site.role,
                 spec=bound.site.spec,
                 edges=bound.edges,

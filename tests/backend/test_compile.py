@@ -82,6 +82,45 @@ def test_code_without_a_model_stays_float() -> None:
     assert torch.equal(torch.compile(torch.matmul, backend="fxquant_eager")(a, b), a @ b)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_steps_compiled_as_it_does_without(kind: Any) -> None:
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 4)
+        optimizer = kind(model.parameters(), lr=0.1)
+        run = torch.compile(optimizer.step, backend="fxquant_eager") if compiled else optimizer.step
+        for scale in (1.0, 3.0):
+            step(model, torch.randn(2, 8) * scale)
+            run()
+        found.append(list(model.parameters()))
+    torch.testing.assert_close(found[0], found[1])
+    assert compile_reports()[-1].quantized == 0
+
+
+def test_a_whole_train_step_compiles_as_its_parts_do() -> None:
+    batches, found = [torch.randn(4, 8) for _ in range(3)], []
+    for whole in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = prepared(Mlp(), batches[0])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        run = model if whole else torch.compile(model, backend="fxquant_eager")
+
+        def train(x: Tensor) -> Tensor:
+            loss = run(x).square().mean()  # noqa: B023
+            loss.backward()
+            optimizer.step()  # noqa: B023
+            optimizer.zero_grad()  # noqa: B023
+            return loss.detach()
+
+        if whole:
+            train = torch.compile(train, backend="fxquant_eager")
+        found.append(([train(x) for x in batches], ranges(model), list(model.parameters())))
+    torch.testing.assert_close(found[0], found[1])
+    assert not unset(model)
+
+
 # ---------------------------------------------------------------- Inductor
 
 
@@ -249,19 +288,25 @@ def test_distributed_data_parallel(optimize_ddp: bool) -> None:
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("name", ["moving_average", "delayed"])
 @pytest.mark.usefixtures("process_group")
-def test_buckets_that_part_sites_from_their_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_several_buckets_trains_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
-    x = torch.randn(4, 3, 6, 6)
-    model = prepared(ConvNet(), x)
-    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4)  # type: ignore[arg-type]
-    with pytest.raises(Exception, match=r"Set torch\._dynamo\.config\.optimize_ddp = False"):
-        torch.compile(wrapped, backend="fxquant_eager")(x)
-    assert unset(model) == list(ranges(model))
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(optimize_ddp=False):
-        step(torch.compile(wrapped, backend="fxquant_eager"), x)
-    assert not unset(model)
+    x, found = torch.randn(4, 8), []
+    for buckets in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = prepared(Mlp(), x, ranges=name)
+        wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4)  # type: ignore[arg-type]
+        before = counters["aot_autograd"]["total"]
+        with torch._dynamo.config.patch(optimize_ddp=buckets):
+            compiled = torch.compile(wrapped, backend="fxquant_eager")
+            outs = [step(compiled, x * scale) for scale in (1.0, 3.0)]
+        graphs = 2 if name == "delayed" else 1  # of which one takes the first ranges
+        assert (counters["aot_autograd"]["total"] - before > graphs) is buckets
+        assert not unset(model) and not eager_runs(model)
+        found.append((outs, ranges(model), grads(model)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.MonkeyPatch) -> None:

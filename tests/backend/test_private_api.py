@@ -105,13 +105,13 @@ SYMBOLS: Mapping[str, str] = {
     "torch.fx._symbolic_trace._Patcher.patch_method": "function",
     "torch.fx.experimental.symbolic_shapes.statically_known_true": "(_)",
     "torch.nn.modules.batchnorm._BatchNorm": "class",
-    "torch.nn.parallel.DistributedDataParallel._get_active_ddp_module": "()",
     "torch.ops._c10d_functional": "module",
     "torch.ops.aten._assert_tensor_metadata": "value",
     "torch.utils._pytree.tree_leaves": "(_)",
     "torch.utils._pytree.tree_map": "(_, _)",
     "torch.backends.mha._is_fastpath_enabled": "value",
     "torch.ops.aten._transformer_encoder_layer_fwd": "value",
+    "torch._dynamo.backends.distributed.DDPOptimizer.compile_fn": "function",
 }
 OLDER = {  # symbols that this torch may lack: a newer or older one has another in its place
     "torch._higher_order_ops.utils._hop_compile_and_call": "invoke_subgraph_placeholder before torch 2.13",
@@ -125,6 +125,7 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
     "torch._inductor.dtype_propagation:DtypePropagationOpsHandler.__init__": ("self",),
     "torch._inductor.codegen.wrapper:PythonWrapperCodegen.define_kernel": ("self", "kernel_name", "kernel_body"),
     "torch._inductor.graph:GraphLowering.compile_to_module": ("self",),
+    "torch._dynamo.backends.distributed:DDPOptimizer.compile_fn": ("self", "gm", "example_inputs"),
     "torch._functorch._aot_autograd.autograd_cache:AOTAutogradCacheDetails.__init__": ("self", "gm"),
 }
 # Private attributes of objects, by what has them.
