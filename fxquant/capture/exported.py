@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.capture.open_sizes import OpenSizes, by_parameter, keywords_named
 from fxquant.graph.edit import without_dead_nodes
 from fxquant.passes.base import run_all
 from fxquant.passes.captured.silence_bodies import SilenceBodies
@@ -19,15 +20,16 @@ from fxquant.support.patches import MODULE_CALLS, NO_AUTOCAST, REGIONS
 
 
 def exported_graph(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OpenSizes | None
 ) -> fx.GraphModule:
     """The model under torch.export as an ATen training graph that keeps the model's calling convention.
 
     Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
     of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
-    with _as_deployed():
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    with _as_deployed(), keywords_named(model, kwargs):
+        shapes = by_parameter(model.forward, sizes)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
     run_all(dynamo_passes(), gm, DYNAMO)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
+from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
 from fxquant.graph.edit import copied
 from fxquant.onnx.file_check import FileCheck
@@ -111,12 +111,15 @@ def export_onnx(
     destination = _check_path(path)
     _check_ranges(plain)
     named: dict[str, Any] = dict(kwargs or {})
-    if dynamic_shapes is None and dynamic_batch:
+    sizes = None
+    if dynamic_shapes is not None:
+        sizes = open_as_asked(plain, args, named, dynamic_shapes)
+    elif dynamic_batch:
         args, named = _at_least_two(args), _at_least_two(named)
-        dynamic_shapes = open_shapes(plain, args, named)
-    gm, evaluated, frozen = quantized_graph(plain, args, named, dynamic_shapes, plan)
+        sizes = open_batch(args, named)
+    gm, evaluated, frozen = quantized_graph(plain, args, named, sizes, plan)
     notes = frozen.notes
-    program = to_onnx(gm, args, named, dynamic_shapes, opset)
+    program = to_onnx(gm, args, named, sizes, opset)
     written = {value.name for node in program.model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     program.model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
@@ -138,7 +141,7 @@ def export_onnx(
 
 
 def quantized_graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, plan: Plan
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OpenSizes | None, plan: Plan
 ) -> tuple[fx.GraphModule, fx.GraphModule, Frozen]:
     """The evaluation graph in its target's form, through the passes that compile uses and those of export.
 
@@ -146,9 +149,9 @@ def quantized_graph(
     """
     try:
         with evaluating(model), exporting(), torch.no_grad():
-            gm = exported_graph(model, args, kwargs, dynamic_shapes)
+            gm = exported_graph(model, args, kwargs, sizes)
     except Exception as error:
-        hint = "" if dynamic_shapes is None else " With sizes left open it may be those: try dynamic_batch=False."
+        hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."
         raise ExportError(
             f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
         ) from error
@@ -226,20 +229,3 @@ def _at_least_two(inputs: Any) -> Any:
         return torch.cat([value, value]) if alone else value
 
     return torch.utils._pytree.tree_map(double, inputs)
-
-
-def open_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dimension 0 of every tensor that shares the first one's batch size, as far as the model leaves it open."""
-    leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    size = leaves[0].shape[0] if leaves else 0
-
-    def spec(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-            return {0: torch.export.Dim.AUTO}
-        return None
-
-    positional, named = torch.utils._pytree.tree_map(spec, (args, kwargs))
-    if not kwargs:
-        return positional
-    # torch.export wants one mapping by parameter name as soon as there are keyword inputs.
-    return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)

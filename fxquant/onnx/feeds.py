@@ -22,13 +22,20 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 
 def feeds_of(path: ModelPath, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Feeds:
-    """The file's inputs by name. Raises InvalidArgument where it has another number of them."""
-    names, leaves = input_names(path), tensors_of(args, kwargs)
-    if len(names) != len(leaves):
+    """The file's inputs by name: keywords by theirs, in whatever order they come, all else in order.
+
+    Raises InvalidArgument where the file has another number of them.
+    """
+    names = input_names(path)
+    found = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)}
+    others = tensors_of(args, {name: value for name, value in kwargs.items() if name not in found})
+    if len(names) != len(found) + len(others):
         raise InvalidArgument(
-            f"args and kwargs must hold the file's {len(names)} inputs ({', '.join(names)}): got {len(leaves)} tensors."
+            f"args and kwargs must hold the file's {len(names)} inputs ({', '.join(names)}): "
+            f"got {len(found) + len(others)} tensors."
         )
-    return {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
+    found |= dict(zip([name for name in names if name not in found], others, strict=True))
+    return {name: found[name].detach().cpu().numpy() for name in names}
 
 
 def arrays(outputs: Any) -> list[np.ndarray]:

@@ -16,9 +16,9 @@ from torch import nn
 from fxquant.backend.entry import fxquant_eager
 from fxquant.capture.aside import compiled_aside, evaluating
 from fxquant.capture.exported import exported_graph
+from fxquant.capture.open_sizes import open_batch
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
-from fxquant.onnx.export import open_shapes
 from fxquant.onnx.feeds import arrays
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
@@ -141,6 +141,6 @@ def _latency(runtime: Runtime, case: Case, rounds: int) -> tuple[float, float]:
 def _export_float(case: Case, path: Path) -> None:
     """The same model without quantizers; BatchNorm is folded by the runtime."""
     with evaluating(case.model), torch.no_grad():
-        shapes = open_shapes(case.model, case.args, case.kwargs)
-        gm = exported_graph(case.model, case.args, case.kwargs, shapes)
-        save(to_onnx(gm, case.args, case.kwargs, shapes, 21), path)
+        sizes = open_batch(case.args, case.kwargs)
+        gm = exported_graph(case.model, case.args, case.kwargs, sizes)
+        save(to_onnx(gm, case.args, case.kwargs, sizes, 21), path)

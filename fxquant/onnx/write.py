@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.capture.open_sizes import OpenSizes, by_parameter
 from fxquant.errors import ExportError, FxquantError
 from fxquant.onnx.translate import translation_table
 from fxquant.support.require import require
@@ -23,7 +24,9 @@ from fxquant.support.require import require
 _EXTERNAL_BYTES = 1_800_000_000
 
 
-def to_onnx(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, opset: int) -> Any:
+def to_onnx(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OpenSizes | None, opset: int
+) -> Any:
     """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
     gm.training = False
     with warnings.catch_warnings(), _quiet("torch.onnx"):
@@ -36,7 +39,7 @@ def to_onnx(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], d
                 dynamo=True,
                 custom_translation_table=translation_table(opset),
                 opset_version=opset,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=by_parameter(gm.forward, sizes),
                 verbose=False,
             )
         except Exception as error:

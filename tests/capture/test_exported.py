@@ -51,7 +51,7 @@ def test_state_is_read_in_front_by_its_path() -> None:
 
 
 def test_open_sizes() -> None:
-    gm = exported_graph(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval(), (X,), {}, ({0: torch.export.Dim.AUTO},))
+    gm = exported_graph(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval(), (X,), {}, (({0: torch.export.Dim.AUTO},), {}))
     relu = list(call_nodes(gm.graph))[-1]
     assert isinstance(relu.meta["val"].shape[0], torch.SymInt)
     assert gm(torch.ones(5, 3)).shape == (5, 3)

@@ -182,6 +182,32 @@ def test_dict_and_keyword_inputs(tmp_path):
     assert verified.integer_share == 1.0
 
 
+def test_variadic_inputs(tmp_path):
+    """Of each kind, the keywords in another order when verified, and a batch of another size."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, first, *others, scale=None, **more):
+            y = self.fc(first) + sum(self.fc(x) for x in others)
+            return (y if scale is None else y * scale) + more["left"] - 2 * more["right"]
+
+    def inputs(batch):
+        return tuple(torch.randn(batch, 8) for _ in range(3)), {k: torch.randn(batch, 4) for k in ("left", "right")}
+
+    (args, more), path = inputs(3), tmp_path / "v.onnx"
+    model = fxquant.prepare(Net(), args, more)
+    torch.compile(model, backend="fxquant_eager")(*args, **more)
+    report = fxquant.export_onnx(model.eval(), args, path, kwargs=more)
+    assert report.dynamic_batch and not report.notes
+    assert [i.name for i in onnx.load(path).graph.input] == ["first", "others_0", "others_1", "left", "right"]
+    args, more = inputs(5)
+    verified = fxquant.verify_onnx(model, args, path, kwargs=dict(reversed(more.items())), rounds=1)
+    assert_codes_agree(verified)
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
