@@ -22,6 +22,7 @@ from fxquant.passes.dynamo.outline_transforms import OutlineTransforms
 from fxquant.passes.export.decompose_attention import DecomposeAttention
 from fxquant.passes.export.decompose_linear import DecomposeAddmm, DecomposeLinear
 from fxquant.passes.export.freeze import Freeze
+from fxquant.passes.export.quantize_before_repeats import QuantizeBeforeRepeats
 from fxquant.passes.export.requantize_moved import RequantizeMoved, RequantizeTransposed
 from fxquant.passes.export.scale_operand import ScaleOperand
 from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu
@@ -97,6 +98,7 @@ def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
 def export_passes(profile: Profile) -> tuple[Pass, ...]:
     """On the evaluation graph with its sites, after the training passes: integers, in the forms that a target fuses."""
     passes: tuple[Pass, ...] = (
+        QuantizeBeforeRepeats(),
         Freeze(),
         DecomposeLinear(bias_apart=profile.bias_apart),
         DecomposeAddmm(bias_apart=profile.bias_apart),

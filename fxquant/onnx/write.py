@@ -29,7 +29,7 @@ def to_onnx(
 ) -> Any:
     """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
     gm.training = False
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnx_ir"):
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
@@ -45,9 +45,25 @@ def to_onnx(
         except Exception as error:
             raise ExportError(f"model must translate to ONNX: got {type(error).__name__}: {error}") from error
     assert program is not None
+    _own_outputs(program.model.graph)
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces with the paths of this machine
     return program
+
+
+def _own_outputs(graph: Any) -> None:
+    """Outputs that are an initializer, an input, or an output before, behind an Identity: a file holds no such ones."""
+    import onnx_ir as ir
+
+    seen = set()
+    for index, value in enumerate(graph.outputs):
+        if value.producer() is None or value.name in seen:
+            node = ir.node("Identity", inputs=[value])
+            (own,) = node.outputs
+            own.name, own.shape, own.type = f"{value.name}_output{index}", value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = own
+        seen.add(value.name)
 
 
 @contextlib.contextmanager

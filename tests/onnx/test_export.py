@@ -208,6 +208,26 @@ def test_variadic_inputs(tmp_path):
     assert_codes_agree(verified)
 
 
+def test_a_computed_weight_that_the_batch_repeats(tmp_path):
+    """Relative positions: their projection depends on parameters only, its copies on the size of the batch."""
+
+    class Relative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rel, self.proj, self.q = nn.Parameter(torch.randn(12, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            rel, q = self.proj(self.rel), self.q(x)
+            expanded = rel.expand(x.shape[0], 12, 8).transpose(-1, -2)
+            return q @ expanded + q @ rel.repeat(x.shape[0], 1, 1).transpose(-1, -2)
+
+    x = torch.randn(3, 5, 8)
+    model = calibrated(Relative(), x)
+    report = fxquant.export_onnx(model, (x,), tmp_path / "r.onnx")
+    assert report.dynamic_batch and not report.notes
+    assert_codes_agree(fxquant.verify_onnx(model, (torch.randn(7, 5, 8),), tmp_path / "r.onnx", rounds=1))
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return calibrated(ConvNet(), torch.randn(6, 3, 8, 8))

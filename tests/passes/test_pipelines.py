@@ -96,15 +96,16 @@ def test_passes_of_a_joint_graph(table: type | None, integers: bool, save_quanti
 
 
 def test_what_a_target_needs_of_a_file() -> None:
-    common = ["Freeze", "DecomposeLinear", "DecomposeAddmm", "RequantizeMoved", "DecomposeAttention"]
+    common = ["QuantizeBeforeRepeats", "Freeze", "DecomposeLinear", "DecomposeAddmm", "RequantizeMoved"]
+    common += ["DecomposeAttention"]
     assert names(export_passes(PLAIN)) == common
     apart = export_passes(replace(PLAIN, bias_apart=True))
     assert names(apart) == [*common, "SeparateRelu", "SeparateFloatWeights"]
     direct = export_passes(replace(PLAIN, direct_operands=True))
     assert names(direct) == [*common, "ScaleOperand", "RequantizeTransposed"]
-    assert [each.bias_apart for each in apart[1:3]] == [True, True]
-    assert [each.bias_apart for each in direct[1:3]] == [False, False]
-    assert [export_passes(replace(PLAIN, float_pads=pads))[3].pads for pads in (False, True)] == [False, True]
+    assert [each.bias_apart for each in apart[2:4]] == [True, True]
+    assert [each.bias_apart for each in direct[2:4]] == [False, False]
+    assert [export_passes(replace(PLAIN, float_pads=pads))[4].pads for pads in (False, True)] == [False, True]
 
 
 def test_options_reach_the_passes_that_have_them() -> None:
