@@ -26,7 +26,7 @@ class PlanMismatch(FxquantError, RuntimeError):
 
 
 class RangeNotSet(FxquantError, RuntimeError):
-    """A quantizer's range was needed before any data was seen, or the range is degenerate."""
+    """Ranges were needed before any data, or any but zeros, was seen."""
 
 
 class ExportError(FxquantError, RuntimeError):

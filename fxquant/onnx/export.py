@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
-from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
+from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
 from fxquant.graph.edit import copied
 from fxquant.onnx.file_check import FileCheck
 from fxquant.onnx.write import pack_int4, save, to_onnx
@@ -26,9 +26,10 @@ from fxquant.passes.export.freeze import Frozen
 from fxquant.passes.pipelines import export_passes, training_passes
 from fxquant.passes.stages import EXPORT
 from fxquant.plan.plan import Plan
-from fxquant.prepared.bound_forward import bound_forward, exporting
-from fxquant.prepared.quantizer import owners, quantizers
+from fxquant.prepared.bound_forward import exporting
+from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan, unwrap
+from fxquant.prepared.unset import check_ranges, unset_in_float
 from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
@@ -97,7 +98,8 @@ def export_onnx(
 
     Raises:
         InvalidArgument: not prepared, unusable path or opset.
-        RangeNotSet: activation ranges that no data has set, by name.
+        RangeNotSet: no activation range has been set. Of some that no data reached, what the evaluated graph has
+            stays float, with a warning.
         ExportError: torch.export or the exporter failed on the model, or the file computes another thing; the first
             tensor that is off is named, and an earlier file stays.
         MissingDependency: onnx or onnxscript is not installed.
@@ -109,7 +111,7 @@ def export_onnx(
     _check_storage(weight_storage)
     opset = profile.check_opset(opset)
     destination = _check_path(path)
-    _check_ranges(plain)
+    told = check_ranges(plain)
     named: dict[str, Any] = dict(kwargs or {})
     sizes = None
     if dynamic_shapes is not None:
@@ -118,7 +120,7 @@ def export_onnx(
         args, named = _at_least_two(args), _at_least_two(named)
         sizes = open_batch(args, named)
     gm, evaluated, frozen = quantized_graph(plain, args, named, sizes, plan)
-    notes = frozen.notes
+    notes = [*told, *frozen.notes]
     program = to_onnx(gm, args, named, sizes, opset)
     written = {value.name for node in program.model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
@@ -148,7 +150,7 @@ def quantized_graph(
     Second, the graph as it is between the two.
     """
     try:
-        with evaluating(model), exporting(), torch.no_grad():
+        with evaluating(model), unset_in_float(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, sizes)
     except Exception as error:
         hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."
@@ -162,7 +164,8 @@ def quantized_graph(
     frozen = exported.product(Frozen)
     frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
     placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
-    absent = [site.key for site in plan.sites if site.key not in placed and _wanted(model, site.key)]
+    wanted = {key for key, quantizer in quantizers(model) if quantizer.enabled and quantizer.is_set()}
+    absent = [site.key for site in plan.sites if site.key not in placed and site.key in wanted]
     if absent:
         warnings.warn(
             f"{len(absent)} of the plan's sites have no place in the exported graph and stay float: "
@@ -171,10 +174,6 @@ def quantized_graph(
             stacklevel=3,
         )
     return gm, evaluated, frozen
-
-
-def _wanted(model: nn.Module, key: str) -> bool:
-    return dict(quantizers(model))[key].enabled
 
 
 def _check_path(path: str | os.PathLike[str]) -> Path:
@@ -195,30 +194,6 @@ def _check_path(path: str | os.PathLike[str]) -> Path:
 def _check_storage(storage: str) -> None:
     if storage not in ("int8", "int4"):
         raise InvalidArgument(f"weight_storage must be 'int8' or 'int4': got {storage!r}.")
-
-
-def _check_ranges(model: nn.Module) -> None:
-    ran_eager = [
-        path or type(model).__name__ for path, m, _ in owners(model) if (b := bound_forward(m)) and b.eager_runs
-    ]
-    if ran_eager:
-        warnings.warn(
-            f"{', '.join(ran_eager[:5])} ran in eager Python inside torch.compile: training did not see the "
-            "quantizers that the export will hold there.",
-            NotQuantizedWarning,
-            stacklevel=3,
-        )
-    wanted = [(key, q) for key, q in quantizers(model) if q.enabled and q.stateful]
-    unset = [key for key, q in wanted if not q.settle()]
-    zero = [key for key, q in wanted if q.resolved and q.range.is_degenerate(q.state)]
-    for keys, what in ((unset, "no data yet"), (zero, "only zeros")):
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise RangeNotSet(
-                f"activation ranges must be set before export: {len(keys)} sites saw {what}: "
-                f"{', '.join(keys[:5])}{more}. Train with torch.compile(model, backend='fxquant') or call "
-                "fxquant.calibrate(model, data) on representative data."
-            )
 
 
 def _at_least_two(inputs: Any) -> Any:

@@ -24,6 +24,7 @@ from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
 from fxquant.prepared.root import require_plan, unwrap
+from fxquant.prepared.unset import unset_in_float
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath
 from fxquant.targets.registry import get_target
@@ -58,8 +59,9 @@ def verify_onnx(
     target = get_target(plan.target)
     _check(target, path)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
-    compared, cascaded = compare_codes(case, [site.key for site in plan.sites])
-    trained = _reference(case)
+    with unset_in_float(case.model):
+        compared, cascaded = compare_codes(case, [site.key for site in plan.sites])
+        trained = _reference(case)
     unoptimized = run_outputs(path, case.feeds, optimize=False)
     return VerifyReport(
         path=os.fspath(path),

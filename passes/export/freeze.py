@@ -117,7 +117,7 @@ class _Freezing:
         if scale not in self.values:
             raise ExportError(
                 f"scale of {label} must not depend on the input: its range follows each batch. Prepare the model with "
-                "ranges='moving_average', or fxquant.override this site with a Fixed range; where it follows no more "
+                "ranges='moving_average', or fxquant.override this site with a Fixed range. Where it follows no more "
                 "than the sizes of the input, export with dynamic_batch=False."
             )
         numbers = (float(self._value(scale)), int(self._value(zero_point)))

@@ -256,9 +256,9 @@ class TestRefusals:
         self.refused(model, tmp_path / "m.onnx", RangeNotSet, match)
 
     def test_ranges_of_zeros(self, tmp_path):
-        model = fxquant.prepare(ConvNet(), (torch.randn_like(self.x),))
+        model = fxquant.prepare(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)), (torch.randn_like(self.x),))
         fxquant.calibrate(model, [self.x])
-        self.refused(model, tmp_path / "m.onnx", RangeNotSet, "saw only zeros: stem.input")
+        self.refused(model, tmp_path / "m.onnx", RangeNotSet, "2 sites saw only zeros: .*0.input.*calibrate")
 
     def test_ranges_of_each_batch(self, tmp_path):
         model = fxquant.prepare(ConvNet(), (self.x,), ranges=fxquant.CurrentTensor())
@@ -340,6 +340,49 @@ def test_a_site_that_the_evaluation_graph_lacks_is_reported(tmp_path):
     with pytest.warns(NotQuantizedWarning, match="have no place in the exported graph"):
         fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
     assert fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1).integer_share == 1.0
+
+
+def test_a_tensor_of_zeros_is_exported_and_told(tmp_path):
+    """A ReLU that never lets anything through: any positive scale is exact."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    nn.init.constant_(model[0].bias, -100.0)
+    model, x = calibrated(model, torch.randn(4, 8)), torch.randn(4, 8)
+    with pytest.warns(
+        NotQuantizedWarning, match=r"^1 sites saw only zeros, and whatever comes in stays 0 there: 2\.in"
+    ):
+        report = fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    assert len(report.notes) == 1 and report.notes[0].startswith("1 sites saw only zeros")
+    verified = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
+    assert_codes_agree(verified)
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"input": x.numpy()})
+    assert np.array_equal(out, model[2].bias.detach().expand(4, 4).numpy())
+
+
+def test_experts_that_saw_no_token_and_heads_of_training_only(tmp_path):
+    """What data did not reach is float in the file, where the file has it, and is told; the rest is as trained."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.auxiliary = nn.Linear(8, 2)
+
+        def forward(self, x):
+            chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                rows = torch.where(chosen == index)[0]
+                y = y.index_copy(0, rows, expert(x[rows]))
+            return (y, self.auxiliary(y)) if self.training else y
+
+    model, x, path = Experts(), torch.randn(6, 8), tmp_path / "m.onnx"
+    model.gate.bias.data[1] = -100.0  # nothing goes to the second
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        model = calibrated(model, x)
+        with pytest.warns(NotQuantizedWarning, match=r"2 sites saw no data; .*: experts\.1\.input, auxiliary\.input\."):
+            report = fxquant.export_onnx(model, (x,), path)
+        assert_codes_agree(fxquant.verify_onnx(model, (x,), path, rounds=1))
+    assert set(report.activations) == {"gate.input", "experts.0.input"}
+    assert all(quantizer.enabled for _, quantizer in quantizers(model))
 
 
 def test_vanishing_channels_get_a_scale_that_their_bias_can_bear(tmp_path):

@@ -71,7 +71,7 @@ class Range(abc.ABC):
         return bool(torch.stack([torch.isfinite(value).all() for value in state.values()]).all())
 
     def is_degenerate(self, state: State) -> bool:
-        """Whether a range that is set has seen only zeros, so that nothing can be exported with it."""
+        """Whether a range that is set has seen only zeros: every positive scale is exact for those, none for more."""
         return False
 
     def describe(self, state: State) -> str:

@@ -44,7 +44,9 @@ X = torch.randn(4, 5, 2)
 def test_snapshot() -> None:
     gm = product()
     assert same_numbers(QuantizeBeforeRepeats(), gm, X).rewrites == 1
-    assert_expected_inline(show(gm), """\
+    assert_expected_inline(
+        show(gm),
+        """\
 sym_size_int = sym_size(x, 0)
 expand_default = expand(w, [sym_size_int, 3, 2])
 transpose_int = transpose(expand_default, -1, -2)
@@ -56,7 +58,8 @@ expand_default_1 = expand(fake_quantize_per_tensor_affine_tensor_qparams_1, [sym
 transpose_int_1 = transpose(expand_default_1, -1, -2)
 matmul_default = matmul(x, transpose_int_1)
 return [matmul_default, transpose_int]
-""")
+""",
+    )
 
 
 def test_repeats() -> None:
