@@ -121,7 +121,7 @@ def ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 def unset(model: nn.Module) -> list[str]:
     """Sites whose range no compiled step has set."""
-    return [key for key, (low, high) in ranges(model).items() if low != low or high != high]
+    return [key for key, q in quantizers(model) if not q.is_set()]
 
 
 def eager_runs(model: nn.Module) -> int:

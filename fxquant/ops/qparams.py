@@ -1,7 +1,9 @@
 """Ranges and quantization parameters as ops: functional, without gradient, without any host read.
 
-Ranges are float32 tensors of one element; NaN stands for "nothing seen yet". A batch with a non-finite value
-leaves the range as it was.
+Ranges are float32 tensors of one element. An empty range, whose minimum lies just above 0 and maximum just below,
+stands for "nothing seen yet" or "only zeros seen": averages of it stay finite, and the next batch sets it. Which of
+the two a bound tells by itself: an update of one in place must not read the other. NaN is read as "nothing seen", too.
+A batch with a non-finite value leaves the range as it was.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ ACTIVATION_SCALE_FLOOR = torch.finfo(torch.float32).eps
 _SCALE_CEILING = torch.finfo(torch.float32).max
 # Far below any weight that matters, so that folding a small BatchNorm factor scales codes exactly.
 WEIGHT_SCALE_FLOOR = 2.0**-60
+# An empty range is (number, −number): no tensor worth quantizing has a bound so near to 0 that is not 0 itself.
+NOTHING_SEEN = torch.finfo(torch.float32).tiny
+ONLY_ZEROS = 2 * NOTHING_SEEN
 
 
 def _batch_min_max(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,11 +64,26 @@ def _update_in_parts(x: Tensor, minimum: Tensor, maximum: Tensor, constant: floa
     return AVERAGE_MIN_MAX(*_batch_min_max(x, minimum), minimum, maximum, constant)
 
 
+def _holds_low(minimum: Tensor) -> Tensor:
+    """Whether a minimum was seen that is not of zeros only."""
+    return (minimum <= 0) | (minimum > ONLY_ZEROS)
+
+
+def _holds_high(maximum: Tensor) -> Tensor:
+    return (maximum >= 0) | (maximum < -ONLY_ZEROS)
+
+
+def _first(low: Tensor, high: Tensor) -> Range:
+    """The range of a first batch: empty if that is all zeros, for the next to set it."""
+    zeros = (low == 0) & (high == 0)
+    return torch.where(zeros, ONLY_ZEROS, low), torch.where(zeros, -ONLY_ZEROS, high)
+
+
 def _average(low: Tensor, high: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
-    unset = torch.isnan(minimum)
+    first_low, first_high = _first(low, high)
     new = (
-        torch.where(unset, low, minimum + constant * (low - minimum)),
-        torch.where(unset, high, maximum + constant * (high - maximum)),
+        torch.where(_holds_low(minimum), minimum + constant * (low - minimum), first_low),
+        torch.where(_holds_high(maximum), maximum + constant * (high - maximum), first_high),
     )
     return _keep_unless_finite(low, high, new, (minimum, maximum))
 
@@ -72,8 +92,12 @@ def _extend(x: Tensor, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor
     if x.numel() == 0:
         return minimum.clone(), maximum.clone()
     low, high = _batch_min_max(x, minimum)
-    unset = torch.isnan(minimum)
-    new = torch.where(unset, low, torch.minimum(minimum, low)), torch.where(unset, high, torch.maximum(maximum, high))
+    zeros = (minimum > NOTHING_SEEN) & (minimum <= ONLY_ZEROS)
+    wide = torch.where(zeros, 0.0, minimum), torch.where(zeros, 0.0, maximum)
+    new = _first(
+        torch.where(_holds_low(wide[0]), torch.minimum(wide[0], low), low),
+        torch.where(_holds_high(wide[1]), torch.maximum(wide[1], high), high),
+    )
     return _keep_unless_finite(low, high, new, (minimum, maximum))
 
 
@@ -81,8 +105,7 @@ def _resolve(x: Tensor, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tenso
     if x.numel() == 0:
         return minimum.clone(), maximum.clone()
     low, high = _batch_min_max(x, minimum)
-    unset = torch.isnan(minimum)
-    return torch.where(unset, low, minimum), torch.where(unset, high, maximum)
+    return torch.where(_holds_low(minimum), minimum, low), torch.where(_holds_high(maximum), maximum, high)
 
 
 def _average_like(low: Tensor, high: Tensor, minimum: Tensor, maximum: Tensor, _: float) -> tuple[Tensor, Tensor]:
@@ -178,7 +201,7 @@ def average_min_max(low: Tensor, high: Tensor, min: Tensor, max: Tensor, constan
 
 
 def update_min_max(input: Tensor, min: Tensor, max: Tensor, constant: float) -> tuple[Tensor, Tensor]:
-    """Moving average ``r + constant · (batch − r)`` of min and max; the first batch sets an unset range."""
+    """Moving average ``r + constant · (batch − r)`` of min and max; the first that is not zeros sets it."""
     return UPDATE_MIN_MAX(input, min, max, constant)
 
 

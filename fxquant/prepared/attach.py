@@ -12,6 +12,8 @@ from fxquant.prepared.quantizer import ATTRIBUTE, QuantizerSet, owners
 from fxquant.prepared.root import Root
 from fxquant.prepared.unfused import attach_unfused, detach_unfused
 
+_TAKEN = "{owner} must not have an attribute {name!r} of its own: fxquant keeps state there. Rename it."
+
 
 def detach(model: nn.Module) -> None:
     """Undoes `attach`, however far it came."""
@@ -35,10 +37,10 @@ def attach(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for path in by_owner:
         if hasattr(modules[path], ATTRIBUTE):
-            raise UnsupportedModel(
-                f"{path or 'model'} must not have an attribute {ATTRIBUTE!r} of its own: fxquant keeps state there. "
-                "Rename it."
-            )
+            raise UnsupportedModel(_TAKEN.format(owner=path or "model", name=ATTRIBUTE))
+    taken = next((name for name in (Root.PLAN, Root.FROZEN) if hasattr(model, name)), None)
+    if taken is not None:
+        raise UnsupportedModel(_TAKEN.format(owner="model", name=taken))
     quantize_before_buckets()
     Root(model, plan).attach()
     attach_unfused(model)

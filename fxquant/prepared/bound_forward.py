@@ -164,7 +164,7 @@ def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(part, BoundForward):
                 for quantizer in part.quantizers():
                     if not quantizer.resolved and id(quantizer.evidence) in given:
-                        quantizer.settle()
+                        quantizer.settle(but_for_zeros=True)
         return outputs
 
     return run

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 from torch import nn
 
+from fxquant.prepared.frozen import FrozenTrain as _FrozenTrain
+from fxquant.prepared.frozen import batch_norms, hold_statistics
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan, unwrap
 
+__all__ = ["_FrozenTrain", "freeze_batch_norm", "freeze_ranges"]  # pickles of version 0.1 name the private one
+
 
 def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
-    """Holds every activation range where it is, in training too; ``frozen=False`` lets them follow the data again."""
+    """Holds every activation range where it is, in training too; ``frozen=False`` lets them follow the data again.
+
+    Checkpoints hold it: a model is as frozen as the state dict that it loads says.
+    """
     require_plan(model, "freeze_ranges")
     for _, quantizer in quantizers(unwrap(model)):
         quantizer.observing = not frozen
         quantizer.settle()
 
 
-class _FrozenTrain:
-    """A BatchNorm's ``train`` that leaves it in eval mode: running statistics are used and kept."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return type(self.module).train(self.module, False)
-
-
 def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
     """Normalizes with running statistics from now on, also in training; weight and bias keep training.
 
-    QAT then trains exactly the folded network that is deployed. Survives ``model.train()``; ``frozen=False``
-    gives every BatchNorm its model's mode back.
+    QAT then trains exactly the folded network that is deployed. Survives ``model.train()``, and checkpoints of a
+    prepared model hold it; ``frozen=False`` gives every BatchNorm its model's mode back.
     """
     model = unwrap(model)
-    for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if frozen:
-            module.__dict__["train"] = _FrozenTrain(module)
-            module.eval()
-        elif isinstance(module.__dict__.get("train"), _FrozenTrain):
-            del module.__dict__["train"]
-            module.train(model.training)
+    for module in batch_norms(model):
+        hold_statistics(module, frozen, model.training)

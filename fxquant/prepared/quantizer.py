@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxquant.plan.plan import LocalSite
@@ -82,9 +83,9 @@ class Quantizer(nn.Module):
         """Looks (on the host) whether there is a range to quantize with."""
         return not self.stateful or self.range.is_set(self.state)
 
-    def settle(self) -> bool:
-        """Looks whether the range is set; remembers it if so."""
-        self.resolved = self.is_set()
+    def settle(self, *, but_for_zeros: bool = False) -> bool:
+        """Looks whether the range is set, ``but_for_zeros`` by more than zeros; remembers it if so."""
+        self.resolved = self.is_set() and not (but_for_zeros and self.range.is_degenerate(self.state))
         return self.resolved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -101,13 +102,25 @@ class Quantizer(nn.Module):
                 self._buffers[name] = before.to(now.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
         local_metadata, strict, missing, unexpected, errors = args
+        names = tuple(name for name in self.range.state_names if prefix + name in state_dict)
+        if names == self.range.state_names:
+            given: dict[str, Tensor] = {name: state_dict[prefix + name] for name in names}
+            with torch.no_grad():
+                for name, value in self.range.as_written_today(given, self.spec).items():
+                    state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         for name in self.range.state_names:
             if prefix + name in missing:
                 missing.remove(prefix + name)
         self.settle()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        kept = {name: value.data for name, value in self.state.items()}
+        for name, value in self.range.as_written_today(kept, self.spec).items():
+            kept[name].copy_(value)
 
     def extra_repr(self) -> str:
         """``u8, [-0.42, 3.1]``."""

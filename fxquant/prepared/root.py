@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxquant.errors import InvalidArgument, PlanMismatch
 from fxquant.plan.plan import Plan
+from fxquant.prepared.frozen import freeze_as, frozen_flags
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.quantizer import ATTRIBUTE
 
@@ -15,49 +17,106 @@ from fxquant.prepared.quantizer import ATTRIBUTE
 class Root:
     """What makes a module the root of a prepared model: its plan, saved with the module's state dict.
 
-    Kept in the module's ``__dict__`` and not as a child: a prepared ``nn.Sequential`` keeps its length.
+    Kept in the module's ``__dict__`` and not as a child: a prepared ``nn.Sequential`` keeps its length. In state dicts
+    stand the plan and what is frozen, as bytes under the paths of two buffers. These only hold the places: what is
+    saved comes from the plan and the quantizers themselves, whatever an average of all buffers made of them.
     """
 
     SLOT = "_fxquant_root"
-    KEY = f"{ATTRIBUTE}.plan"  # in state dicts, so that one filter on "quantizers" leaves the float model's keys
+    PLAN = f"{ATTRIBUTE}_plan"  # one filter on "quantizers" leaves the float model's keys
+    FROZEN = f"{ATTRIBUTE}_frozen"
+    KEY_OF_0_1 = f"{ATTRIBUTE}.plan"  # held the plan as a str
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.module, self.plan = module, plan
+        self._text = _as_bytes(plan.to_json())
         LIVE.add(self)
 
     def attach(self) -> None:
         """Puts the plan and its hooks on the module."""
         self.module.__dict__[Root.SLOT] = self
+        self.hold_places()
         self.module.register_state_dict_post_hook(_save_plan)
         self.module.register_load_state_dict_pre_hook(_refuse_other_plan)
 
     def detach(self) -> None:
         """Takes them off again."""
         del self.module.__dict__[Root.SLOT]
+        for name in (Root.PLAN, Root.FROZEN):
+            self.module._buffers.pop(name, None)
         for hooks in (self.module._state_dict_hooks, self.module._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(hook, "hook", hook) in (_save_plan, _refuse_other_plan):
                     del hooks[key]
         LIVE.discard(self)
 
+    def hold_places(self) -> None:
+        """Registers the buffers, which a model that version 0.1 pickled lacks."""
+        for name, value in self.saved().items():
+            if name not in self.module._buffers:
+                self.module.register_buffer(name, value)
+
+    def saved(self) -> dict[str, Tensor]:
+        """What state dicts hold: tensors of their own, on the module's device."""
+        held = self.module._buffers.get(Root.PLAN)
+        device = next(self.module.parameters(), torch.empty(0)).device if held is None else held.device
+        if self._text.device != device:
+            self._text = self._text.to(device)
+        flags = frozen_flags(self.module, [site.key for site in self.plan.sites])
+        return {Root.PLAN: self._text.clone(), Root.FROZEN: flags.to(device)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if "_text" not in state:
+            self._text = _as_bytes(self.plan.to_json())
         LIVE.add(self)
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def _save_plan(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook of a root."""
-    plan = plan_of(module)
-    assert plan is not None
-    state_dict[prefix + Root.KEY] = plan.to_json()
+    root = module.__dict__[Root.SLOT]
+    root.hold_places()
+    state_dict.update({prefix + name: value for name, value in root.saved().items()})
 
 
 def _refuse_other_plan(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook of a root: raises PlanMismatch before any tensor is copied; a float checkpoint has no plan."""
-    saved, plan = state_dict.pop(prefix + Root.KEY, None), plan_of(module)
-    if not saved or plan is None:
-        return
-    lines = plan.difference(Plan.from_json(saved))
+    root = module.__dict__[Root.SLOT]
+    saved = _saved_plan(state_dict.pop(prefix + Root.KEY_OF_0_1, None) or state_dict.get(prefix + Root.PLAN))
+    flags = state_dict.get(prefix + Root.FROZEN)
+    if saved is not None:
+        _check_same(root.plan, saved)
+        if flags is not None:
+            freeze_as(module, [site.key for site in saved.sites], _integers(flags))
+    root.hold_places()
+    state_dict.update({prefix + name: value for name, value in root.saved().items()})
+
+
+def _saved_plan(found: str | Tensor | None) -> Plan | None:
+    """The plan of a checkpoint; None for one of a float model, and for one without values."""
+    if found is None or len(found) == 0 or (isinstance(found, Tensor) and found.is_meta):
+        return None
+    try:
+        return Plan.from_json(found if isinstance(found, str) else bytes(_integers(found)).decode())
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanMismatch(
+            f"checkpoint's {Root.PLAN} must be a plan as it was saved: got {len(found)} bytes of something else "
+            f"({type(error).__name__}). Leave out the key to load the tensors without a check."
+        ) from error
+
+
+def _integers(codes: Tensor) -> list[int]:
+    """Of bytes that a cast or an average of all tensors may have made floats."""
+    found: list[int] = (codes.round() if codes.is_floating_point() else codes).to(torch.uint8).tolist()
+    return found
+
+
+def _check_same(plan: Plan, saved: Plan) -> None:
+    lines = plan.difference(saved)
     if lines:
         shown = "\n  ".join(lines[:20] + ([f"… and {len(lines) - 20} more"] if len(lines) > 20 else []))
         raise PlanMismatch(

@@ -20,10 +20,12 @@ from fxquant.ops import (
     update_min_max,
 )
 from fxquant.ops.fake_quantize import PER_TENSOR
-from fxquant.ops.qparams import ACTIVATION_SCALE_FLOOR, WEIGHT_SCALE_FLOOR
+from fxquant.ops.qparams import ACTIVATION_SCALE_FLOOR, NOTHING_SEEN, ONLY_ZEROS, WEIGHT_SCALE_FLOOR
 
 NAN, INF = float("nan"), float("inf")
-UNSET = (torch.tensor([NAN]), torch.tensor([NAN]))
+UNSET = (torch.tensor([NAN]), torch.tensor([NAN]))  # as version 0.1 wrote it
+EMPTY = (torch.tensor([NOTHING_SEEN]), torch.tensor([-NOTHING_SEEN]))
+ZEROS = (torch.tensor([ONLY_ZEROS]), torch.tensor([-ONLY_ZEROS]))
 X = torch.tensor([[-2.0, 0.5], [4.0, 1.0]])
 
 
@@ -37,10 +39,28 @@ def numbers(found: tuple[Tensor, Tensor]) -> list[float]:
 
 
 class TestRanges:
-    def test_first_batch_sets(self) -> None:
-        assert numbers(update_min_max(X, *UNSET, 0.01)) == [-2, 4]
-        assert numbers(extend_min_max(X, *UNSET)) == [-2, 4]
-        assert numbers(resolve_min_max(X, *UNSET)) == [-2, 4]
+    @pytest.mark.parametrize("state", [UNSET, EMPTY, ZEROS], ids=["nan", "empty", "zeros"])
+    def test_first_batch_sets(self, state: tuple[Tensor, Tensor]) -> None:
+        assert numbers(update_min_max(X, *state, 0.01)) == [-2, 4]
+        assert numbers(extend_min_max(X, *state)) == [-2, 4]
+        assert numbers(resolve_min_max(X, *state)) == [-2, 4]
+        shifted = X.abs() + 1
+        assert numbers(update_min_max(-shifted, *state, 0.01)) == [-5, -1.5]
+        assert numbers(update_min_max(shifted, *state, 0.01)) == [1.5, 5]
+        assert numbers(extend_min_max(shifted, *state)) == [0 if state is ZEROS else 1.5, 5]
+
+    @pytest.mark.parametrize("state", [UNSET, EMPTY, ZEROS], ids=["nan", "empty", "zeros"])
+    def test_zeros_first_leave_it_empty(self, state: tuple[Tensor, Tensor]) -> None:
+        zeros = torch.tensor([0.0, -0.0])
+        for found in (update_min_max(zeros, *state, 0.01), extend_min_max(zeros, *state)):
+            assert numbers(found) == [ONLY_ZEROS, -ONLY_ZEROS]
+        assert numbers(update_min_max(zeros, *pair(-1.0, 0.0), 0.25)) == [-0.75, 0]
+        assert numbers(affine_qparams(*ZEROS, 0, 255, False)[:1] * 2) == [2**-23, 2**-23]
+
+    def test_zero_is_a_bound_as_any_other(self) -> None:
+        assert numbers(update_min_max(X, *pair(0.0, 8.0), 0.25)) == [-0.5, 7]
+        assert numbers(update_min_max(X, *pair(-1.0, 0.0), 0.25)) == [-1.25, 1]
+        assert numbers(resolve_min_max(X, *pair(0.0, 0.0))) == [0, 0]
 
     def test_later_batches(self) -> None:
         assert numbers(update_min_max(X, *pair(-1.0, 8.0), 0.25)) == [-1.25, 7]

@@ -141,7 +141,7 @@ def test_batch_norm_folds_into_a_linear_through_what_moves_its_result(run: Calla
         folded.last.load_state_dict({k: v for k, v in net.last.state_dict().items() if "quantizers" not in k})
     prepared(folded, tokens)
     state = {k: v for k, v in model.state_dict().items() if "_val" in k}
-    folded.load_state_dict({**folded.state_dict(), **state, "quantizers.plan": ""})
+    folded.load_state_dict({**folded.state_dict(), **state, "quantizers_plan": torch.empty(0)})
     torch.testing.assert_close(got, torch.compile(folded.eval(), backend=EAGER)(tokens), rtol=1e-6, atol=1e-7)
 
 

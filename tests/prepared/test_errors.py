@@ -327,10 +327,23 @@ def test_a_checkpoint_of_another_architecture_names_missing_sites() -> None:
 def test_a_checkpoint_of_another_version() -> None:
     model = prepared(Mlp(), X)
     state = model.state_dict()
-    plan = state["quantizers.plan"]
-    state["quantizers.plan"] = plan.replace('"version": 3', '"version": 99')
-    with refused(model, PlanMismatch, "checkpoint's plan must be of version 1 to 3: got 99"):
-        model.load_state_dict(state)
+    plan = bytes(state.pop("quantizers_plan").tolist()).decode().replace('"version": 3', '"version": 99')
+    for saved in ({"quantizers.plan": plan}, {"quantizers_plan": torch.tensor(list(plan.encode()))}):
+        with refused(model, PlanMismatch, "checkpoint's plan must be of version 1 to 3: got 99"):
+            model.load_state_dict({**state, **saved})
+
+
+def test_a_checkpoint_whose_plan_is_none() -> None:
+    model = prepared(Mlp(), X)
+    for codes in (torch.arange(200, 250, dtype=torch.uint8), torch.tensor(list(b"{}"))):
+        with refused(model, PlanMismatch, f"plan as it was saved: got {len(codes)} bytes of something else ("):
+            model.load_state_dict({**model.state_dict(), "quantizers_plan": codes})
+
+
+def test_a_checkpoint_with_flags_of_another_model() -> None:
+    model = prepared(Mlp(), X)
+    with refused(model, PlanMismatch, "got 3 flags for 4 sites and 0 BatchNorm modules"):
+        model.load_state_dict({**model.state_dict(), "quantizers_frozen": torch.zeros(3)})
 
 
 def test_what_needs_a_plan_says_so() -> None:

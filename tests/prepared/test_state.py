@@ -36,7 +36,7 @@ def trained(scale: float = 1.0) -> nn.Module:
     return model
 
 
-def test_ranges_are_nan_until_seen_and_follow_training_batches() -> None:
+def test_ranges_are_unset_until_seen_and_follow_training_batches() -> None:
     model = prepared(Mlp(), torch.randn(2, 8))
     assert unset(model) == list(ranges(model))
     compiled = torch.compile(model, backend=EAGER)
@@ -111,7 +111,8 @@ def test_state_dict_keys_stand_with_their_owners() -> None:
     assert sorted(keys) == [
         "first.quantizers.input.max_val",
         "first.quantizers.input.min_val",
-        "quantizers.plan",
+        "quantizers_frozen",
+        "quantizers_plan",
         "second.quantizers.input.max_val",
         "second.quantizers.input.min_val",
     ]

@@ -29,7 +29,7 @@ class Peak(Range):
     decay: float = 0.5
 
     def is_degenerate(self, state: Mapping[str, Tensor]) -> bool:
-        return not state["amax"].item()
+        return state["amax"].item() == 0
 
     def qparams(self, site: SiteGraph, value: fx.Node) -> Qparams | None:
         reach = self._reach(site, value)
@@ -41,7 +41,7 @@ class Peak(Range):
             return known
         if site.mode is Mode.TRAIN:
             known = site.call(aten.mul.Tensor, known, self.decay)
-        unset = site.call(aten.isnan.default, known)
+        unset = site.call(aten.lt.Scalar, known, 0)
         seen = amax(site, value)
         if site.mode is Mode.RESOLVE:
             return site.call(aten.where.self, unset, seen, known)

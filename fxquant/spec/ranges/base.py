@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import InvalidArgument
+from fxquant.ops.qparams import NOTHING_SEEN
 from fxquant.spec.mode import Mode
 from fxquant.spec.ranges.site_graph import Format, Qparams, SiteGraph
 
@@ -60,15 +61,24 @@ class Range(abc.ABC):
     # What stands on the quantizer
 
     def initial_state(self, format: Format) -> dict[str, Tensor]:
-        """The state of a new quantizer, by `state_names`: NaN of one element, which stands for "unset".
+        """The state of a new quantizer, by `state_names`: a number just below 0, which stands for "unset".
 
-        A ``nn.Parameter`` is trained, anything else is a buffer. All keep their dtype when the model changes its own.
+        Finite, so that a moving average of a model's state that starts with it stays finite. A ``nn.Parameter`` is
+        trained, anything else is a buffer. All keep their dtype when the model changes its own.
         """
-        return {name: torch.full((1,), float("nan")) for name in self.state_names}
+        return {name: torch.full((1,), -NOTHING_SEEN) for name in self.state_names}
 
     def is_set(self, state: State) -> bool:
         """Whether the state holds a range: a look on the host."""
-        return bool(torch.stack([torch.isfinite(value).all() for value in state.values()]).all())
+        return all(bool((torch.isfinite(value) & (value != -NOTHING_SEEN)).all()) for value in state.values())
+
+    def as_written_today(self, state: State, format: Format) -> dict[str, Tensor]:
+        """A state from a checkpoint of any version, in which NaN stood for "unset"."""
+        new = self.initial_state(format)
+        return {
+            k: torch.where(v.isnan(), new[k].detach().to(v), v) if v.is_floating_point() else v
+            for k, v in state.items()
+        }
 
     def is_degenerate(self, state: State) -> bool:
         """Whether a range that is set has seen only zeros: every positive scale is exact for those, none for more."""
@@ -118,7 +128,7 @@ class Range(abc.ABC):
     def start_calibration(self, state: State) -> None:
         """Forgets what was seen; graphs in a mode that `Mode.calibrates` then come, and `end_calibration`."""
         for value in state.values():
-            value.fill_(float("nan"))
+            value.fill_(-NOTHING_SEEN)
 
     def end_calibration(self, state: State) -> None:  # noqa: B027
         """Makes of what was seen what the sites are quantized with; by default it is that already."""

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from fxquant.errors import InvalidArgument
 from fxquant.ops import qparams
 from fxquant.spec.mode import Mode
 from fxquant.spec.ranges.base import UNSET, Range
-from fxquant.spec.ranges.site_graph import Qparams, SiteGraph, affine_qparams
+from fxquant.spec.ranges.site_graph import Format, Qparams, SiteGraph, affine_qparams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,38 @@ class MovingAverage(Range):
         if not 0.0 < self.constant <= 1.0:
             raise InvalidArgument(f"MovingAverage.constant must be in (0, 1]: got {self.constant}.")
 
+    def initial_state(self, format: Format) -> dict[str, Tensor]:
+        """An empty range: its minimum is above its maximum, both next to 0."""
+        return {"min_val": torch.full((1,), qparams.NOTHING_SEEN), "max_val": torch.full((1,), -qparams.NOTHING_SEEN)}
+
+    def is_set(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether it has seen data, be it zeros only."""
+        low, high = state["min_val"].item(), state["max_val"].item()
+        return math.isfinite(low) and math.isfinite(high) and (low <= high or low > qparams.NOTHING_SEEN)
+
     def is_degenerate(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether the range has no width."""
-        return not (state["max_val"] - state["min_val"]).item()
+        """Whether it holds 0 and nothing else."""
+        return state["min_val"].item() >= 0 >= state["max_val"].item()
 
     def describe(self, state: Mapping[str, Tensor]) -> str:
         """``[-0.42, 3.1]``, or ``unset``."""
-        low, high = state["min_val"].item(), state["max_val"].item()
-        return UNSET if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+        if not self.is_set(state):
+            return UNSET
+        if self.is_degenerate(state):
+            return "[0, 0]"
+        return f"[{state['min_val'].item():.4g}, {state['max_val'].item():.4g}]"
+
+    def as_written_today(self, state: Mapping[str, Tensor], format: Format) -> dict[str, Tensor]:
+        """Of a range that has seen zeros only, too, which was [0, 0]."""
+        state = super().as_written_today(state, format)
+        zeros = (state["min_val"] == 0) & (state["max_val"] == 0)
+        signs = {"min_val": qparams.ONLY_ZEROS, "max_val": -qparams.ONLY_ZEROS}
+        return {name: torch.where(zeros, signs[name], value) for name, value in state.items()}
+
+    def start_calibration(self, state: Mapping[str, Tensor]) -> None:
+        """Empties it."""
+        state["min_val"].fill_(qparams.NOTHING_SEEN)
+        state["max_val"].fill_(-qparams.NOTHING_SEEN)
 
     def mode(self, observing: bool, resolved: bool) -> Mode:
         """TRAIN or, delayed, DELAYED; FIRST while it may be unset."""

@@ -16,6 +16,7 @@ from fxquant import ops
 from fxquant.backend.inductor import lowerings
 from fxquant.ops import affine_qparams, update_min_max
 from fxquant.ops.fake_quantize import PER_TENSOR
+from fxquant.ops.qparams import NOTHING_SEEN, ONLY_ZEROS
 from fxquant.ops.saved import CLIP_MASK, PACK_PLANES, UNPACK_PLANES
 from fxquant.passes.base import PassResult
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
@@ -39,6 +40,8 @@ BATCHES = (
     Batch("first", (-1.0, 0.3, 2.7), math.nan, math.nan),
     Batch("positive", (0.1, 0.3), 0.2, 0.4),
     Batch("zeros", (0.0, -0.0), 0.0, 0.0),
+    Batch("first zeros", (0.0, -0.0), NOTHING_SEEN, -NOTHING_SEEN),
+    Batch("after zeros", (0.1, 0.3), ONLY_ZEROS, -ONLY_ZEROS),
     Batch("nan", (math.nan, 1.0), -1.0, 1.0),
     Batch("infinite", (math.inf, 1.0), -1.0, 1.0),
     Batch("huge", (-3.4e38, 3.4e38), -3.4e38, 3.4e38),
