@@ -16,6 +16,7 @@ import torch
 from fxquant.backend import reports
 from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
+from tests.uncompiled import kernels_write_zeros
 
 
 def pytest_configure() -> None:
@@ -54,6 +55,9 @@ def torchlib_is_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
+        # Once for each of sixty operators of an export, all of torch's are looked up, which are there from then on.
+        once = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
+        patch.setattr("torch._export.utils._materialize_cpp_cia_ops", once)
         yield
 
 
@@ -66,6 +70,13 @@ def cold() -> Iterator[None]:
         warnings.simplefilter("error", NotQuantizedWarning)
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """For what does not depend on values: bytes kept and moved, launches, generated code."""
+    with kernels_write_zeros():
+        yield
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
 from fxquant.onnx.export import ABSORBED
-from fxquant.onnx.feeds import feeds_of, tensors_of
+from fxquant.onnx.feeds import arrays, feeds_of, tensors_of
 from fxquant.onnx.verify_report import CodeRow
 from fxquant.passes.export.constants import held_name
 from fxquant.probe.recording import named
@@ -58,20 +58,21 @@ class Codes:
     not_run: set[str] = field(default_factory=set)
 
 
-def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes]:
+def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list[np.ndarray]]:
     """Every site of the model against its QuantizeLinear: each from the file's codes before it, and each from its own.
 
-    ``keys`` are those of the plan's sites. Raises InvalidArgument for a file that lacks some of them, ExportError
-    where the file quantizes activations and none was compared: two sides that quantize nothing agree on nothing.
+    The model's own outputs come third: what training sees. ``keys`` are those of the plan's sites. Raises
+    InvalidArgument for a file that lacks some of them, ExportError where the file quantizes activations and none was
+    compared: two sides that quantize nothing agree on nothing.
     """
     feeds, absorbed = case.feeds, _absorbed_codes(case.path)
     theirs = run_codes(case.path, feeds, also=keys)
     quantized = {label.partition("@")[0] for label in theirs} & {*keys}
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
     with visiting(case.model, "verify_onnx") as run:
-        cascaded = _compare(case, run, theirs, follow=False)
+        cascaded, outputs = _compare(case, run, theirs, follow=False)
         _check_sites(case.path, cascaded.unknown - absorbed.keys())
-        compared = _compare(case, run, theirs, follow=True)
+        compared, _ = _compare(case, run, theirs, follow=True)
     compared.not_run = quantized - {row.key.partition("@")[0] for row in compared.rows}
     if quantized and not any(row.compared for row in compared.rows):
         raise ExportError(
@@ -79,7 +80,7 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes]:
             f"({', '.join(sorted(quantized)[:5])}) to compare. Give inputs that are not empty; if they are not, the "
             "model takes another way than the one that was exported: see fxquant.explain."
         )
-    return compared, cascaded
+    return compared, cascaded, arrays(outputs)
 
 
 def _absorbed_codes(path: ModelPath) -> dict[str, np.ndarray | None]:
@@ -100,8 +101,8 @@ def _check_sites(path: ModelPath, absent: Set[str]) -> None:
         )
 
 
-def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: bool) -> Codes:
-    """Runs the model and compares every site; ``follow``: each goes on from the file's codes."""
+def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: bool) -> tuple[Codes, Any]:
+    """Runs the model and compares every site; its output too. ``follow``: each goes on from the file's codes."""
     result = Codes()
     inputs = {tensor.data_ptr() for tensor in tensors_of(case.args, case.kwargs)}
 
@@ -124,8 +125,7 @@ def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: b
         # In y's strides, which views rely on.
         return torch.empty_like(y).copy_(dequantize(theirs, use.scale, use.zero_point))
 
-    run(case.args, case.kwargs, named(visit))
-    return result
+    return result, run(case.args, case.kwargs, named(visit))
 
 
 def largest_difference(found: list[np.ndarray], reference: list[np.ndarray]) -> float:

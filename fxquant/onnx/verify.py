@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fxquant.backend.entry import fxquant_eager
-from fxquant.capture.aside import compiled_aside, evaluating
+from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.capture.open_sizes import open_batch
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
-from fxquant.onnx.feeds import arrays
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
@@ -48,7 +46,7 @@ def verify_onnx(
     Runs it in onnxruntime without optimizations, which executes Q/DQ as the standard says (codes at every
     QuantizeLinear and outputs against `fxquant_eager`), then as the model's target does: in onnxruntime with all
     optimizations (outputs, kernels, and ``rounds`` timed runs against an export of the float model, on one thread,
-    interleaved, medians), or in OpenVINO (outputs, kernels). For tensorrt and generic, which are not run here, it
+    interleaved, medians; 0 times nothing, and exports no float model), or in OpenVINO (outputs, kernels). For tensorrt and generic, which are not run here, it
     checks the target's rules instead. Changes neither model nor file.
 
     Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not load or
@@ -60,8 +58,7 @@ def verify_onnx(
     _check(target, path)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
     with unset_in_float(case.model):
-        compared, cascaded = compare_codes(case, [site.key for site in plan.sites])
-        trained = _reference(case)
+        compared, cascaded, trained = compare_codes(case, [site.key for site in plan.sites])
     unoptimized = run_outputs(path, case.feeds, optimize=False)
     return VerifyReport(
         path=os.fspath(path),
@@ -83,12 +80,6 @@ def _check(target: Target, path: ModelPath) -> None:
         target.runtime.require()
     if not Path(path).is_file():
         raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
-
-
-def _reference(case: Case) -> list[np.ndarray]:
-    """What training sees."""
-    with evaluating(case.model), torch.no_grad(), compiled_aside(case.model, fxquant_eager, dynamic=False) as run:
-        return arrays(run(*case.args, **case.kwargs))
 
 
 @dataclass(kw_only=True)
@@ -130,8 +121,8 @@ def _in_target(
 
 
 def _latency(runtime: Runtime, case: Case, rounds: int) -> tuple[float, float]:
-    """Seconds of a run of the file, and of the float model's export; NaN where the runtime is not timed."""
-    if runtime.latency is None:
+    """Seconds of a run of the file, and of the float model's export; NaN where nothing is timed."""
+    if runtime.latency is None or rounds == 0:
         return math.nan, math.nan
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "float.onnx"

@@ -188,6 +188,7 @@ def saved_bytes(make: Callable[[], nn.Module], shape: tuple[int, ...], integers:
     return kept_bytes(model, torch.compile(model, backend="fxquant", options={"integer_matmul": integers}), x)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("net", [*NETS, "checkpointed"])
 def test_no_more_is_saved_for_backward(net: str) -> None:
     make, shape, _ = NETS.get(net, (Checkpointed, (64, 16), 3))

@@ -38,7 +38,7 @@ class Pooled(nn.Module):
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "convs": (Convs, lambda: torch.randn(ROWS, 3, 8, 8)),
     "pooled": (Pooled, lambda: torch.randn(ROWS, 3, 10, 10)),
-    "block": (lambda: nn.Sequential(Block(), Block()), lambda: torch.randn(ROWS, 16, WIDTH)),
+    "block": (Block, lambda: torch.randn(ROWS, 16, WIDTH)),
 }
 each_net = pytest.mark.parametrize("net", NETS)
 
@@ -75,6 +75,7 @@ def test_gradients_keep_their_bits(net: str, backend: str) -> None:
         torch.testing.assert_close(compressed, floats, **tolerance, equal_nan=True)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("net", "most"), [("convs", 0.70), ("block", 0.66)])
 def test_less_is_kept_than_by_plain_training(net: str, most: float) -> None:
     model, x = made(net)
@@ -109,6 +110,7 @@ def test_what_a_max_pool_picked_is_kept_in_a_byte() -> None:
     assert found == {True: [torch.uint8], False: [torch.float32]}
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_bytes_kept_of_one_product_are_counted_exactly() -> None:
     """linear → linear: x and the parameters are there, so the codes and the mask of what lies between are all."""
     torch.manual_seed(0)
@@ -122,6 +124,7 @@ def test_bytes_kept_of_one_product_are_counted_exactly() -> None:
     assert kept >= 64 * 32 + 64 * 32 // 8
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_checkpoint_regions_keep_no_more() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -147,6 +150,7 @@ def statically(model: nn.Module, x: Tensor) -> int:
     return kept_bytes(model, torch.compile(model, backend="fxquant", dynamic=False), x)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_open_sizes_keep_codes_too() -> None:
     model, x = made("block")
     prepared = fxquant.prepare(model, (x,))
@@ -156,6 +160,7 @@ def test_open_sizes_keep_codes_too() -> None:
     assert kept_bytes(prepared, run, torch.cat([x, x])) == pytest.approx(twice, rel=0.01), "scales are kept once"
 
 
+@pytest.mark.usefixtures("uncompiled")
 @each_net
 def test_an_open_batch_keeps_just_what_a_static_one_does(net: str) -> None:
     """Of layers, too, that take a batch's positions as rows: ``16·s0`` of them."""
@@ -167,6 +172,7 @@ def test_an_open_batch_keeps_just_what_a_static_one_does(net: str) -> None:
     assert kept_bytes(prepared, torch.compile(prepared, backend="fxquant"), x) == static
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_generated_code_calls_no_op_of_ours_and_computes_a_gelu_once() -> None:
     model, x = Block(), made("block")[1]
     prepared = fxquant.prepare(model, (x,))

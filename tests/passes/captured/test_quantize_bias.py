@@ -99,7 +99,7 @@ def test_the_optimized_file_computes_training_s_codes(tmp_path: Path) -> None:
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
     biases = [name for name in held if name.endswith("bias__codes")]
     assert len(biases) == 4 and all(held[name].dtype == np.int32 for name in biases)
-    report = fxquant.verify_onnx(model, (x,), path, rounds=1)
+    report = fxquant.verify_onnx(model, (x,), path, rounds=0)
     assert [row.kernel for row in report.rows] == ["QLinearConv"] * 4
     feeds = {file.graph.input[0].name: x.numpy()}
     optimized, plain = (run_outputs(path, feeds, optimize=optimize)[0] for optimize in (True, False))
