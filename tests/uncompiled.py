@@ -1,4 +1,4 @@
-"""Steps whose kernels no C++ compiler sees: what they keep, move and launch is Inductor's, what they compute is zeros."""
+"""Steps whose kernels no C++ compiler sees: what they keep, move and launch is Inductor's; they compute zeros."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def verify_onnx(
     Runs it in onnxruntime without optimizations, which executes Q/DQ as the standard says (codes at every
     QuantizeLinear and outputs against `fxquant_eager`), then as the model's target does: in onnxruntime with all
     optimizations (outputs, kernels, and ``rounds`` timed runs against an export of the float model, on one thread,
-    interleaved, medians; 0 times nothing, and exports no float model), or in OpenVINO (outputs, kernels). For tensorrt and generic, which are not run here, it
-    checks the target's rules instead. Changes neither model nor file.
+    interleaved, medians; 0 times nothing, and exports no float model), or in OpenVINO (outputs, kernels). For tensorrt
+    and generic, which are not run here, it checks the target's rules instead. Changes neither model nor file.
 
     Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not load or
     run; it quantizes activations and the model's run came by none of them), MissingDependency (onnx, onnxruntime, the
