@@ -13,7 +13,8 @@ from torch import fx
 from fxquant.graph.meta import source_of
 
 _BOUND = re.compile(r"\.forward(?:\.__self__)?\.module(?=\.|$)")
-_MEMBER = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
+# ``.__dict__['_modules']['a']`` where the code has set an attribute of the module meanwhile.
+_MEMBER = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules|\.__dict__)?(?:\['([^']+)'\]|\[(\d+)\])")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 _CALL = re.compile(r"@\d+")
 
@@ -22,8 +23,8 @@ def normalize_path(path: str) -> str:
     """Dynamo's or export's spelling of a module path as dotted names: ``L['self'].module.a[0]`` → ``….a.0``."""
     root = _ROOT.match(path)
     head, tail = (root.group(), path[root.end() :]) if root else ("", path)
+    tail = _MEMBER.sub(lambda m: "." + (m.group(1) or m.group(2)), tail)
     tail = _BOUND.sub("", tail)
-    tail = _MEMBER.sub(lambda m: "." + (m.group(1) or m.group(2) or m.group(3)), tail)
     return head + _CALL.sub("", tail)
 
 
@@ -45,6 +46,11 @@ def frames(node: fx.Node) -> tuple[Frame, ...]:
 def relative(path: str, owner: str) -> str:
     """``path`` as seen from ``owner`` (its own path: the empty string)."""
     return path[len(owner) :].lstrip(".") if path.startswith(owner) else path
+
+
+def is_outside(path: str) -> bool:
+    """Whether a `relative` path is not below the owner, but Dynamo's expression of a module elsewhere."""
+    return _ROOT.match(path) is not None
 
 
 def root_path(graph: fx.Graph) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import fx
 
-from fxquant.graph.frames import user_line
+from fxquant.graph.frames import is_outside, user_line
 from fxquant.graph.lift import Operand
 from fxquant.graph.meta import region_of
 from fxquant.graph.views import Bind
@@ -54,6 +54,10 @@ class Naming:
             return
         key, path = owner
         edges = edges_of(self.places, key, placed.edges)
+        if any(is_outside(edge.path) for edge in edges):
+            reason = f"its module is reached by another path than through {path or 'the model'}, which runs it"
+            declined.append(FloatPlace(where=first.name, reason=reason, source=user_line(first)))
+            return
         if (path, edges) in self.sites:
             return  # another call of the same module: one quantizer serves both
         taken = self.taken.setdefault(path, set())

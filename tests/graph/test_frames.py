@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import fxquant
-from fxquant.graph.frames import Frame, frames, normalize_path, relative, root_path, user_line
+from fxquant.graph.frames import Frame, frames, is_outside, normalize_path, relative, root_path, user_line
 
 aten = torch.ops.aten
 
@@ -28,6 +28,8 @@ aten = torch.ops.aten
         ("L['self'].heads['left']", "L['self'].heads.left"),
         ("L['self'].forward.module.fc", "L['self'].fc"),
         ("L['self'].forward.__self__.module._modules['fc']", "L['self'].fc"),
+        ("L['self'].blocks[0].__dict__['_modules']['fc'].proj", "L['self'].blocks.0.fc.proj"),
+        ("L['self'].__dict__['forward'].__self__.module.__dict__['_modules']['1x1']", "L['self'].1x1"),
         ("L['self'].forward.modules", "L['self'].forward.modules"),
         ("L['self'].fc@1", "L['self'].fc"),
         ("blocks.0@12.fc@3", "blocks.0.fc"),
@@ -45,6 +47,11 @@ def test_normalize_path(path: str, expected: str) -> None:
 )
 def test_relative(path: str, owner: str, expected: str) -> None:
     assert relative(path, owner) == expected
+
+
+def test_an_expression_is_no_path_below_an_owner() -> None:
+    assert is_outside("L['self'].blocks.0.fc") and is_outside("G['model']")
+    assert not any(map(is_outside, ("", "fc", "blocks.0", "1x1")))
 
 
 def node_in(stack: dict[str, tuple[str, type]] | None, trace: str | None = None) -> fx.Node:
