@@ -36,8 +36,21 @@ class _Retrace(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, inline_checkpoints: bool = False) -> None:
         super().__init__(_outlined(gm))
         self.inline_checkpoints = inline_checkpoints
+        self.autocasts: list[torch.autocast] = []  # entered, innermost last
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As a graph runs; autocast that an error leaves on is left."""
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self.autocasts:
+                self.autocasts.pop().__exit__(None, None, None)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:
+            return self._autocast(*args)
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self.autocasts.pop().__exit__(None, None, None)
         if target is tag_activation_checkpoint:
             if self.inline_checkpoints:
                 return self._inline(args)
@@ -49,6 +62,11 @@ class _Retrace(fx.Interpreter):
         if isinstance(target, HigherOrderOperator) and target.name() == "autograd_function_apply":
             return self._keep(target, args, kwargs, 2)
         return super().call_function(target, args, kwargs)
+
+    def _autocast(self, device: str, *rest: Any) -> None:
+        """Enters autocast, which records that too. Private `_enter_autocast`, tried on 2.13, is recorded, not run."""
+        self.autocasts.append(torch.autocast(device, *rest))
+        self.autocasts[-1].__enter__()
 
     def _inline(self, args: tuple[Any, ...]) -> Any:
         """Dissolves a checkpointed body, marking the nodes it makes with a region of their own."""
@@ -194,6 +212,12 @@ def dynamo_graphs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
         return run
 
-    with torch.enable_grad(), compiled_aside(model, record, dynamic=False) as compiled:
+    with torch.inference_mode(False), torch.enable_grad(), compiled_aside(model, record, dynamic=False) as compiled:
+        args, kwargs = torch.utils._pytree.tree_map(_usable, (args, kwargs))
         compiled(*args, **kwargs)
     return graphs
+
+
+def _usable(value: Any) -> Any:
+    """A copy of an inference tensor, which no operator with a gradient takes."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value

@@ -31,8 +31,12 @@ def detach(model: nn.Module) -> None:
         root.detach()
 
 
+@torch.inference_mode(False)
 def attach(model: nn.Module, plan: Plan) -> None:
-    """Puts a plan, its quantizers and the forwards that bind them on a model; `detach` undoes it."""
+    """Puts a plan, its quantizers and the forwards that bind them on a model; `detach` undoes it.
+
+    Their tensors are trained and updated later, so they are no inference tensors, whoever prepares.
+    """
     by_owner = plan.owners()
     modules = dict(model.named_modules())
     for path in by_owner:

@@ -15,6 +15,7 @@ from fxquant.prepared.freeze import freeze_batch_norm
 from fxquant.prepared.planning import make_plan
 from fxquant.prepared.quantizer import owners
 from fxquant.prepared.root import plan_of
+from fxquant.prepared.trainable import make_trainable
 from fxquant.spec.ranges import Range
 from fxquant.spec.recipes import Recipe, get_recipe
 from fxquant.spec.rules import Rule
@@ -68,6 +69,7 @@ def prepare(
     if ranges is not None:
         chosen = chosen.with_range(ranges)
     _check(model, args, kwargs)
+    make_trainable(model)
     plan = make_plan(model, args, dict(kwargs or {}), chosen, profile)
     try:
         attach(model, plan)

@@ -112,6 +112,8 @@ SYMBOLS: Mapping[str, str] = {
     "torch.backends.mha._is_fastpath_enabled": "value",
     "torch.ops.aten._transformer_encoder_layer_fwd": "value",
     "torch._dynamo.backends.distributed.DDPOptimizer.compile_fn": "function",
+    "torch.amp.autocast_mode._enter_autocast": "function",
+    "torch.amp.autocast_mode._exit_autocast": "function",
 }
 OLDER = {  # symbols that this torch may lack: a newer or older one has another in its place
     "torch._higher_order_ops.utils._hop_compile_and_call": "invoke_subgraph_placeholder before torch 2.13",

@@ -12,7 +12,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
-from fxquant.capture.dynamo import capture, dynamo_graphs
+from fxquant.capture.dynamo import _Retrace, capture, dynamo_graphs
 from fxquant.graph.bodies import is_checkpoint, is_transform, nested_graphs
 from fxquant.graph.nodes import call_nodes
 from fxquant.passes.stages import CAPTURED, stage_of
@@ -78,6 +78,51 @@ def test_nodes_carry_values_modules_and_lines() -> None:
     assert [kind for _, kind in relu.meta["nn_module_stack"].values()][-1] is Layer
     assert "self.fc(x)" in linear.meta["stack_trace"]
     torch.testing.assert_close(traced(*inputs)[0], model(X))
+
+
+class OwnAutocast(nn.Module):
+    """Enters autocast itself, leaves it for a while, and mixes what it gives with a mask of the same dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            q = self.fc(x)[None]
+            y = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=q.new_zeros(2, 2))
+            with torch.autocast("cpu", enabled=False):
+                y = self.out(y.float())
+            y = self.fc(y)
+        return self.out(y.float())
+
+
+def test_autocast_of_the_model_itself_is_that_of_the_values() -> None:
+    model = OwnAutocast()
+    _, traced, inputs = both(model, X)
+    assert not torch.is_autocast_enabled("cpu")
+
+    class Compared(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n.op == "call_function":
+                assert value.dtype == n.meta["val"].dtype, n
+            return value
+
+    assert torch.equal(Compared(traced).run(*inputs)[0], model(X))
+    found = {n.name: n.meta["val"].dtype for n in call_nodes(traced.graph) if "linear" in n.name}
+    half, single = torch.bfloat16, torch.float32
+    assert list(found.values()) == [half, single, half, single]
+
+
+def test_autocast_ends_with_an_error() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, True))
+    graph.output(graph.call_function(torch.matmul, (x, x)))
+    with pytest.raises(RuntimeError, match="shapes"):
+        _Retrace(fx.GraphModule({}, graph)).run(X)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_symbolic_sizes_stay() -> None:

@@ -66,7 +66,7 @@ class Range(abc.ABC):
         Finite, so that a moving average of a model's state that starts with it stays finite. A ``nn.Parameter`` is
         trained, anything else is a buffer. All keep their dtype when the model changes its own.
         """
-        return {name: torch.full((1,), -NOTHING_SEEN) for name in self.state_names}
+        return {name: torch.full((1,), -NOTHING_SEEN, dtype=torch.float32) for name in self.state_names}
 
     def is_set(self, state: State) -> bool:
         """Whether the state holds a range: a look on the host."""

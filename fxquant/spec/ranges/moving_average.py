@@ -37,7 +37,8 @@ class MovingAverage(Range):
 
     def initial_state(self, format: Format) -> dict[str, Tensor]:
         """An empty range: its minimum is above its maximum, both next to 0."""
-        return {"min_val": torch.full((1,), qparams.NOTHING_SEEN), "max_val": torch.full((1,), -qparams.NOTHING_SEEN)}
+        unset = {"min_val": qparams.NOTHING_SEEN, "max_val": -qparams.NOTHING_SEEN}
+        return {name: torch.full((1,), number, dtype=torch.float32) for name, number in unset.items()}
 
     def is_set(self, state: Mapping[str, Tensor]) -> bool:
         """Whether it has seen data, be it zeros only."""
