@@ -245,7 +245,7 @@ class AverageMinMax(View):
 
 @dataclass(frozen=True)
 class Bind(View):
-    """``bind(key, modes, state, group)``: the frame of an owner, see `fxquant.ops.marks`."""
+    """``bind(key, modes, state, group, before)``: the frame of an owner, see `fxquant.ops.marks`."""
 
     OPS: ClassVar[Collection[Any]] = (BIND,)
 
@@ -268,6 +268,11 @@ class Bind(View):
     def group(self) -> str | None:
         """The process group whose ranks keep equal ranges; "" for none, None for all ranks."""
         return argument(self.node, "group")
+
+    @property
+    def before(self) -> bool:
+        """Whether they reduce the extremes of a tensor before it is quantized."""
+        return argument(self.node, "before")
 
 
 @dataclass(frozen=True)

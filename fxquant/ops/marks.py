@@ -11,23 +11,28 @@ from torch import Tensor
 from fxquant.ops.library import define
 
 
-def _bind(key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | None = None) -> None:
+def _bind(
+    key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | None = None, before: bool = False
+) -> None:
     return None
 
 
-BIND = define("bind(str key, int[] modes, Tensor[] state, str? group=None) -> ()", _bind)
+BIND = define("bind(str key, int[] modes, Tensor[] state, str? group=None, bool before=False) -> ()", _bind)
 
 
 # Nothing uses its (absent) result; without this, tracers would drop it as dead code.
 torch.fx.node.has_side_effect(BIND)
 
 
-def bind(key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | None = None) -> None:
+def bind(
+    key: str, modes: Sequence[int], state: Sequence[Tensor], group: str | None = None, before: bool = False
+) -> None:
     """Marks the frame of one owner: its site list's digest, a mode per site, and their state tensors.
 
     ``group`` names the process group whose ranks keep equal ranges: None for all ranks, ``""`` for no other.
+    ``before``: whether each tensor is quantized with the extremes that it has on all of them.
     """
-    BIND(key, modes, state, group)
+    BIND(key, modes, state, group, before)
 
 
 def _stand_in(computed: Tensor, known: Tensor) -> Tensor:

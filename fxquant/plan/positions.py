@@ -25,7 +25,7 @@ class BoundSite:
     """A local site found in a graph: its operands there, its mode, and the nodes that hold its state.
 
     ``owner`` is the owner's path below the compiled frame: the plan's own where the whole model was captured.
-    ``group`` is as in `fxquant.ops.marks.bind`.
+    ``group`` and ``before`` are as in `fxquant.ops.marks.bind`.
     """
 
     site: LocalSite
@@ -35,6 +35,7 @@ class BoundSite:
     state: tuple[fx.Node, ...]
     bind: fx.Node
     group: str | None = None
+    before: bool = False
 
     @property
     def key(self) -> str:
@@ -159,6 +160,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                         state=mine,
                         bind=bind.node,
                         group=bind.group,
+                        before=bind.before,
                     )
                 )
             else:

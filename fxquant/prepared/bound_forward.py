@@ -61,6 +61,7 @@ class BoundForward:
         self.key = register(sites, target)
         self.eager_runs = 0
         self.group: str | None = None  # as `sync_ranges` sets it, for `fxquant.ops.marks.bind`
+        self.before = False
         LIVE.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +82,7 @@ class BoundForward:
             modes.append(int(quantizer.mode(self.module.training)))
             for kept in quantizer.site.spec.range.state_names:  # not a property: Dynamo traces each for every site
                 state.append(getattr(quantizer, kept))
-        bind(self.key, modes, state, self.group)
+        bind(self.key, modes, state, self.group, self.before)
 
     def quantizers(self) -> Iterator[Quantizer]:
         """Those of the module."""

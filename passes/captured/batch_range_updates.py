@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +18,7 @@ from fxquant.graph.nodes import results
 from fxquant.graph.views import AverageMinMax, items
 from fxquant.ops import qparams
 from fxquant.passes.base import Pass, PassResult
+from fxquant.passes.captured.across_ranks import reduced
 from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
@@ -43,11 +44,8 @@ class BatchRangeUpdates(Pass):
     that checkpointed bodies observed become results of theirs, and count with the graph around them. A range whose
     tensor is observed twice in a graph moves twice.
 
-    Observations with a process group are first reduced over it, in one ``all_reduce`` a graph::
-
-        both = all_reduce(nan_to_num(cat(−lows, highs), inf), "max");  low_i = −both[i];  high_i = both[N + i]
-
-    NaN counts as infinite there, so that all ranks leave a range alone for which one of them met a non-finite value.
+    Observations with a process group are first reduced over it, in one ``all_reduce`` a graph (`across_ranks`). All
+    ranks leave a range alone for which one of them met a non-finite value.
     A range that is updated *before* it is used has then been quantized with this rank's own average, from which a
     second use in the graph goes on; what is kept is the average with the reduced extremes.
     """
@@ -133,22 +131,8 @@ def _update(graph: fx.Graph, found: Sequence[_Observation]) -> None:
 
 
 def _reduced(graph: fx.Graph, members: Sequence[_Observation], group: str) -> list[_Observation]:
-    """The same with minimum and maximum over all ranks, as one maximum of ``(−low…, high…)``."""
-    count, like = len(members), members[-1].low
-    lows = call(graph, aten.cat.default, [one.low for one in members], like=like)
-    lows = call(graph, aten.neg.default, lows, like=like)
-    both = call(graph, aten.cat.default, [lows, *(one.high for one in members)], like=like)
-    both = call(graph, aten.nan_to_num.default, both, math.inf, math.inf, -math.inf, like=like)
-    collectives = torch.ops._c10d_functional
-    sent = call(graph, collectives.all_reduce.default, both, "max", group, like=like)
-    both = call(graph, collectives.wait_tensor.default, sent, like=like)
-    reduced = []
-    for number, one in enumerate(members):
-        low, high = _element(graph, both, number), _element(graph, both, count + number)
-        low = call(graph, aten.neg.default, low, like=like)
-        reduced.append(_Observation(low, high, one.state, one.constant, one.group))
-    return reduced
-
-
-def _element(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
-    return call(graph, aten.slice.Tensor, node, 0, index, index + 1, like=node)
+    """The same with minimum and maximum over all ranks."""
+    make = functools.partial(call, graph, like=members[-1].low)
+    lows, highs = reduced(make, [one.low for one in members], [one.high for one in members], group)
+    extremes = zip(lows, highs, members, strict=True)
+    return [_Observation(low, high, one.state, one.constant, one.group) for low, high, one in extremes]

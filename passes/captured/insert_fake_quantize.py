@@ -60,6 +60,7 @@ class InsertFakeQuantize(Pass):
                 mode=Mode(bound.mode),
                 state=bound.state,
                 group=process_group(bound.group),
+                before=bound.before,
             )
             by_graph.setdefault(bound.bind.graph, []).append(insertion)
         done = 0

@@ -13,7 +13,8 @@ from fxquant.graph.edit import call, item
 from fxquant.graph.lift import Operand
 from fxquant.graph.meta import mark_observation
 from fxquant.graph.nodes import packet
-from fxquant.ops import fake_quantize
+from fxquant.ops import fake_quantize, qparams
+from fxquant.passes.captured.across_ranks import reduced
 from fxquant.plan.plan import Role
 from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
@@ -26,7 +27,7 @@ class Insertion:
     """One site in one graph.
 
     ``state`` holds the nodes of the range's state, ``group`` the name of the process group whose ranks keep it equal:
-    ``""`` for this process alone.
+    ``""`` for this process alone. ``before``: whether they reduce its extremes before it is quantized.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Insertion:
     mode: Mode
     state: tuple[fx.Node, ...] = ()
     group: str = ""
+    before: bool = False
 
 
 class SiteNodes:
@@ -50,6 +52,7 @@ class SiteNodes:
         self.axis = site.spec.axis if site.spec.group_size is None else 0
         self.state = dict(zip(site.spec.range.state_names, site.state, strict=True)) if site.state else {}
         self.across_ranks = bool(site.group)
+        self._agrees_before_use = site.before and bool(site.group) and site.mode is Mode.TRAIN
         self._last: fx.Node | None = None
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -77,7 +80,15 @@ class SiteNodes:
 
     def defer(self, average: fx.Node) -> None:
         """Says that `BatchRangeUpdates` is to do this ``average_min_max`` at the end of the graph."""
-        mark_observation(average, self.site.group)
+        mark_observation(average, "" if self._agrees_before_use else self.site.group)
+
+    def extremes(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Minimum and maximum of ``value``, over all ranks where these are to reduce them before use."""
+        low, high = self.pair(qparams.BATCH_MIN_MAX, value)
+        if not self._agrees_before_use:
+            return low, high
+        both = reduced(self.call, [low], [high], self.site.group)
+        return both[0][0], both[1][0]
 
     def quantized(self) -> fx.Node | None:
         """The node that stands for the quantized tensor; None where the site only observes."""

@@ -62,7 +62,7 @@ CASES = [
         qparams.AVERAGE_MIN_MAX,
         {"extremes": ("low", "high"), "state": ("min", "max"), "constant": "constant"},
     ),
-    Case(views.Bind, BIND, {name: name for name in ("key", "modes", "state", "group")}),
+    Case(views.Bind, BIND, {name: name for name in ("key", "modes", "state", "group", "before")}),
     Case(views.BatchNorm, aten.batch_norm.default, NORM),
     Case(views.Convolution, aten.conv1d.default, CONV | {"transposed": Always(False)}),
     Case(views.Convolution, aten.conv2d.default, CONV | {"transposed": Always(False)}),

@@ -22,6 +22,8 @@ from tests.nets import Mlp, counted, eager_runs, prepared, ranges, step
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("delayed", "moving_average", "off", "group", "checkpoint", "non_finite", "inductor", "plain")
+WRAPPED = ("buckets", "sharded")
+STEPS = 5
 
 
 class Checkpointed(nn.Module):
@@ -89,15 +91,90 @@ def counting(seen: list[int], name: str) -> Any:
     return backend
 
 
+class Residuals(nn.Module):
+    """Blocks that own sums, as those that fully_shard is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Residual() for _ in range(2)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.down(torch.relu(self.up(x))))
+
+
+def residuals(checkpointed: bool = False) -> nn.Module:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    made = Checkpointed() if checkpointed else Residuals()
+    return prepared(made.double(), batch(0)[:4])
+
+
+def losses(model: nn.Module, wrapped: nn.Module, rank: int | None, reduce: bool = True) -> dict[str, Any]:
+    """Of five steps on a rank's half of each batch, or on whole batches; the mean over ranks."""
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    compiled, found = torch.compile(wrapped, backend="fxquant_eager"), []
+    for number in range(STEPS):
+        x = batch(number) if rank is None else batch(number)[4 * rank : 4 * rank + 4].clone()
+        loss = compiled(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if reduce and rank is not None:
+            torch.distributed.all_reduce(loss)
+            loss = loss / 2
+        found.append(loss.item())
+    return {"losses": found, "ranges": ranges(model), "eager": eager_runs(model)}
+
+
+def train_wrapped(case: str, rank: int, out: str) -> dict[str, Any]:
+    """With extremes reduced before use, in DistributedDataParallel's buckets or under fully_shard."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = residuals(case == "buckets")
+    fxquant.sync_ranges(model, when="before")
+    if case != "sharded":
+        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 64
+        wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4, broadcast_buffers=False)  # type: ignore
+        return losses(model, wrapped, rank)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    found = losses(model, model, rank)
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(gathered, f"{out}.gathered")
+    return found
+
+
 def main(rank: int, rendezvous: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    Path(f"{out}.{rank}").write_text(json.dumps({case: run(case, rank) for case in CASES}), encoding="utf-8")
+    found = {case: run(case, rank) for case in CASES}
+    found |= {case: train_wrapped(case, rank, out) for case in WRAPPED}
+    Path(f"{out}.{rank}").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
     code = "import sys; from tests.prepared.test_distributed_ranges import main; main(int(sys.argv[1]), *sys.argv[2:])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
@@ -179,6 +256,32 @@ def test_hidden_ranges_are_those_of_one_process_with_the_whole_batch(both: list[
         if number:  # the first step takes the range of the tensor in hand, which is a rank's own
             for key, pair in ranges(model).items():
                 assert tuple(got[key]) == pytest.approx(pair, rel=2e-2)
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_with_extremes_before_use_training_is_that_of_one_process(both: list[dict[str, Any]], case: str) -> None:
+    model = residuals(case == "buckets")
+    alone = losses(model, model, None)
+    for rank in both:
+        assert rank[case]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+        assert rank[case]["ranges"] == both[0][case]["ranges"] and not rank[case]["eager"]
+        for key, pair in alone["ranges"].items():
+            assert tuple(rank[case]["ranges"][key]) == pytest.approx(pair, rel=1e-6)
+
+
+def test_a_checkpoint_gathered_from_shards_is_deployed(both: list[dict[str, Any]], folder: Path) -> None:
+    model = residuals().float()
+    assert not any(model.load_state_dict(torch.load(folder / "out.gathered", weights_only=True)))
+    assert {key: list(pair) for key, pair in ranges(model).items()} == both[0]["sharded"]["ranges"]
+    x = batch(9).float()
+    fxquant.export_onnx(model.eval(), (x,), folder / "m.onnx")
+    found = fxquant.verify_onnx(model, (x,), folder / "m.onnx", rounds=1)
+    assert found.input_differing_codes == 0 and len(found.codes) == len(ranges(model))
+
+
+def test_when_is_one_of_two() -> None:
+    with pytest.raises(fxquant.errors.InvalidArgument, match="when must be 'after' or 'before': got 'first'"):
+        fxquant.sync_ranges(residuals(), when="first")  # type: ignore[arg-type]
 
 
 def test_without_other_processes_nothing_is_reduced() -> None:

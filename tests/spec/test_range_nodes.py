@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import fxquant
+from fxquant.ops import qparams
 from fxquant.prepared.quantizer import quantizers
 from fxquant.spec import CurrentTensor, Fixed, Mode, MovingAverage, QuantSpec
 from fxquant.spec.ranges import Range
@@ -38,6 +39,9 @@ class Written:
     def _named(self, name: str) -> fx.Node:
         known = {node.name: node for node in self.graph.nodes}
         return known[name] if name in known else self.graph.placeholder(name)
+
+    def extremes(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        return self.pair(qparams.BATCH_MIN_MAX, value)
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         name = op._schema.name.split("::")[1]

@@ -102,7 +102,7 @@ class MovingAverage(Range):
         self._average(site, value)
 
     def _average(self, site: SiteGraph, value: fx.Node) -> tuple[fx.Node, fx.Node]:
-        extremes = site.pair(qparams.BATCH_MIN_MAX, value)
+        extremes = site.extremes(value)
         state = site.state["min_val"], site.state["max_val"]
         average = site.call(qparams.AVERAGE_MIN_MAX, *extremes, *state, self.constant)
         site.defer(average)

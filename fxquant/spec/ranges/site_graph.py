@@ -68,6 +68,9 @@ class SiteGraph(Protocol):
     def across_ranks(self) -> bool:
         """Whether several processes keep the state equal: updates are then to be `defer`\\ red."""
 
+    def extremes(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Minimum and maximum of a tensor: over all ranks, where they are to agree before it is quantized."""
+
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of an operator."""
 
