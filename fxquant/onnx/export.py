@@ -16,11 +16,14 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
+from fxquant.capture.half import in_float32, widened
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
 from fxquant.graph.edit import copied
-from fxquant.onnx.file_check import FileCheck
+from fxquant.onnx.file_check import FileCheck, Inputs
+from fxquant.onnx.half_edges import NOTE, HalfEdges
 from fxquant.onnx.write import pack_int4, save, to_onnx
+from fxquant.onnx.zero_points import imply_zero_points
 from fxquant.passes.base import run_all
 from fxquant.passes.export.freeze import Frozen
 from fxquant.passes.pipelines import export_passes, training_passes
@@ -33,7 +36,7 @@ from fxquant.prepared.unset import check_ranges, unset_in_float
 from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
-from fxquant.targets.profiles import get_profile
+from fxquant.targets.profiles import Profile, get_profile
 
 ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
 WeightStorage = Literal["int8", "int4"]
@@ -119,15 +122,14 @@ def export_onnx(
     elif dynamic_batch:
         args, named = _at_least_two(args), _at_least_two(named)
         sizes = open_batch(args, named)
-    gm, evaluated, frozen = quantized_graph(plain, args, named, sizes, plan)
-    notes = [*told, *frozen.notes]
-    program = to_onnx(gm, args, named, sizes, opset)
-    written = {value.name for node in program.model.graph for value in node.outputs}
-    merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
-    program.model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
-    notes += pack_int4(program.model, only_blocks=weight_storage != "int4")
-    check = FileCheck(evaluated, args, named, frozen.labels) if verify else None
-    size = save(program, destination, check)
+    edges = HalfEdges.of(plain, args, named)
+    with in_float32(plain):
+        wide: Inputs = widened((args, named))
+        gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan)
+        program = to_onnx(gm, *wide, sizes, opset)
+        notes = [*told, *frozen.notes, *_finish(program.model, frozen, profile, edges, weight_storage)]
+        check = FileCheck(evaluated, (args, named), wide, frozen.labels) if verify else None
+        size = save(program, destination, check)
     notes += [] if check is None else check.notes
     return ExportReport(
         path=os.fspath(path),
@@ -140,6 +142,21 @@ def export_onnx(
         float_bytes=4 * sum(p.numel() for p in plain.parameters()),
         notes=tuple(notes),
     )
+
+
+def _finish(
+    model: Any, frozen: Frozen, profile: Profile, edges: HalfEdges | None, weight_storage: WeightStorage
+) -> list[str]:
+    """What the exporter's model lacks of the file; notes."""
+    written = {value.name for node in model.graph for value in node.outputs}
+    merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
+    model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
+    if profile.implied_zero:
+        imply_zero_points(model.graph)
+    if edges is not None:
+        edges.narrow(model.graph)
+    notes = pack_int4(model, only_blocks=weight_storage != "int4")
+    return notes if edges is None else [*notes, NOTE]
 
 
 def quantized_graph(

@@ -35,7 +35,7 @@ def feeds_of(path: ModelPath, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             f"got {len(found) + len(others)} tensors."
         )
     found |= dict(zip([name for name in names if name not in found], others, strict=True))
-    return {name: found[name].detach().cpu().numpy() for name in names}
+    return {name: _array(found[name]) for name in names}
 
 
 def arrays(outputs: Any) -> list[np.ndarray]:

@@ -25,6 +25,9 @@ _NOISE = 1e-4
 _LAST_PLACES = 8
 
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass
 class FileCheck:
     """Runs a file and a graph, and raises ExportError with the first tensor of the file that is off.
@@ -35,22 +38,23 @@ class FileCheck:
 
     Attributes:
         evaluated: the graph before the passes of export.
+        given, wide: arguments and keywords for the file, and for the graph, which has no half types.
         labels: fake-quant node in it → its QuantizeLinear's result in the file.
         notes: what could not be held against each other, and why.
     """
 
     evaluated: fx.GraphModule
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    given: Inputs
+    wide: Inputs
     labels: Mapping[str, str]
     notes: list[str] = field(default_factory=list)
 
     def __call__(self, path: Path) -> None:
         """Checks the file at ``path``."""
         try:
-            found = evaluate(path, arrays((self.args, self.kwargs)), set(self.labels.values()))
+            found = evaluate(path, arrays(self.given), set(self.labels.values()))
             held = _Held(self.evaluated, self.labels, found)
-            leaves = torch.utils._pytree.tree_leaves((self.args, self.kwargs))
+            leaves = torch.utils._pytree.tree_leaves(self.wide)
             with torch.no_grad():
                 held.run(*(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves))
         except Exception as error:  # whatever a runtime or an operator has to say
@@ -155,7 +159,8 @@ def _differing(theirs: Tensor, ours: Tensor, step: float) -> tuple[int, float]:
     if theirs.shape != ours.shape:
         return ours.numel(), math.nan
     one, two = ours.double(), theirs.double()
-    noise = max(_NOISE, _LAST_PLACES * torch.finfo(ours.dtype).eps) if ours.is_floating_point() else 0.0
+    last_places = [_LAST_PLACES * torch.finfo(v.dtype).eps for v in (ours, theirs) if v.is_floating_point()]
+    noise = max(_NOISE, *last_places) if last_places else 0.0
     largest = one[one.isfinite()].abs().max().item() if one.isfinite().any() else 0.0
     distance = (one - two).abs()
     alike = (distance <= step + noise * largest) | (one == two) | (one.isnan() & two.isnan())

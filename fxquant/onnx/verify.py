@@ -15,9 +15,11 @@ from torch import nn
 
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
+from fxquant.capture.half import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
+from fxquant.onnx.half_edges import HalfEdges
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
@@ -133,7 +135,12 @@ def _latency(runtime: Runtime, case: Case, rounds: int) -> tuple[float, float]:
 
 def _export_float(case: Case, path: Path) -> None:
     """The same model without quantizers; BatchNorm is folded by the runtime."""
-    with evaluating(case.model), torch.no_grad():
-        sizes = open_batch(case.args, case.kwargs)
-        gm = exported_graph(case.model, case.args, case.kwargs, sizes)
-        save(to_onnx(gm, case.args, case.kwargs, sizes, 21), path)
+    edges = HalfEdges.of(case.model, case.args, case.kwargs)
+    with evaluating(case.model), in_float32(case.model), torch.no_grad():
+        args, kwargs = widened((case.args, case.kwargs))
+        sizes = open_batch(args, kwargs)
+        gm = exported_graph(case.model, args, kwargs, sizes)
+        program = to_onnx(gm, args, kwargs, sizes, 21)
+        if edges is not None:
+            edges.narrow(program.model.graph)
+        save(program, path)

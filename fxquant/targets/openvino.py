@@ -32,6 +32,7 @@ _PROFILE = Profile(
     symmetric_operands=frozenset({"matmul.rhs", "sdpa.key"}),
     zero_based_operands=frozenset({"matmul.lhs", "sdpa.query", "conv_transpose.input"}),
     float_operands=FLOAT_VALUE,
+    implied_zero=True,
     activation_bits=range(2, 9),
     weight_bits=range(2, 9),
     refused={
@@ -103,6 +104,8 @@ def _activation_pairs(reader: LintReader, op: str, index: int) -> Iterator[tuple
 
 
 def _zero_point(reader: LintReader, pair: onnx.NodeProto) -> int | None:
+    if len(pair.input) < 3:
+        return 0
     point = reader.array(pair, 2)
     return int(point) if point is not None and point.size == 1 else None
 

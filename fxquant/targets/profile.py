@@ -31,6 +31,7 @@ class Profile:
         integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
         direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
             before it.
+        implied_zero: int8 pairs whose codes are moved may leave out their zero point, see `fxquant.onnx.zero_points`.
         float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
         activation_bits, weight_bits: code widths that the runtime knows.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
@@ -53,6 +54,7 @@ class Profile:
     bias_apart: bool = False
     integer_bias: bool = False
     direct_operands: bool = False
+    implied_zero: bool = False
     float_pads: bool = False
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)

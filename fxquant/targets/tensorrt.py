@@ -18,6 +18,7 @@ _PROFILE = Profile(
     one_scale=frozenset({"conv_transpose"}),
     float_operands=FLOAT_VALUE,
     direct_operands=True,
+    implied_zero=True,
     activation_bits=range(8, 9),
     weight_bits=range(4, 9),
     group_bits=range(4, 5),

@@ -37,7 +37,7 @@ def written(folder: Path, between: Callable[[Graph, str], str], second: float = 
 
 
 def check(path: Path, gm: fx.GraphModule, labels: dict[str, str], x: Tensor = X) -> list[str]:
-    held = FileCheck(gm, (x,), {}, labels)
+    held = FileCheck(gm, ((x,), {}), ((x,), {}), labels)
     held(path)
     return held.notes
 

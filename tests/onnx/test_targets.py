@@ -18,6 +18,7 @@ from fxquant.onnx import lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
+from fxquant.targets.session import run_outputs
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.nets import IMAGE, exported, scores_file, shown
 
@@ -68,10 +69,10 @@ def test_other_targets_keep_the_order_of_the_model(tmp_path: Path) -> None:
     assert_expected_inline(
         shown(scores_file("openvino", tmp_path)),
         """\
-matmul0_rhs = QuantizeLinear(k, const0, const0)
-quantize_dequantize = DequantizeLinear(matmul0_rhs, const0, const0)
-matmul0_lhs = QuantizeLinear(q, const0, const0)
-quantize_dequantize_1 = DequantizeLinear(matmul0_lhs, const0, const0)
+matmul0_rhs = QuantizeLinear(k, const0)
+quantize_dequantize = DequantizeLinear(matmul0_rhs, const0)
+matmul0_lhs = QuantizeLinear(q, const0)
+quantize_dequantize_1 = DequantizeLinear(matmul0_lhs, const0)
 transpose = Transpose(quantize_dequantize)
 matmul = MatMul(quantize_dequantize_1, transpose)
 mul = Mul(matmul, const0)
@@ -89,3 +90,29 @@ def test_a_bias_is_subtracted_for_onnxruntime_only(target: str, op: str, tmp_pat
     sign = -1 if op == "Sub" else 1
     assert len(biases) == 2 and {"Add", "Sub"} & {node.op_type for node in graph.node} == {op}
     np.testing.assert_array_equal(biases[0] * sign, model[0].bias.detach().numpy())
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_moved_int8_codes_load_in_onnxruntime_with_its_optimizations(target: str, tmp_path: Path) -> None:
+    """Heads cut out of a quantized tensor, in sizes that are known: its optimizer moves the pairs, and adds some."""
+    if target == "openvino":
+        pytest.importorskip("openvino")
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (f(x).view(2, 7, 2, 8).transpose(1, 2) for f in (self.q, self.k))
+            return F.scaled_dot_product_attention(q, k, q)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 16)
+    model = fxquant.prepare(Heads().eval(), (x,), target=target)
+    fxquant.calibrate(model, [x], progress=False)
+    path = tmp_path / "heads.onnx"
+    fxquant.export_onnx(model, (x,), path, dynamic_batch=False)
+    plain, optimized = (run_outputs(path, {"x": x.numpy()}, optimize=on)[0] for on in (False, True))
+    np.testing.assert_allclose(optimized, plain, atol=0.01 * np.ptp(plain))
+    assert_codes_agree(fxquant.verify_onnx(model, (x,), path, rounds=1))

@@ -101,9 +101,15 @@ def _computed_scale(g: Graph, broken: bool) -> str:
 
 def _zero_point(g: Graph, broken: bool) -> str:
     x, scale, zero = vectors(g), g.const(np.float32(0.05)), g.const(np.int8(0))
-    given = {"output_dtype": onnx.TensorProto.INT8} if broken else {}
-    codes = g.op("QuantizeLinear", x, scale, *([] if broken else [zero]), **given)
-    return matrix(g, g.op("DequantizeLinear", codes, scale, zero))
+    if not broken:
+        return matrix(g, g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero))
+    return matrix(g, g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale), scale))
+
+
+def _zero_point_implied(g: Graph, broken: bool) -> str:
+    x, scale = vectors(g), g.const(np.float32(0.05))
+    given = {} if broken else {"output_dtype": onnx.TensorProto.INT8}
+    return matrix(g, g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, **given), scale))
 
 
 def _zero_point_shape(g: Graph, broken: bool) -> str:
@@ -170,7 +176,8 @@ COMMON = [
     Case("scale-is-positive", _scale(float("nan")), "got nan to nan"),
     Case("scale-is-positive", _scale(float("inf")), "got inf to inf"),
     Case("scale-is-positive", _computed_scale, "its scale is computed at run time"),
-    Case("zero-point-is-given", _zero_point, "it has no zero point"),
+    Case("zero-point-is-given", _zero_point, "it has no zero point", "generic"),
+    Case("zero-point-is-given", _zero_point_implied, "it has no zero point", "generic"),
     Case("zero-point-is-given", _zero_point_shape, r"differ in shape: \(8,\) and \(1,\)"),
     Case("axis-is-given", _axis, "it has 8 scales and no axis"),
     Case("scale-fits-the-axis", _count, r"shape \(3,\) on axis 1 of a tensor of shape \(8, 8\): \(8,\) would fit"),

@@ -1,0 +1,59 @@
+"""A model of half precision as one of float32, for files that runtimes on a CPU load."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.capture.aside import evaluating, untouched
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether any parameter or buffer is of half precision."""
+    return any(value.dtype in HALVES for value in (*model.parameters(), *model.buffers()))
+
+
+def widened(values: Any) -> Any:
+    """Nested values with tensors of half precision as float32."""
+    return torch.utils._pytree.tree_map(
+        lambda value: value.float() if isinstance(value, Tensor) and value.dtype in HALVES else value, values
+    )
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters and buffers of half precision are float32: exactly the same values, and computed exactly.
+
+    The parameters stay the objects that they are, and have their own memory again afterwards.
+    """
+    parameters = [(value, value.data) for value in model.parameters() if value.dtype in HALVES]
+    buffers = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module._buffers.items()
+        if value is not None and value.dtype in HALVES
+    ]
+    try:
+        for value, own in parameters:
+            value.data = own.float()
+        for module, name, own in buffers:
+            module._buffers[name] = own.float()
+        yield
+    finally:
+        for value, own in parameters:
+            value.data = own
+        for module, name, own in buffers:
+            module._buffers[name] = own
+
+
+def output_types(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.dtype]:
+    """The types of a model's outputs that are tensors, flattened in order, from a run of the float model."""
+    with untouched(model), evaluating(model), torch.no_grad():
+        outputs = model(*args, **kwargs)
+    return [leaf.dtype for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
