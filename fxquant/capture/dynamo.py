@@ -21,6 +21,8 @@ from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 
 from fxquant.capture.aside import compiled_aside
+from fxquant.capture.sharded import SHARDED, is_sharded
+from fxquant.errors import UnsupportedModel
 from fxquant.graph.edit import copied, without_dead_nodes
 from fxquant.graph.meta import REGION, SOURCE, STATE
 from fxquant.graph.static_inputs import is_of_dynamo, keep_sources, sources_of, stand_for
@@ -153,6 +155,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
     their order; see `_describe_placeholders` for what they carry. ``inline_checkpoints`` dissolves checkpointed
     bodies, for planning: their nodes are told apart by ``meta["region"]``.
     """
+    _refuse_sharded(example_inputs)
     context = TracingContext.get()
     fakes = _fake_inputs(gm, example_inputs, context)
     assert context.fake_mode is not None
@@ -163,6 +166,12 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
     SilenceBodies().run(traced, CAPTURED)
     tell_calls_apart(traced)
     return without_dead_nodes(traced)
+
+
+def _refuse_sharded(example_inputs: Sequence[Any]) -> None:
+    """Raises UnsupportedModel for DTensors: they have neither proxies of make_fx, nor rules for our operators."""
+    if any(map(is_sharded, example_inputs)):
+        raise UnsupportedModel(SHARDED)
 
 
 def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_inputs: Sequence[Any]) -> None:

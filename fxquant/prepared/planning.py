@@ -70,6 +70,9 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise
         except Exception as error:
             failed = error
+    ours = getattr(failed, "inner_exception", None)  # of what a backend raises, Dynamo makes an error of its own
+    if isinstance(ours, FxquantError):
+        raise ours
     if failed is not None:  # outside: the model runs again, without marks
         _blame(model, args, kwargs, failed)
     for gm in graphs:

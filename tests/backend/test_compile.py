@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 from fxquant.backend.reports import compile_reports
+from fxquant.errors import UnsupportedModel
 from fxquant.passes import base
 from fxquant.passes.base import Decline, PassResult
 from fxquant.passes.pipelines import joint_passes, post_grad_passes, training_passes
@@ -307,6 +308,23 @@ def test_a_model_of_several_buckets_trains_as_without(name: str, monkeypatch: py
         assert not unset(model) and not eager_runs(model)
         found.append((outs, ranges(model), grads(model)))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_tensor_parallelism_is_refused_and_shards_that_are_gathered_are_not() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    x, mesh = torch.randn(4, 8), init_device_mesh("cpu", (1,))
+    model = parallelize_module(Mlp(), mesh, {"first": ColwiseParallel()})
+    with pytest.raises(UnsupportedModel, match=r"plain ones: got a DTensor.*Tensor parallelism is not supported"):
+        prepared(model, x)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    torch._dynamo.reset()
+    sharded = fully_shard(Mlp(), mesh=mesh)
+    step(torch.compile(prepared(sharded, x), backend="fxquant_eager"), x)
+    assert not unset(sharded)
 
 
 def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.MonkeyPatch) -> None:
