@@ -25,7 +25,7 @@ from fxquant.passes.export.freeze import Freeze
 from fxquant.passes.export.quantize_before_repeats import QuantizeBeforeRepeats
 from fxquant.passes.export.requantize_moved import RequantizeMoved, RequantizeTransposed
 from fxquant.passes.export.scale_operand import ScaleOperand
-from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu
+from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu, SeparateSums
 from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.joint.tag_recompute import TagRecompute
@@ -106,7 +106,7 @@ def export_passes(profile: Profile) -> tuple[Pass, ...]:
         DecomposeAttention(),
     )
     if profile.bias_apart:
-        passes += (SeparateRelu(), SeparateFloatWeights())
+        passes += (SeparateSums(), SeparateRelu(), SeparateFloatWeights())
     if profile.direct_operands:
         passes += (ScaleOperand(), RequantizeTransposed())
     return passes

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.graph.edit import call
+
 
 def held_name(name: str) -> str:
     """What a constant is called in the exported file."""
@@ -33,3 +35,10 @@ def constant_value(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     value = operator.attrgetter(str(node.target))(gm)
     assert isinstance(value, torch.Tensor), f"{node.target} must be a tensor: got {type(value).__name__}"
     return value.detach()
+
+
+def negated(gm: fx.GraphModule, value: fx.Node) -> fx.Node:
+    """``−value``, a constant of a constant."""
+    if value.op != "get_attr":
+        return call(gm.graph, torch.ops.aten.neg.default, value, like=value)
+    return constant(gm, f"{value.target}_negated", -constant_value(gm, value), value)

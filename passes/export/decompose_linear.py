@@ -13,7 +13,7 @@ from fxquant.graph.edit import call
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.ops.qdq import DEQUANTIZE
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.export.constants import constant, constant_value
+from fxquant.passes.export.constants import constant, constant_value, negated
 from fxquant.passes.export.pairs import Dequantized
 from fxquant.passes.stages import EXPORT
 
@@ -53,7 +53,7 @@ class DecomposeLinear(Pass):
 class DecomposeAddmm(Pass):
     """``addmm(b, x, DQ(w))``  →  ``matmul(x, DQ(w)) + b``, or ``… − (−b)``, as for linear.
 
-    A sum of two products stays, and so does one with factors: their first operand is no constant, or is multiplied.
+    A sum with factors stays; one with a tensor that is no constant does, but for ``bias_apart``.
     """
 
     stages: ClassVar = (EXPORT,)
@@ -67,7 +67,7 @@ class DecomposeAddmm(Pass):
             if packet(node) is not aten.addmm or argument(node, "alpha") != 1 or argument(node, "beta") != 1:
                 continue
             bias, x, weight = (argument(node, name) for name in ("self", "mat1", "mat2"))
-            if bias.op == "get_attr" and Dequantized.of(weight) is not None:
+            if (bias.op == "get_attr" or self.bias_apart) and Dequantized.of(weight) is not None:
                 with gm.graph.inserting_before(node):
                     product = call(gm.graph, aten.matmul.default, x, weight, like=node)
                 _finish(gm, node, product, bias, self.bias_apart)
@@ -92,7 +92,7 @@ def _finish(gm: fx.GraphModule, node: fx.Node, product: fx.Node, bias: fx.Node |
     """Adds the bias, and puts the sum in the place of the node."""
     with gm.graph.inserting_before(node):
         if bias is not None and apart:
-            product = call(gm.graph, aten.sub.Tensor, product, _negated(gm, bias), like=node)
+            product = call(gm.graph, aten.sub.Tensor, product, negated(gm, bias), like=node)
         elif bias is not None:
             product = call(gm.graph, aten.add.Tensor, product, bias, like=node)
     node.replace_all_uses_with(product)
@@ -101,9 +101,3 @@ def _finish(gm: fx.GraphModule, node: fx.Node, product: fx.Node, bias: fx.Node |
 
 def _transposed(gm: fx.GraphModule, held: fx.Node) -> fx.Node:
     return constant(gm, f"{held.target}_t", constant_value(gm, held).t(), held)
-
-
-def _negated(gm: fx.GraphModule, bias: fx.Node) -> fx.Node:
-    if bias.op != "get_attr":
-        return call(gm.graph, aten.neg.default, bias, like=bias)
-    return constant(gm, f"{bias.target}_negated", -constant_value(gm, bias), bias)

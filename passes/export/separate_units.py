@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument
 from fxquant.graph.edit import call
 from fxquant.graph.kinds import operands
 from fxquant.graph.nodes import call_nodes, only_user, packet
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.export.constants import constant
+from fxquant.passes.export.constants import constant, negated
 from fxquant.passes.export.pairs import CONVOLUTIONS, MATMULS, pair_before
 from fxquant.passes.stages import EXPORT
 
@@ -43,6 +44,40 @@ class SeparateRelu(Pass):
                 _as_maximum(gm, node, product)
                 done += 1
         return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparateSums(Pass):
+    """``matmul(DQ(x), DQ(w)) + y``  →  ``matmul(DQ(x), DQ(w)) − (−y)``, which has the same value to the bit.
+
+    onnxruntime makes one float Gemm of a MatMul and an Add of whatever it can broadcast: a residual of a linear
+    without a bias, ``x @ w + b``. Of a constant, what is subtracted is a constant too.
+    """
+
+    stages: ClassVar = (EXPORT,)
+
+    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
+        """Replaces sums of products that nothing else reads."""
+        return sum(_subtract(gm, node) for node in list(call_nodes(gm.graph)) if packet(node) is aten.add)
+
+
+def _subtract(gm: fx.GraphModule, node: fx.Node) -> bool:
+    named = operands(node)
+    product = next((value for value in named.values() if _is_integer_product(value)), None)
+    if product is None or only_user(product) is not node or argument(node, "alpha") != 1:
+        return False
+    (other,) = (value for value in named.values() if value is not product)
+    with gm.graph.inserting_before(node):
+        apart = call(gm.graph, aten.sub.Tensor, product, negated(gm, other), like=node)
+    node.replace_all_uses_with(apart)
+    gm.graph.erase_node(node)
+    return True
+
+
+def _is_integer_product(node: fx.Node) -> bool:
+    if packet(node) not in MATMULS:
+        return False
+    return all(value.target is DEQUANTIZE or pair_before(value) is not None for value in operands(node).values())
 
 
 @dataclass(frozen=True, kw_only=True)

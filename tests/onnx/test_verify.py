@@ -136,3 +136,25 @@ def test_a_comparison_of_nothing_is_a_failure(verified):
         ExportError, match=r"got 0 codes of 7 sites \(avg_pool0_input, .* to compare\. Give inputs that are not"
     ):
         fxquant.verify_onnx(model, (torch.randn(0, 3, 8, 8),), path)
+
+
+def test_a_residual_of_rank_two_without_a_bias_is_integer(tmp_path):
+    """onnxruntime makes a float Gemm of a MatMul and an Add, of whatever it can broadcast."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i, self.l = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+            self.w, self.b = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.randn(16))
+
+        def forward(self, x):
+            x = self.i(x).relu()
+            return (x + self.l(x)).relu() @ self.w + self.b, torch.addmm(x, x, self.w)
+
+    torch.manual_seed(0)
+    model, x, path = calibrated(Residual(), torch.randn(6, 16)), torch.randn(4, 16), tmp_path / "m.onnx"
+    for dynamic in (True, False):
+        fxquant.export_onnx(model, (x,), path, dynamic_batch=dynamic)
+        report = fxquant.verify_onnx(model, (x,), path, rounds=0)
+        assert len(report.rows) == 4 and report.integer_share == 1.0
+        assert_codes_agree(report)

@@ -100,7 +100,7 @@ def test_what_a_target_needs_of_a_file() -> None:
     common += ["DecomposeAttention"]
     assert names(export_passes(PLAIN)) == common
     apart = export_passes(replace(PLAIN, bias_apart=True))
-    assert names(apart) == [*common, "SeparateRelu", "SeparateFloatWeights"]
+    assert names(apart) == [*common, "SeparateSums", "SeparateRelu", "SeparateFloatWeights"]
     direct = export_passes(replace(PLAIN, direct_operands=True))
     assert names(direct) == [*common, "ScaleOperand", "RequantizeTransposed"]
     assert [each.bias_apart for each in apart[2:4]] == [True, True]

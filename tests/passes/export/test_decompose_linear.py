@@ -111,6 +111,10 @@ def show_after(each: DecomposeAddmm, gm: fx.GraphModule) -> str:
     return show(gm)
 
 
+def test_addmm_of_a_tensor_where_a_float_gemm_would_come_of_it() -> None:
+    assert "neg(" in (text := show_after(DecomposeAddmm(bias_apart=True), addmm("computed"))) and "sub(" in text
+
+
 @pytest.mark.parametrize("gm", [addmm("computed"), addmm(alpha=2), addmm(beta=0.5)])
 def test_sums_of_products_and_factors_stay(gm: fx.GraphModule) -> None:
     untouched(DecomposeAddmm(), gm)

@@ -9,7 +9,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import fx
 
-from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu
+from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu, SeparateSums
 from tests.passes.export.written import Written, codes, same_numbers
 from tests.passes.graphs import show, untouched
 
@@ -40,6 +40,45 @@ def test_relus_that_stay() -> None:
     untouched(SeparateRelu(), product(quantized=True))
     g = Written()
     untouched(SeparateRelu(), g.done(g.call(aten.relu.default, g.call(aten.neg.default, g.input(2)))))
+
+
+def total(*, left: bool = True, constant: bool = False, **given: Any) -> fx.GraphModule:
+    """A sum of an integer product and something else, in either order."""
+    g = Written()
+    x = g.input(2, 3)
+    weight = g.weight("w", codes(3, 3), torch.tensor([0.1, 0.2, 0.3]), 1)
+    product = g.call(aten.matmul.default, g.pair(x), weight)
+    other = g.held("b", torch.tensor([0.3, -0.0, -2.0])) if constant else x
+    return g.done(g.call(aten.add.Tensor, *((product, other) if left else (other, product)), **given))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_sum_of_a_product_and_a_tensor(left: bool) -> None:
+    gm = total(left=left)
+    assert same_numbers(SeparateSums(), gm, torch.randn(2, 3)).rewrites == 1
+    assert show(gm).endswith("""\
+neg_default = neg(x)
+sub_tensor = sub(matmul_default, neg_default)
+return [sub_tensor]
+""")
+
+
+def test_a_sum_of_a_product_and_a_constant() -> None:
+    gm = total(constant=True)
+    assert same_numbers(SeparateSums(), gm, torch.randn(2, 3)).rewrites == 1
+    assert "sub(matmul_default, b_negated)" in show(gm)
+    assert torch.equal(gm.get_buffer("b_negated"), torch.tensor([-0.3, 0.0, 2.0]))
+
+
+def test_sums_that_stay() -> None:
+    untouched(SeparateSums(), total(alpha=2))
+    g = Written()
+    x, y = g.input(2, 3), g.input(3, 3)
+    untouched(SeparateSums(), g.done(g.call(aten.add.Tensor, g.call(aten.matmul.default, g.pair(x), y), x)))
+    g = Written()
+    x = g.input(3, 3)
+    shared = g.call(aten.matmul.default, g.pair(x), g.pair(x, 0.2, "w"))
+    untouched(SeparateSums(), g.done(g.call(aten.add.Tensor, shared, x), shared))
 
 
 def conv(*, relu: bool = False, reads: str = "pair", weight: str = "float", quantized: bool = True) -> fx.GraphModule:
