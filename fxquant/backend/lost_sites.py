@@ -7,6 +7,7 @@ import warnings
 from torch import fx
 
 from fxquant.errors import NotQuantizedWarning
+from fxquant.graph.bodies import is_checkpoint
 from fxquant.plan.positions import bound_sites
 
 
@@ -28,6 +29,23 @@ def warn_of_lost(gm: fx.GraphModule) -> None:
             f"their module's forward: {', '.join(lost[:8])}{more}. fxquant.prepare saw no break there. Hooks that "
             "Dynamo does not trace, as those of fully_shard, make one at each module that has them: give them to "
             "larger modules, or prepare the model with them. TORCH_LOGS=graph_breaks shows where it is.",
+            NotQuantizedWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_checkpointed(gm: fx.GraphModule) -> None:
+    """Names the tensors whose operators run in checkpointed bodies that were none when their model was prepared."""
+    if not any(is_checkpoint(node) for node in gm.graph.nodes):
+        return
+    found, missing = bound_sites(gm)
+    apart = [bound.key for bound in found if bound.apart] + [absent.key for absent in missing if absent.apart]
+    if apart:
+        more = f" and {len(apart) - 8} more" if len(apart) > 8 else ""
+        warnings.warn(
+            f"{len(apart)} quantized tensors stay float where checkpointing, which fxquant.prepare did not see, puts "
+            f"their operators into a graph of their own: {', '.join(apart[:8])}{more}. Turn checkpointing on first, "
+            "and prepare the model in train mode.",
             NotQuantizedWarning,
             stacklevel=2,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.backend.lost_sites import is_cut, warn_of_lost
+from fxquant.backend.lost_sites import is_cut, warn_of_checkpointed, warn_of_lost
 from fxquant.backend.options import Options
 from fxquant.backend.reports import report
 from fxquant.capture.dynamo import capture
@@ -22,6 +22,7 @@ from fxquant.passes.base import Decline, PassResult, run_all
 from fxquant.passes.pipelines import training_passes
 from fxquant.plan.site_lists import target_of
 from fxquant.prepared.live import of_prepared_model
+from fxquant.prepared.root import warn_of_replaced
 from fxquant.targets.profiles import get_profile
 
 
@@ -45,6 +46,9 @@ def quantize_graph(
     _tell_of_fused(captured)
     if is_cut(gm):
         warn_of_lost(captured)
+    if prepared:
+        warn_of_replaced(example_inputs)
+        warn_of_checkpointed(captured)
     if chosen.recipe is None:
         result = PassResult(declines=[left_alone(captured, "recipe=None places nothing")])
     else:

@@ -32,8 +32,13 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Runs a block and puts buffers, attributes, training flags and random state back, whatever the block did."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Runs a block and puts buffers, attributes, training flags and random state back, whatever the block did.
+
+    Of parameters those that a forward writes into: embeddings with ``max_norm``.
+    """
+    written = [module.weight for module in model.modules() if getattr(module, "max_norm", None) is not None]
+    tables = [table for table in written if isinstance(table, torch.Tensor)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in [*model.buffers(), *tables]]
     own = [(module, type(module), dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     devices = list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:

@@ -12,11 +12,18 @@ from torch import fx
 
 from fxquant.graph.meta import source_of
 
-_BOUND = re.compile(r"\.forward(?:\.__self__)?\.module(?=\.|$)")
+# From a module to what stands in its forward's place, by a bound method or by a slot, and back to the module.
+_BOUND = re.compile(r"\.(?:forward|\w+\.__self__|_fxquant_\w+)\.module(?=\.|$)")
 # ``.__dict__['_modules']['a']`` where the code has set an attribute of the module meanwhile.
 _MEMBER = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules|\.__dict__)?(?:\['([^']+)'\]|\[(\d+)\])")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 _CALL = re.compile(r"@\d+")
+_WRAPPER = re.compile(r"(?:^|\.)(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.|$)")
+
+
+def without_wrappers(path: str) -> str:
+    """A module's path as it was before torch's wrappers took the place of modules around it."""
+    return _WRAPPER.sub("", path).removeprefix(".")
 
 
 def normalize_path(path: str) -> str:
@@ -25,7 +32,7 @@ def normalize_path(path: str) -> str:
     head, tail = (root.group(), path[root.end() :]) if root else ("", path)
     tail = _MEMBER.sub(lambda m: "." + (m.group(1) or m.group(2)), tail)
     tail = _BOUND.sub("", tail)
-    return head + _CALL.sub("", tail)
+    return head + _WRAPPER.sub("", _CALL.sub("", tail))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class BoundSite:
     """A local site found in a graph: its operands there, its mode, and the nodes that hold its state.
 
     ``owner`` is the owner's path below the compiled frame: the plan's own where the whole model was captured.
-    ``group`` and ``before`` are as in `fxquant.ops.marks.bind`.
+    ``group`` and ``before`` are as in `fxquant.ops.marks.bind`, ``apart`` as in `Missing`.
     """
 
     site: LocalSite
@@ -36,6 +36,7 @@ class BoundSite:
     bind: fx.Node
     group: str | None = None
     before: bool = False
+    apart: bool = False
 
     @property
     def key(self) -> str:
@@ -45,11 +46,15 @@ class BoundSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A bound site none of whose operators are in the graph; ``key`` as that of a `BoundSite`."""
+    """A bound site none of whose operators are in the graph; ``key`` as that of a `BoundSite`.
+
+    ``apart``: operators of it are in another graph than the start of its owner's frame: in a checkpointed body.
+    """
 
     site: LocalSite
     key: str
     bind: fx.Node
+    apart: bool = False
 
 
 def tell_calls_apart(gm: fx.GraphModule) -> None:
@@ -143,11 +148,12 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
         rest = list(bind.state)
         for site, mode in zip(registered(bind.key), bind.modes, strict=True):
             mine = tuple(rest.pop(0) for _ in site.spec.range.state_names)
-            operands = []
+            operands, apart = [], False
             for edge in site.edges:
                 node = index.get((frame.key, edge.path, edge.kind, edge.ordinal))
                 if node is not None and node.graph is bind.node.graph and (node, edge.operand) not in taken:
                     operands.append((node, edge.operand))
+                apart |= node is not None and node.graph is not bind.node.graph
             taken.update(operands)
             owner = relative(frame.path, root)
             if operands:
@@ -161,8 +167,9 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                         bind=bind.node,
                         group=bind.group,
                         before=bind.before,
+                        apart=apart,
                     )
                 )
             else:
-                missing.append(Missing(site=site, key=f"{owner}.{site.name}".lstrip("."), bind=bind.node))
+                missing.append(Missing(site=site, key=f"{owner}.{site.name}".lstrip("."), bind=bind.node, apart=apart))
     return found, missing

@@ -20,10 +20,7 @@ def detach(model: nn.Module) -> None:
     for _, module, _ in list(owners(model)):
         bound = bound_forward(module)
         if bound is not None:
-            del module.__dict__["forward"]
-            if bound.inner is not None:
-                module.__dict__["forward"] = bound.inner
-            bound.release()
+            bound.detach()
         delattr(module, ATTRIBUTE)
     detach_unfused(model)
     root = model.__dict__.get(Root.SLOT)
@@ -46,10 +43,13 @@ def attach(model: nn.Module, plan: Plan) -> None:
     if taken is not None:
         raise UnsupportedModel(_TAKEN.format(owner="model", name=taken))
     quantize_before_buckets()
-    Root(model, plan).attach()
+    root = Root(model, plan)
+    root.attach()
     attach_unfused(model)
     devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}
     for path, sites in by_owner.items():
         locals_ = tuple(site.local for site in sites)
         modules[path].add_module(ATTRIBUTE, QuantizerSet(locals_).to(devices[path]))
-        modules[path].__dict__["forward"] = BoundForward(modules[path], locals_, plan.target).method
+        bound = BoundForward.of(modules[path]) or BoundForward(modules[path], root)
+        bound.root = root
+        bound.bind_sites(locals_, plan.target)

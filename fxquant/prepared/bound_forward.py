@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.aside import in_compiled_region, is_compiled, own_code
+from fxquant.capture.aside import in_compiled_region, is_compiled
 from fxquant.errors import NotQuantizedWarning
 from fxquant.ops.marks import bind
 from fxquant.plan.plan import LocalSite
 from fxquant.plan.site_lists import register
 from fxquant.prepared.live import LIVE
+from fxquant.prepared.own_forward import OwnForward
 from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer
+from fxquant.prepared.root import Root
 from fxquant.support.patches import BUCKETS
 
 # Whether this thread's torch.export traces for `fxquant.export_onnx`; a user's own export sees the float model.
@@ -42,36 +42,49 @@ def is_exporting() -> bool:
     return _EXPORTING.get()
 
 
-class BoundForward:
+def _bound_call(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Binds in what is compiled or exported, then runs the module's own forward."""
+    bound = owner if isinstance(owner, BoundForward) else getattr(owner, BoundForward.SLOT, None)
+    if bound is None:  # on a module that was stripped
+        return type(owner).forward(owner, *args, **kwargs)
+    if bound.active:
+        if torch.compiler.is_dynamo_compiling() or is_exporting():
+            bound.bind()
+        else:
+            bound.note_eager()
+    return bound.run(args, kwargs)
+
+
+class BoundForward(OwnForward):
     """The forward of an owner: binds its quantizers' state in compiled graphs, then runs the module's own forward.
 
     Plain eager Python runs the float model. That is also what happens to a frame that Dynamo leaves eager inside
     torch.compile; then a warning says so once, and `eager_runs` counts it for `fxquant.explain`.
 
-    The module gets it as `method`: of a bound method Dynamo guards on the code alone, of any other callable on the
-    object, and then no two instances of a class share a compile.
+    Attributes:
+        group, before: over which ranks and when ranges are reduced, as `fxquant.sync_ranges` sets it for
+            `fxquant.ops.marks.bind`.
+        root: of the prepared model.
     """
 
-    def __init__(self, module: nn.Module, sites: tuple[LocalSite, ...], target: str) -> None:
-        self.module = module
-        self.target = target
-        self.inner = module.__dict__.get("forward")
-        self.sites = sites
+    SLOT: ClassVar[str] = "_fxquant_bound"
+    CALL: ClassVar[Callable[..., Any]] = staticmethod(_bound_call)
+    root: Root | None = None
+    before: bool = False
+
+    def __init__(self, module: nn.Module, root: Root) -> None:
+        super().__init__(module)
+        self.root = root
+        self.group: str | None = None
+
+    def bind_sites(self, sites: tuple[LocalSite, ...], target: str) -> None:
+        """Takes the module's forward's place, for these sites."""
+        self.sites, self.target = sites, target
         self.names = tuple(site.name for site in sites)
         self.key = register(sites, target)
         self.eager_runs = 0
-        self.group: str | None = None  # as `sync_ranges` sets it, for `fxquant.ops.marks.bind`
-        self.before = False
         LIVE.add(self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or is_exporting():
-            self.bind()
-        else:
-            self._note_eager()
-        if self.inner is not None:
-            return self.inner(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        self.attach()
 
     def bind(self) -> None:
         """Makes the state of every site an input of the graph being traced."""
@@ -89,11 +102,13 @@ class BoundForward:
         found: Any = getattr(self.module, ATTRIBUTE, {})
         return iter(found.values())
 
-    def release(self) -> None:
+    def detach(self) -> None:
         """The module is no part of a prepared model any more, whoever still holds this object."""
+        super().detach()
         LIVE.discard(self)
 
-    def _note_eager(self) -> None:
+    def note_eager(self) -> None:
+        """Warns once where the owner was to be quantized and is float, and counts it."""
         if not self.names:
             return
         if in_compiled_region():
@@ -103,6 +118,8 @@ class BoundForward:
             how = "around modules that are compiled"
             why = "Compile it as a whole, or leave them float: fxquant.override(model, {key: None})"
         else:
+            if self.root is not None:
+                self.root.note_eager_copy()
             return
         if self.eager_runs == 0:
             warnings.warn(
@@ -113,30 +130,16 @@ class BoundForward:
             )
         self.eager_runs += 1
 
-    @property
-    def method(self) -> types.MethodType:
-        """The module's ``forward``, with the signature of its own: exporters and trainers read it.
-
-        Equal site lists on one class share a code object. Pickle finds a bound method by its name.
-        """
-        cls = type(self.module)
-        code = _code_for(f"{cls.__module__}.{cls.__qualname__}.{self.key}")
-        function = types.FunctionType(code, BoundForward.__call__.__globals__, "method")
-        shown = inspect.signature(self.inner or cls.forward.__get__(self.module))
-        owner = inspect.Parameter("_bound", inspect.Parameter.POSITIONAL_ONLY)
-        function.__dict__["__signature__"] = shown.replace(parameters=[owner, *shown.parameters.values()])
-        return types.MethodType(function, self)
+    def code_name(self) -> str:
+        """Equal site lists on one class share a code object."""
+        return f"{super().code_name()}.{self.key}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         register(self.sites, self.target)
+        super().__setstate__(state)
         quantize_before_buckets()
         LIVE.add(self)
-
-
-@functools.cache
-def _code_for(name: str) -> types.CodeType:
-    return own_code(BoundForward.__call__, name).__code__
 
 
 @functools.cache
@@ -147,8 +150,8 @@ def quantize_before_buckets() -> None:
 
 def bound_forward(module: nn.Module) -> BoundForward | None:
     """What `fxquant.prepare` put in the place of the module's forward, None for modules that own no quantizer."""
-    found = getattr(module.__dict__.get("forward"), "__self__", None)
-    return found if isinstance(found, BoundForward) else None
+    found = BoundForward.of(module)
+    return found if found is not None and found.active else None
 
 
 def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.graph.frames import without_wrappers
 from fxquant.plan.plan import LocalSite
 from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
@@ -139,11 +140,11 @@ class QuantizerSet(nn.ModuleDict):
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizerSet]]:
-    """Every module that owns quantizers, with its path."""
+    """Every module that owns quantizers, with its path: as it was before torch's wrappers came around parts."""
     for path, module in model.named_modules():
         found = module._modules.get(ATTRIBUTE)
         if isinstance(found, QuantizerSet):
-            yield path, module, found
+            yield without_wrappers(path), module, found
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import InvalidArgument, PlanMismatch
+from fxquant.capture.aside import is_compiled
+from fxquant.errors import InvalidArgument, NotQuantizedWarning, PlanMismatch
 from fxquant.plan.plan import Plan
 from fxquant.prepared.frozen import freeze_as, frozen_flags
 from fxquant.prepared.live import LIVE
-from fxquant.prepared.quantizer import ATTRIBUTE
+from fxquant.prepared.quantizer import ATTRIBUTE, owners, quantizers
 
 
 class Root:
@@ -25,6 +29,8 @@ class Root:
     SLOT = "_fxquant_root"
     PLAN = f"{ATTRIBUTE}_plan"  # one filter on "quantizers" leaves the float model's keys
     FROZEN = f"{ATTRIBUTE}_frozen"
+    copied_compiled: bool = False
+    told_replaced: bool = False
     KEY_OF_0_1 = f"{ATTRIBUTE}.plan"  # held the plan as a str
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
@@ -65,11 +71,47 @@ class Root:
         flags = frozen_flags(self.module, [site.key for site in self.plan.sites])
         return {Root.PLAN: self._text.clone(), Root.FROZEN: flags.to(device)}
 
+    def replaced(self) -> list[str]:
+        """Keys of sites that stand no more where they stood: other layers are there, or they were moved elsewhere.
+
+        A module that is not there at all, or is the identity now, has nothing to quantize.
+        """
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        held, planned = dict(quantizers(self.module)), {site.key for site in self.plan.sites}
+        moved = bool(held.keys() - planned)
+        absent = [site for site in self.plan.sites if site.key not in held]
+        return [site.key for site in absent if moved or type(modules.get(site.owner)) not in _NOTHING]
+
+    def present(self) -> Plan:
+        """The plan without sites of modules that were taken out."""
+        held = dict(quantizers(self.module))
+        sites = tuple(site for site in self.plan.sites if site.key in held)
+        return self.plan if len(sites) == len(self.plan.sites) else dataclasses.replace(self.plan, sites=sites)
+
+    def note_eager_copy(self) -> None:
+        """Warns once in a copy of a model that was compiled in place, which torch leaves out of copies."""
+        if not self.copied_compiled:
+            return
+        self.copied_compiled = False
+        warnings.warn(
+            f"this {type(self.module).__name__} is a copy of a model that was compiled in place; a copy is not, and "
+            'runs in float. Call copy.compile(backend="fxquant"), or fxquant.strip(copy) if float is meant.',
+            NotQuantizedWarning,
+            stacklevel=4,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        compiled = any(is_compiled(module) for module in self.module.modules())
+        return {**self.__dict__, "copied_compiled": compiled or self.copied_compiled}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_text" not in state:
             self._text = _as_bytes(self.plan.to_json())
         LIVE.add(self)
+
+
+_NOTHING = (type(None), nn.Identity)
 
 
 def _as_bytes(text: str) -> Tensor:
@@ -133,15 +175,47 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def require_plan(model: nn.Module, caller: str) -> Plan:
-    """The plan, or an error that says to prepare first."""
+    """The plan of what is there, or an error that says to prepare first."""
     model = unwrap(model)
-    plan = plan_of(model)
-    if plan is None:
+    root = model.__dict__.get(Root.SLOT)
+    if not isinstance(root, Root):
+        part = next((path or "itself" for path, _, _ in owners(model)), None)
         raise InvalidArgument(
             f"{caller} must be given a prepared model: got {type(model).__name__} without a plan. "
             "Call fxquant.prepare(model, example_args) first."
+            if part is None
+            else f"{caller} must be given a prepared model: got {type(model).__name__}, a part of one or what was "
+            f"merged from it ({part} has quantizers). Give the whole, or fxquant.strip the model and prepare it again."
         )
-    return plan
+    replaced = root.replaced()
+    if replaced:
+        raise InvalidArgument(
+            f"{caller} must be given a model whose layers are those that were prepared: got others in the place of "
+            f"{len(replaced)} sites ({_names(replaced)}). Call fxquant.strip(model), and prepare it again."
+        )
+    return root.present()
+
+
+def warn_of_replaced(inputs: Iterable[object]) -> None:
+    """Names, once for each model of whose parameters some are inputs of a graph, its sites that others replaced."""
+    given = set(map(id, inputs))
+    for root in [part for part in LIVE if isinstance(part, Root) and not part.told_replaced]:
+        if given.isdisjoint(map(id, root.module.parameters())):
+            continue
+        replaced = root.replaced()
+        if replaced:
+            root.told_replaced = True
+            warnings.warn(
+                f"{len(replaced)} quantized tensors of {type(root.module).__name__} are not where they were prepared, "
+                f"and what stands in their place is float: {_names(replaced)}. Call fxquant.strip(model), and prepare "
+                "it again.",
+                NotQuantizedWarning,
+                stacklevel=2,
+            )
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.backends import mha
 
-from fxquant.capture.aside import own_code
 from fxquant.prepared.bound_forward import is_exporting
+from fxquant.prepared.own_forward import OwnForward
 
 # Evaluated without gradients, their forwards call one operator for all that they hold, or change to nested tensors.
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
-class Unfused:
+def _unfused_call(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Runs the module's forward, without the fused kernels in what is compiled or exported."""
+    forward = owner if isinstance(owner, Unfused) else getattr(owner, Unfused.SLOT, None)
+    if forward is None:  # on a module that was stripped
+        return type(owner).forward(owner, *args, **kwargs)
+    if forward.active and (torch.compiler.is_dynamo_compiling() or is_exporting()):
+        return _run_unfused(forward, args, kwargs)
+    return forward.run(args, kwargs)
+
+
+class Unfused(OwnForward):
     """A forward that, where it is compiled or exported, takes the branch that training takes.
 
-    Plain eager Python stays torch's own. The module gets it as `method`, like a `BoundForward`.
+    Plain eager Python stays torch's own.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.inner: Callable[..., Any] | None = module.__dict__.get("forward")
+    SLOT: ClassVar[str] = "_fxquant_unfused"
+    CALL: ClassVar[Callable[..., Any]] = staticmethod(_unfused_call)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or is_exporting():
-            return _run_unfused(self, args, kwargs)
-        return self.run(args, kwargs)
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's own forward."""
-        if self.inner is not None:
-            return self.inner(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    @property
-    def method(self) -> types.MethodType:
-        """The module's ``forward``, with the signature of its own. Pickle finds it by this name."""
-        cls = type(self.module)
-        function = types.FunctionType(_code_for(f"{cls.__module__}.{cls.__qualname__}"), globals(), "method")
-        shown = inspect.signature(self.inner or cls.forward.__get__(self.module))
-        first = inspect.Parameter("_unfused", inspect.Parameter.POSITIONAL_ONLY)
-        function.__dict__["__signature__"] = shown.replace(parameters=[first, *shown.parameters.values()])
-        return types.MethodType(function, self)
-
-
-@functools.cache
-def _code_for(name: str) -> types.CodeType:
-    return own_code(Unfused.__call__, f"unfused {name}").__code__
+    def code_name(self) -> str:
+        """One for each class."""
+        return f"unfused {super().code_name()}"
 
 
 def _run_unfused(forward: Unfused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,17 +59,15 @@ def attach_unfused(model: nn.Module) -> None:
     """Gives the modules of a model that torch fuses in evaluation a forward that is not fused where it is compiled."""
     for module in model.modules():
         if isinstance(module, _FUSED):
-            module.__dict__["forward"] = Unfused(module).method
+            (Unfused.of(module) or Unfused(module)).attach()
 
 
 def detach_unfused(model: nn.Module) -> None:
     """Undoes `attach_unfused`."""
     for module in model.modules():
-        unfused = getattr(module.__dict__.get("forward"), "__self__", None)
-        if isinstance(unfused, Unfused):
-            del module.__dict__["forward"]
-            if unfused.inner is not None:
-                module.__dict__["forward"] = unfused.inner
+        unfused = Unfused.of(module)
+        if unfused is not None:
+            unfused.detach()
 
 
 @contextlib.contextmanager

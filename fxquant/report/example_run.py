@@ -16,8 +16,9 @@ from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import normalizing_passes
 from fxquant.plan.plan import Plan
 from fxquant.plan.unreached import left_out
-from fxquant.prepared.bound_forward import bound_forward
+from fxquant.prepared.bound_forward import BoundForward
 from fxquant.prepared.frame_marks import frame_marks
+from fxquant.prepared.own_forward import inactive
 from fxquant.report.forecast import Place
 from fxquant.report.graph_operators import graph_operators
 from fxquant.report.operators import Operator
@@ -92,8 +93,9 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"args must be a tuple of example inputs: got {type(args).__name__}. Write (x,) for a single input."
         )
     try:
-        with untouched(model):
-            _unbind(model)
+        with untouched(model), inactive(model, BoundForward):
+            for module in model.modules():
+                module.__dict__.pop("_compiled_call_impl", None)
             with frame_marks(model):
                 graphs = dynamo_graphs(model, args, kwargs)
     except FxquantError:
@@ -106,14 +108,3 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for gm in graphs:
         run_all(normalizing_passes(), gm)
     return graphs
-
-
-def _unbind(model: nn.Module) -> None:
-    """Gives every module its own forward again, for a block that puts attributes back."""
-    for module in model.modules():
-        module.__dict__.pop("_compiled_call_impl", None)
-        bound = bound_forward(module)
-        if bound is not None:
-            del module.__dict__["forward"]
-            if bound.inner is not None:
-                module.__dict__["forward"] = bound.inner
