@@ -331,7 +331,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "tests/prepared/test_state.py tests/prepared/test_round_trips.py tests/backend/test_oracle.py",
         {
             "type(self.module).train(self.module, False)": "type(self.module).train(self.module, mode)",
-            "held[key].observing = not frozen": "pass",
+            "now[1].observing = not frozen": "pass",
             "if frozen != _is_held(module):": "if frozen:",
         },
     ),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fxquant.errors import PlanMismatch
+from fxquant.graph.frames import without_wrappers
 from fxquant.spec.quant_spec import QuantSpec
 
 VERSION = 3
@@ -140,7 +141,7 @@ class Plan:
 
     def difference(self, other: Plan) -> list[str]:
         """What another plan has otherwise, one line per site; empty when they quantize alike."""
-        mine, theirs = ({site.key: site.local for site in plan.sites} for plan in (self, other))
+        mine, theirs = ({without_wrappers(site.key): site.local for site in plan.sites} for plan in (self, other))
         lines = [f"only in the model: {key}" for key in mine if key not in theirs]
         lines += [f"only in the checkpoint: {key}" for key in theirs if key not in mine]
         for key in mine.keys() & theirs.keys():

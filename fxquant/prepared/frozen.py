@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import PlanMismatch
-from fxquant.prepared.quantizer import quantizers
+from fxquant.graph.frames import without_wrappers
+from fxquant.prepared.quantizer import planned_quantizers
 
 
 class FrozenTrain:
@@ -38,8 +39,9 @@ def hold_statistics(module: nn.Module, frozen: bool, training: bool) -> None:
 
 def frozen_flags(model: nn.Module, keys: Sequence[str]) -> Tensor:
     """uint8 of 0 and 1: whether each of the sites ``keys`` is frozen, then each BatchNorm."""
-    held = dict(quantizers(model))
-    ranges = [key in held and not held[key].observing for key in keys]
+    held = planned_quantizers(model)
+    found = [held.get(without_wrappers(key)) for key in keys]
+    ranges = [now is not None and not now[1].observing for now in found]
     return torch.tensor([*ranges, *map(_is_held, batch_norms(model))], dtype=torch.uint8)
 
 
@@ -51,10 +53,11 @@ def freeze_as(model: nn.Module, keys: Sequence[str], flags: Sequence[int]) -> No
             f"checkpoint must say of each site and BatchNorm whether it is frozen: got {len(flags)} flags for "
             f"{len(keys)} sites and {len(norms)} BatchNorm modules. Load it into the model that it was saved from."
         )
-    held = dict(quantizers(model))
+    held = planned_quantizers(model)
     for key, frozen in zip(keys, flags, strict=False):
-        if key in held:
-            held[key].observing = not frozen
+        now = held.get(without_wrappers(key))
+        if now is not None:
+            now[1].observing = not frozen
     for module, frozen in zip(norms, flags[len(keys) :], strict=True):
         if frozen != _is_held(module):
             hold_statistics(module, bool(frozen), model.training)

@@ -140,11 +140,11 @@ class QuantizerSet(nn.ModuleDict):
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizerSet]]:
-    """Every module that owns quantizers, with its path: as it was before torch's wrappers came around parts."""
+    """Every module that owns quantizers, with its path."""
     for path, module in model.named_modules():
         found = module._modules.get(ATTRIBUTE)
         if isinstance(found, QuantizerSet):
-            yield without_wrappers(path), module, found
+            yield path, module, found
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
@@ -153,3 +153,13 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
         for name, quantizer in found.items():
             assert isinstance(quantizer, Quantizer)
             yield f"{path}.{name}" if path else name, quantizer
+
+
+def planned_quantizers(model: nn.Module) -> dict[str, tuple[str, Quantizer]]:
+    """Site key, as it was before torch's wrappers came around modules → owner's path now, and quantizer."""
+    return {
+        without_wrappers(f"{path}.{name}"): (path, quantizer)
+        for path, _, found in owners(model)
+        for name, quantizer in found.items()
+        if isinstance(quantizer, Quantizer)
+    }

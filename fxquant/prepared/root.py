@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fxquant.capture.aside import is_compiled
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, PlanMismatch
+from fxquant.graph.frames import without_wrappers
 from fxquant.plan.plan import Plan
 from fxquant.prepared.frozen import freeze_as, frozen_flags
 from fxquant.prepared.live import LIVE
-from fxquant.prepared.quantizer import ATTRIBUTE, owners, quantizers
+from fxquant.prepared.quantizer import ATTRIBUTE, owners, planned_quantizers
 
 
 class Root:
@@ -76,17 +77,20 @@ class Root:
 
         A module that is not there at all, or is the identity now, has nothing to quantize.
         """
-        modules = dict(self.module.named_modules(remove_duplicate=False))
-        held, planned = dict(quantizers(self.module)), {site.key for site in self.plan.sites}
-        moved = bool(held.keys() - planned)
-        absent = [site for site in self.plan.sites if site.key not in held]
-        return [site.key for site in absent if moved or type(modules.get(site.owner)) not in _NOTHING]
+        modules = {without_wrappers(path): m for path, m in self.module.named_modules(remove_duplicate=False)}
+        held = planned_quantizers(self.module)
+        planned = {without_wrappers(site.key): without_wrappers(site.owner) for site in self.plan.sites}
+        moved = bool(held.keys() - planned.keys())
+        return [
+            k for k, owner in planned.items() if k not in held and (moved or type(modules.get(owner)) not in _NOTHING)
+        ]
 
     def present(self) -> Plan:
-        """The plan without sites of modules that were taken out."""
-        held = dict(quantizers(self.module))
-        sites = tuple(site for site in self.plan.sites if site.key in held)
-        return self.plan if len(sites) == len(self.plan.sites) else dataclasses.replace(self.plan, sites=sites)
+        """The plan without sites of modules that were taken out, and with paths as they are within wrappers."""
+        held = planned_quantizers(self.module)
+        found = [(site, held.get(without_wrappers(site.key))) for site in self.plan.sites]
+        sites = tuple(dataclasses.replace(site, owner=now[0]) for site, now in found if now is not None)
+        return dataclasses.replace(self.plan, sites=sites)
 
     def note_eager_copy(self) -> None:
         """Warns once in a copy of a model that was compiled in place, which torch leaves out of copies."""

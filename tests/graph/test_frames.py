@@ -28,16 +28,13 @@ aten = torch.ops.aten
         ("L['self'].heads['left']", "L['self'].heads.left"),
         ("L['self'].forward.module.fc", "L['self'].fc"),
         ("L['self'].forward.__self__.module._modules['fc']", "L['self'].fc"),
-<<<<<<< HEAD
         ("L['self'].blocks[0].__dict__['_modules']['fc'].proj", "L['self'].blocks.0.fc.proj"),
         ("L['self'].__dict__['forward'].__self__.module.__dict__['_modules']['1x1']", "L['self'].1x1"),
-=======
         ("L['self']._old_forward.__self__.module.fc", "L['self'].fc"),
         ("L['owner']._fxquant_bound.module.a._modules['0']", "L['owner'].a.0"),
         ("L['self'].a._checkpoint_wrapped_module.fc", "L['self'].a.fc"),
         ("L['self']._modules['a']._modules['_orig_mod']", "L['self'].a"),
         ("a._fsdp_wrapped_module", "a"),
->>>>>>> ea6bdb3 (A forward that others rebind, wrap or copy still quantizes; replaced, merged and checkpointed layers are named; a copy of what was compiled in place says that it is float)
         ("L['self'].forward.modules", "L['self'].forward.modules"),
         ("L['self'].fc@1", "L['self'].fc"),
         ("blocks.0@12.fc@3", "blocks.0.fc"),
