@@ -49,13 +49,14 @@ class Codes:
 
     Attributes:
         unknown: the file does not have them.
-        not_run: the file quantizes them, the model's run did not come by.
+        not_compared: the file quantizes them, and the model's run did not come by, or in another form: some models
+            take another way when they are exported (a loop in the place of a scan).
     """
 
     rows: list[CodeRow] = field(default_factory=list)
     at_inputs: int = 0
     unknown: set[str] = field(default_factory=set)
-    not_run: set[str] = field(default_factory=set)
+    not_compared: set[str] = field(default_factory=set)
 
 
 def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list[np.ndarray]]:
@@ -73,7 +74,7 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list
         cascaded, outputs = _compare(case, run, theirs, follow=False)
         _check_sites(case.path, cascaded.unknown - absorbed.keys())
         compared, _ = _compare(case, run, theirs, follow=True)
-    compared.not_run = quantized - {row.key.partition("@")[0] for row in compared.rows}
+    compared.not_compared |= quantized - {row.key.partition("@")[0] for row in compared.rows}
     if quantized and not any(row.compared for row in compared.rows):
         raise ExportError(
             f"the model's run must come by the sites of {os.fspath(case.path)}: got 0 codes of {len(quantized)} sites "
@@ -113,6 +114,9 @@ def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: b
             result.unknown.add(key)
             return None
         y = use.quantized
+        if found[key].size != y.numel():
+            result.not_compared.add(key)
+            return None
         theirs = torch.from_numpy(found[key].astype("int64")).reshape(y.shape)
         ours = code_before_clamp(y, use.scale, use.zero_point, "divide").to(torch.int64)
         distance = (theirs - ours).abs()

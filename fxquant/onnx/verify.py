@@ -66,7 +66,7 @@ def verify_onnx(
         path=os.fspath(path),
         target=plan.target,
         codes=tuple(compared.rows),
-        not_run=tuple(sorted(compared.not_run)),
+        not_compared=tuple(sorted(compared.not_compared)),
         input_differing_codes=compared.at_inputs,
         cascaded_codes=sum(row.differing for row in cascaded.rows),
         max_output_difference=largest_difference(unoptimized, trained),

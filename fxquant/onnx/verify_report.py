@@ -36,7 +36,8 @@ class VerifyReport:
         lint: the target's rules on the file, where no runtime tells.
         codes: per QuantizeLinear, onnxruntime without optimizations against `fxquant_eager`, each site computed from
             the codes that onnxruntime had before it: what differs, differs because of the kernels in between.
-        not_run: sites that the file quantizes and the model's run did not come by.
+        not_compared: sites that the file quantizes and the model's run did not come by, or in another form: some
+            models take another way when they are exported.
         differing_codes, compared_codes, largest_code_difference: the same, summed up.
         input_differing_codes: of those, at QuantizeLinear nodes that read a graph input.
         cascaded_codes: codes that differ when each side goes on from its own: one float that rounds to the other side
@@ -66,7 +67,7 @@ class VerifyReport:
     latency: float
     float_latency: float
     integer_dot: str | None
-    not_run: tuple[str, ...] = ()
+    not_compared: tuple[str, ...] = ()
 
     @property
     def integer_share(self) -> float:
@@ -109,7 +110,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         codes = "no activation is quantized: there are no codes to compare"
-        if self.codes or self.not_run:
+        if self.codes or self.not_compared:
             codes = (
                 f"{self.differing_codes} of {self.compared_codes} codes differ from fxquant_eager "
                 f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
@@ -120,11 +121,7 @@ class VerifyReport:
             *self._kernel_lines(),
             codes if self.runtime == REFERENCE else f"in {PLAIN}, {codes}",
             *([table(("site", "differ", "of", "largest"), off)] if off else []),
-            *(
-                [f"{len(self.not_run)} sites of the file were not run: {', '.join(self.not_run)}"]
-                if self.not_run
-                else []
-            ),
+            *self._not_compared_lines(),
             self._output_line(),
             *([self._latency_line()] if not math.isnan(self.latency) else []),
             *([self.integer_dot] if self.integer_dot else []),
@@ -142,6 +139,11 @@ class VerifyReport:
             table(("node", "op", "kernel", "integer", "why not"), rows),
             f"{share} ({100 * self.integer_share:.1f} %)",
         ]
+
+    def _not_compared_lines(self) -> list[str]:
+        names, count = ", ".join(self.not_compared), len(self.not_compared)
+        why = "as the model runs them in another form"
+        return [f"{count} sites of the file were not compared, {why}: {names}"] if names else []
 
     def _output_line(self) -> str:
         spread, plain = f"(spread {self.output_spread:.3g})", f"outputs differ by {self.max_output_difference:.3g}"

@@ -158,3 +158,25 @@ def test_a_residual_of_rank_two_without_a_bias_is_integer(tmp_path):
         report = fxquant.verify_onnx(model, (x,), path, rounds=0)
         assert len(report.rows) == 4 and report.integer_share == 1.0
         assert_codes_agree(report)
+
+
+def test_a_model_that_takes_another_way_when_it_is_exported(tmp_path):
+    """As a state-space model does, which exports a loop for its scan: what has another form is named, not compared."""
+
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.read = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            states = self.fc(x).cumsum(1)
+            if torch.compiler.is_exporting():
+                return torch.stack([self.read(states[:, i]) for i in range(x.shape[1])], 1)
+            return self.read(states)
+
+    torch.manual_seed(0)
+    model, x, path = calibrated(Scan(), torch.randn(6, 3, 8)), torch.randn(4, 3, 8), tmp_path / "m.onnx"
+    fxquant.export_onnx(model, (x,), path)
+    report = fxquant.verify_onnx(model, (x,), path, rounds=0)
+    assert report.not_compared == ("read.input",) and {row.key for row in report.codes} == {"fc.input"}
+    assert "another form: read.input" in str(report) and report.max_output_difference < 0.1 * report.output_spread

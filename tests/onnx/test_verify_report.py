@@ -101,7 +101,7 @@ No dots."""
     )
 
 
-def test_where_it_is_not_run() -> None:
+def test_where_it_is_not_compared() -> None:
     assert (
         str(NOWHERE)
         == """\
@@ -120,7 +120,8 @@ outputs differ by 0.125 in onnxruntime without optimizations (spread 1.5)"""
 
 
 def test_what_was_not_compared_is_said() -> None:
-    assert "\n1 sites of the file were not run: tail.input\n" in str(dataclasses.replace(HERE, not_run=("tail.input",)))
+    text = str(dataclasses.replace(HERE, not_compared=("tail.input",)))
+    assert "\n1 sites of the file were not compared, as the model runs them in another form: tail.input\n" in text
     weights_only = str(dataclasses.replace(HERE, codes=()))
     assert (
         "\nno activation is quantized: there are no codes to compare\n" in weights_only and " of 0 " not in weights_only
