@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -143,3 +144,45 @@ def test_code_of_its_own() -> None:
     copy = own_code(function, "other")
     assert copy(1) == function(1) == 6 and copy(1, 5) == 9
     assert copy.__code__ is not function.__code__ and copy.__code__.co_name == copy.__name__ == "other"
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Broken(nn.Module):
+    """Two layers with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("part", ["", "second"])
+def test_what_was_compiled_in_place_does_not_take_over_after_a_break(part: str) -> None:
+    model, x = Broken(), torch.randn(2, 4)
+    theirs: list[fx.GraphModule] = []
+    ours: list[fx.GraphModule] = []
+
+    def kept_in(graphs: list[fx.GraphModule]) -> Callable[..., Any]:
+        def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            graphs.append(gm)
+            return gm.forward
+
+        return backend
+
+    model.get_submodule(part).compile(backend=kept_in(theirs))
+    model(x)
+    before = len(theirs)
+    with compiled_aside(model, kept_in(ours), dynamic=False) as compiled:
+        compiled(x)
+    assert len(ours) == 2 and len(theirs) == before > 0
+    assert model.get_submodule(part)._compiled_call_impl is not None
+    model(x)
+    assert len(theirs) == before, "and is not compiled anew"
