@@ -17,21 +17,30 @@ def is_cut(gm: fx.GraphModule) -> bool:
     return bool(getattr(reason, "graph_break", False))
 
 
-def warn_of_lost(gm: fx.GraphModule) -> None:
-    """Names the tensors some of whose operators run after the cut, where they stay float."""
+def warn_of_lost(gm: fx.GraphModule, cut: bool) -> None:
+    """Names the tensors that stay float: operators after a cut, and those that run in the place of planned ones."""
     found, missing = bound_sites(gm)
-    lost = [bound.key for bound in found if len(bound.edges) < len(bound.site.edges)]
-    lost += [absent.key for absent in missing]
-    if lost:
-        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-        warnings.warn(
-            f"{len(lost)} quantized tensors stay float where a graph break parts their operators from the start of "
-            f"their module's forward: {', '.join(lost[:8])}{more}. fxquant.prepare saw no break there. Hooks that "
-            "Dynamo does not trace, as those of fully_shard, make one at each module that has them: give them to "
-            "larger modules, or prepare the model with them. TORCH_LOGS=graph_breaks shows where it is.",
-            NotQuantizedWarning,
-            stacklevel=2,
+    if cut:
+        lost = [bound.key for bound in found if len(bound.edges) < len(bound.site.edges)]
+        lost += [absent.key for absent in missing]
+        _warn(
+            lost,
+            "where a graph break parts their operators from the start of their module's forward",
+            "fxquant.prepare saw no break there. Hooks that Dynamo does not trace, as those of fully_shard, make one "
+            "at each module that has them: give them to larger modules, or prepare the model with them. "
+            "TORCH_LOGS=graph_breaks shows where it is.",
         )
+    else:
+        replaced = [absent.key for absent in missing if absent.others]
+        why = "Prepare the model in the mode, and on inputs, that run all that is to be quantized."
+        _warn(replaced, "where their module runs other operators than those that fxquant.prepare saw", why)
+
+
+def _warn(keys: list[str], where: str, why: str) -> None:
+    if keys:
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        message = f"{len(keys)} quantized tensors stay float {where}: {', '.join(keys[:8])}{more}. {why}"
+        warnings.warn(message, NotQuantizedWarning, stacklevel=3)
 
 
 def warn_of_checkpointed(gm: fx.GraphModule) -> None:
@@ -40,12 +49,8 @@ def warn_of_checkpointed(gm: fx.GraphModule) -> None:
         return
     found, missing = bound_sites(gm)
     apart = [bound.key for bound in found if bound.apart] + [absent.key for absent in missing if absent.apart]
-    if apart:
-        more = f" and {len(apart) - 8} more" if len(apart) > 8 else ""
-        warnings.warn(
-            f"{len(apart)} quantized tensors stay float where checkpointing, which fxquant.prepare did not see, puts "
-            f"their operators into a graph of their own: {', '.join(apart[:8])}{more}. Turn checkpointing on first, "
-            "and prepare the model in train mode.",
-            NotQuantizedWarning,
-            stacklevel=2,
-        )
+    _warn(
+        apart,
+        "where checkpointing, which fxquant.prepare did not see, puts their operators into a graph of their own",
+        "Turn checkpointing on first, and prepare the model in train mode.",
+    )

@@ -44,8 +44,7 @@ def quantize_graph(
             "Give them to fxquant.prepare."
         )
     _tell_of_fused(captured)
-    if is_cut(gm):
-        warn_of_lost(captured)
+    warn_of_lost(captured, is_cut(gm))
     if prepared:
         warn_of_replaced(example_inputs)
         warn_of_checkpointed(captured)

@@ -69,11 +69,26 @@ def root_path(graph: fx.Graph) -> str:
     return ""
 
 
+_FUNCTIONS = ("torch/nn/functional.py", "torch/functional.py", "torch/_tensor.py")  # as good as the call itself
 _LIBRARIES = (str(Path(inspect.getfile(torch)).parent), str(Path(__file__).parents[1]))
 
 
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the innermost code that made the node and is neither torch's nor ours; else empty."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [line for line in lines if not line[0].startswith(_LIBRARIES)]
+    own = [line for line in _lines(node) if not line[0].startswith(_LIBRARIES)]
     return "{}:{}".format(*own[-1]) if own else ""
+
+
+def own_line(node: fx.Node) -> str:
+    """`user_line` of what such code calls itself, not by a module of torch's: ``file:line``, without folders."""
+    lines = _lines(node)
+    while lines and lines[-1][0].endswith(_FUNCTIONS):
+        lines.pop()
+    if not lines or lines[-1][0].startswith(_LIBRARIES):
+        return ""
+    return f"{Path(lines[-1][0]).name}:{lines[-1][1]}"
+
+
+def _lines(node: fx.Node) -> list[tuple[str, str]]:
+    """File and line of each call that a node stands in, innermost last."""
+    return re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")

@@ -12,7 +12,7 @@ from fxquant.graph.meta import region_of
 from fxquant.graph.views import Bind
 from fxquant.plan.placements import Placement
 from fxquant.plan.plan import Edge, FloatPlace, LocalSite, Site
-from fxquant.plan.positions import edges_of, enclosing, positions
+from fxquant.plan.positions import Positions, enclosing
 
 
 class Naming:
@@ -20,7 +20,7 @@ class Naming:
 
     def __init__(self, gm: fx.GraphModule, sites: dict[tuple[str, tuple[Edge, ...]], Site]) -> None:
         self.sites = sites
-        self.places = {(position[0], node): position for position, node in positions(gm).items()}
+        self.positions = Positions(gm)
         self.root = next((enclosing(node, "")[0].path for node in gm.graph.nodes), "")
         self.taken: dict[str, set[str]] = {}  # names, by owner
         for site in sites.values():
@@ -53,7 +53,7 @@ class Naming:
             )
             return
         key, path = owner
-        edges = edges_of(self.places, key, placed.edges)
+        edges = self.positions.edges(key, placed.edges)
         if any(is_outside(edge.path) for edge in edges):
             reason = f"its module is reached by another path than through {path or 'the model'}, which runs it"
             declined.append(FloatPlace(where=first.name, reason=reason, source=user_line(first)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fxquant.errors import PlanMismatch
@@ -29,15 +29,22 @@ class Edge:
         kind: operator kind, as in `fxquant.graph.kinds.KINDS`.
         ordinal: which of the operators of that kind that the module itself runs, in execution order.
         operand: name of the operand; "output" for the operator's own result.
+        lines: where each of these operators is written, "" for those that a module of torch's calls. Where a graph has
+            another number of them, as in evaluation, they tell which is which. No part of a plan's identity.
     """
 
     path: str
     kind: str
     ordinal: int
     operand: str
+    lines: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.path + '.' if self.path else ''}{self.kind}{self.ordinal}.{self.operand}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"path": self.path, "kind": self.kind, "ordinal": self.ordinal, "operand": self.operand}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,7 @@ class LocalSite:
             "name": self.name,
             "role": self.role,
             "spec": self.spec.to_dict(),
-            "edges": [dataclasses.asdict(edge) for edge in self.edges],
+            "edges": [edge.to_dict() for edge in self.edges],
         }
 
     @classmethod

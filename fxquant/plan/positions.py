@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxquant.graph.bodies import execution_order
-from fxquant.graph.frames import Frame, frames, normalize_path, relative, root_path
+from fxquant.graph.frames import Frame, frames, normalize_path, own_line, relative, root_path
 from fxquant.graph.kinds import kind_of
 from fxquant.graph.lift import Operand
 from fxquant.graph.views import Bind
@@ -18,6 +19,7 @@ from fxquant.plan.site_lists import registered
 
 # Of an operator: (its owner's call, the module that runs it as seen from there, kind, ordinal).
 Position = tuple[str, str, str, int]
+Place = tuple[str, str, str]  # the same of all operators of a kind that one module runs in one call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,14 @@ class Missing:
     """A bound site none of whose operators are in the graph; ``key`` as that of a `BoundSite`.
 
     ``apart``: operators of it are in another graph than the start of its owner's frame: in a checkpointed body.
+    ``others``: whether the graph has operators in their place that were not there when the model was prepared.
     """
 
     site: LocalSite
     key: str
     bind: fx.Node
     apart: bool = False
+    others: bool = False
 
 
 def tell_calls_apart(gm: fx.GraphModule) -> None:
@@ -109,34 +113,81 @@ def modules_around(gm: fx.GraphModule) -> Callable[[fx.Node], tuple[tuple[str, A
 
 def positions(gm: fx.GraphModule) -> dict[Position, fx.Node]:
     """Every operator that placement knows, under its position in each call around it."""
+    return {(*place, ordinal): node for place, nodes in runs(gm).items() for ordinal, node in enumerate(nodes)}
+
+
+def runs(gm: fx.GraphModule) -> dict[Place, list[fx.Node]]:
+    """The operators of each kind that a module runs in each call around it, in order."""
     root = root_path(gm.graph)
-    counts: dict[tuple[str, str, str], int] = {}
-    found: dict[Position, fx.Node] = {}
+    found: dict[Place, list[fx.Node]] = {}
     for node in execution_order(gm):
         kind = kind_of(node)
         if kind is None:
             continue
         around = enclosing(node, root)
         for frame in around:
-            place = (frame.key, relative(around[-1].path, frame.path), kind.name)
-            ordinal = counts.get(place, 0)
-            counts[place] = ordinal + 1
-            found[(*place, ordinal)] = node
+            found.setdefault((frame.key, relative(around[-1].path, frame.path), kind.name), []).append(node)
     return found
 
 
-def edges_of(places: dict[tuple[str, fx.Node], Position], call: str, operands: tuple[Operand, ...]) -> tuple[Edge, ...]:
-    """The operands as edges of one call; ``places`` is `positions` the other way round, by call and node."""
-    edges = []
-    for node, operand in operands:
-        _, path, kind, ordinal = places[call, node]
-        edges.append(Edge(path=path, kind=kind, ordinal=ordinal, operand=operand))
-    return tuple(edges)
+class Positions:
+    """The operators of a graph as edges of the calls around them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.runs = runs(gm)
+        self._lines = {place: tuple(map(own_line, nodes)) for place, nodes in self.runs.items()}
+        self._places = {
+            (p[0], node): (p, number) for p, nodes in self.runs.items() for number, node in enumerate(nodes)
+        }
+
+    def edges(self, call: str, operands: tuple[Operand, ...]) -> tuple[Edge, ...]:
+        """Operands as edges of one call."""
+        edges = []
+        for node, operand in operands:
+            place, ordinal = self._places[call, node]
+            _, path, kind = place
+            lines = self._lines[place]
+            edges.append(Edge(path=path, kind=kind, ordinal=ordinal, operand=operand, lines=lines))
+        return tuple(edges)
+
+    def find(self, call: str, edge: Edge) -> fx.Node | None:
+        """The operator of an edge in one call, None where the call does not run it."""
+        place = (call, edge.path, edge.kind)
+        nodes = self.runs.get(place, [])
+        number = matching(edge.lines, self._lines.get(place, ())).get(edge.ordinal)
+        return None if number is None else nodes[number]
+
+    def runs_others(self, call: str, edge: Edge) -> bool:
+        """Whether a call that does not run an edge's operator runs ones of its kind that were not there to plan."""
+        lines = self._lines.get((call, edge.path, edge.kind), ())
+        return self.find(call, edge) is None and any(line and line not in edge.lines for line in lines)
+
+
+def matching(planned: tuple[str, ...], found: tuple[str, ...]) -> dict[int, int]:
+    """Ordinals of operators when they were planned → in a graph.
+
+    The same ones where there are as many, or no line is known: torch's own modules run theirs. Otherwise those that are
+    written on one line, in order: evaluation may leave out some, and run others.
+    """
+    if len(planned) == len(found) or not (any(planned) and any(found)):
+        return {number: number for number in range(len(found))}
+    numbered = _numbered(found)
+    return {number: numbered[line] for number, line in enumerate(_numbered(planned)) if line in numbered}
+
+
+def _numbered(lines: tuple[str, ...]) -> dict[tuple[str, int], int]:
+    """A line and how often it came before → its place, in order."""
+    seen: Counter[str] = Counter()
+    numbered: dict[tuple[str, int], int] = {}
+    for place, line in enumerate(lines):
+        numbered[line, seen[line]] = place
+        seen[line] += 1
+    return numbered
 
 
 def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
     """The sites that the bind nodes of a graph and its nested bodies stand for, outermost owners first."""
-    index = positions(gm)
+    index = Positions(gm)
     root = root_path(gm.graph)
     found: list[BoundSite] = []
     missing: list[Missing] = []
@@ -150,7 +201,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
             mine = tuple(rest.pop(0) for _ in site.spec.range.state_names)
             operands, apart = [], False
             for edge in site.edges:
-                node = index.get((frame.key, edge.path, edge.kind, edge.ordinal))
+                node = index.find(frame.key, edge)
                 if node is not None and node.graph is bind.node.graph and (node, edge.operand) not in taken:
                     operands.append((node, edge.operand))
                 apart |= node is not None and node.graph is not bind.node.graph
@@ -171,5 +222,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                     )
                 )
             else:
-                missing.append(Missing(site=site, key=f"{owner}.{site.name}".lstrip("."), bind=bind.node, apart=apart))
+                others = any(index.runs_others(frame.key, edge) for edge in site.edges)
+                key = f"{owner}.{site.name}".lstrip(".")
+                missing.append(Missing(site=site, key=key, bind=bind.node, apart=apart, others=others))
     return found, missing

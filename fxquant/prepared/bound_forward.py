@@ -135,9 +135,8 @@ class BoundForward(OwnForward):
         return f"{super().code_name()}.{self.key}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        register(self.sites, self.target)
-        super().__setstate__(state)
+        # An older version may have given its list another digest.
+        super().__setstate__({**state, "key": register(state["sites"], state["target"])})
         quantize_before_buckets()
         LIVE.add(self)
 

@@ -16,7 +16,7 @@ from fxquant.graph.moves import passes_values
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.graph.views import Bind
 from fxquant.plan.plan import Plan, Site
-from fxquant.plan.positions import enclosing, modules_around, positions
+from fxquant.plan.positions import Positions, enclosing, modules_around, positions
 from fxquant.report.forecast import Place, absolute, place_of
 from fxquant.targets.profiles import get_profile
 
@@ -145,12 +145,12 @@ def _locate(gm: fx.GraphModule, plan: Plan) -> dict[Operand, tuple[Site, Place]]
         bind = Bind.of(node)
         if bind is not None:
             starts.setdefault((enclosing(node, "")[-1].key, region_of(node)), bind.key)
-    places = positions(gm)
+    places = Positions(gm)
     located: dict[Operand, tuple[Site, Place]] = {}
     for site in sorted(plan.sites, key=lambda site: len(site.owner)):
         for (key, region), path in starts.items():
             for edge in site.local.edges if path == site.owner else ():
-                served = places.get((key, edge.path, edge.kind, edge.ordinal))
+                served = places.find(key, edge)
                 if served is not None and region_of(served) == region:
                     located.setdefault((served, edge.operand), (site, place_of(absolute(site, edge))))
     return located
