@@ -15,9 +15,27 @@ aten = torch.ops.aten
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on parameters, buffers and constants only: what weights may be."""
+    """Nodes that depend on parameters, buffers and constants only: what weights may be.
+
+    A buffer that the graph writes something else into, as a cache of keys and values, is none of them.
+    """
+    written: set[fx.Node] = set()
+    changes = [node for node in graph.nodes if written_operands(node)]
+    memory = _memory(graph) if changes else {}
+    while True:
+        found = _constants(graph, written)
+        fed = [node for node in changes if not found.issuperset(node.all_input_nodes)]
+        more = {memory[operand] for node in fed for operand in written_operands(node)} - written
+        if not more:
+            return found
+        written |= more
+
+
+def _constants(graph: fx.Graph, written: set[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
+        if node in written:
+            continue
         if node.op == "get_attr" or (node.op == "placeholder" and is_state(node)):
             found.add(node)
             continue
@@ -25,6 +43,22 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
         if found.issuperset(inputs) and (inputs or packet(node) is aten.full):
             found.add(node)
     return found
+
+
+def written_attributes(graph: fx.Graph) -> list[str]:
+    """The tensors of a graph's module that its operators write into, by name."""
+    changes = [operand for node in graph.nodes for operand in written_operands(node)]
+    memory = _memory(graph) if changes else {}
+    return list(dict.fromkeys(str(memory[each].target) for each in changes if memory[each].op == "get_attr"))
+
+
+def _memory(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Node → the node that made the memory which its value may be a view of."""
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        memory[node] = memory[inputs[0]] if shares_memory(node) and inputs else node
+    return memory
 
 
 def weight_computations(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
@@ -72,11 +106,9 @@ def shares_memory(node: fx.Node) -> bool:
 def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Tensors that are read again after they, or a view of them, were changed in place."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    memory: dict[fx.Node, fx.Node] = {}
+    memory = _memory(graph)
     changes: dict[fx.Node, list[int]] = {}
     for node in graph.nodes:
-        inputs = node.all_input_nodes
-        memory[node] = memory[inputs[0]] if shares_memory(node) and inputs else node
         for changed in written_operands(node):
             changes.setdefault(memory[changed], []).append(order[node])
     found = set()

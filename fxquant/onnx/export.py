@@ -19,6 +19,7 @@ from fxquant.capture.exported import exported_graph
 from fxquant.capture.half import in_float32, widened
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
+from fxquant.graph.dependence import written_attributes
 from fxquant.graph.edit import copied
 from fxquant.onnx.file_check import FileCheck, Inputs
 from fxquant.onnx.half_edges import NOTE, HalfEdges
@@ -174,11 +175,12 @@ def quantized_graph(
         raise ExportError(
             f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
         ) from error
-    profile = get_profile(plan.target)
+    profile, written = get_profile(plan.target), written_attributes(gm.graph)
     trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
     evaluated = copied(gm)
     exported = run_all(export_passes(profile), gm, EXPORT)
     frozen = exported.product(Frozen)
+    frozen.notes += [f"forward writes {name}: each run of the file begins with its value of now" for name in written]
     frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
     placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
     wanted = {key for key, quantizer in quantizers(model) if quantizer.enabled and quantizer.is_set()}

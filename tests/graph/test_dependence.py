@@ -14,6 +14,7 @@ from fxquant.graph.dependence import (
     same_views,
     shares_memory,
     weight_computations,
+    written_attributes,
     written_operands,
 )
 from fxquant.ops.marks import BIND
@@ -46,6 +47,47 @@ def test_what_is_filled_is_constant_and_what_is_random_not() -> None:
     filled = graph.call(aten.full.default, [2], 1.0)
     graph.call(aten.rand.default, [2])
     assert constant_nodes(graph) == {filled}
+
+
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_a_buffer_that_holds_what_comes_in_is_no_constant(through_a_view: bool) -> None:
+    graph = ByHand()
+    cache, x = graph.input("cache", 4, 2, state=True), graph.input("x", 1, 2)
+    doubled = graph.call(aten.mul.Tensor, cache, 2.0)
+    if through_a_view:
+        graph.call(aten.copy_.default, graph.call(aten.slice.Tensor, cache, 0, 0, 1), x)
+    else:
+        graph.call(aten.add_.Tensor, cache, x)
+    assert constant_nodes(graph).isdisjoint({cache, doubled})
+
+
+def test_a_buffer_that_follows_another_such_one_is_no_constant_either() -> None:
+    graph = ByHand()
+    first, second, x = (graph.input(name, 2, state=name != "x") for name in ("first", "second", "x"))
+    graph.call(aten.copy_.default, second, first)
+    graph.call(aten.copy_.default, first, x)
+    assert constant_nodes(graph) == set()
+
+
+def test_a_buffer_that_is_computed_from_parameters_stays_one() -> None:
+    """As the vectors of a spectral norm are, in each step."""
+    graph = ByHand()
+    u, w = graph.input("u", 2, state=True), graph.input("w", 2, 2, state=True)
+    written = graph.call(aten.copy_.default, u, graph.call(aten.mv.default, w, u))
+    assert {u, w, written} <= constant_nodes(graph)
+
+
+def test_attributes_that_are_written() -> None:
+    graph = ByHand()
+    x = graph.input("x", 2)
+    held = [graph.get_attr(name) for name in ("cache", "steps", "read")]
+    for node in held:
+        node.meta["val"] = x.meta["val"]
+    view = graph.call(aten.view.default, held[0], [2, 1])
+    graph.call(aten.copy_.default, view, graph.call(aten.view.default, x, [2, 1]))
+    graph.call(aten.add_.Tensor, held[1], 1.0)
+    graph.call(aten.add_.Tensor, x, held[2])
+    assert written_attributes(graph) == ["cache", "steps"]
 
 
 def test_marks_of_owners_are_no_constants() -> None:

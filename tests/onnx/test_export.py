@@ -208,6 +208,29 @@ def test_variadic_inputs(tmp_path):
     assert_codes_agree(verified)
 
 
+def test_a_cache_that_forward_writes_is_read_and_named(tmp_path):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.register_buffer("keys", torch.ones(4, 8))
+
+        def forward(self, x):
+            self.keys[1:3] = self.key(x)
+            return self.out(self.keys)
+
+    torch.manual_seed(0)
+    model, x = calibrated(Cached(), torch.randn(2, 8)), torch.randn(2, 8)
+    model.keys.fill_(0.5)
+    report = fxquant.export_onnx(model, (x,), tmp_path / "c.onnx", dynamic_batch=False)
+    assert "forward writes keys: each run of the file begins with its value of now" in report.notes
+    assert_codes_agree(fxquant.verify_onnx(model, (x,), tmp_path / "c.onnx", rounds=0))
+    assert torch.equal(model.keys, torch.full((4, 8), 0.5))
+    (out,) = onnxruntime.InferenceSession(tmp_path / "c.onnx").run(None, {"x": x.numpy()})
+    rows = torch.stack([model.keys[0], *model.key(x), model.keys[3]])
+    np.testing.assert_allclose(out, model.out(rows).detach().numpy(), atol=0.05)
+
+
 def test_a_computed_weight_that_the_batch_repeats(tmp_path):
     """Relative positions: their projection depends on parameters only, its copies on the size of the batch."""
 
