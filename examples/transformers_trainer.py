@@ -5,6 +5,7 @@ pip install "fxquant[onnx,examples]" && python examples/transformers_trainer.py
 
 from __future__ import annotations
 
+import sys
 import tempfile
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fxquant
+
+BACKEND = sys.argv[1] if len(sys.argv) > 1 else "fxquant"
 
 
 class Parity(Dataset):
@@ -42,8 +45,8 @@ def prepared() -> BertForSequenceClassification:
 def trainer(folder: str) -> Trainer:
     arguments = TrainingArguments(
         folder, max_steps=20, learning_rate=5e-3, per_device_train_batch_size=32, bf16=True, use_cpu=True,
-        activation_checkpointing=True,
-        eval_strategy="steps", eval_steps=10, save_steps=10, load_best_model_at_end=True, report_to=[], disable_tqdm=True,
+        activation_checkpointing=True, eval_strategy="steps", eval_steps=10, save_steps=10, load_best_model_at_end=True,
+        report_to=[], disable_tqdm=True,
     )  # fmt: skip
     return Trainer(prepared(), arguments, train_dataset=Parity(640), eval_dataset=Parity(64))
 
