@@ -1,6 +1,6 @@
 """A loop of accelerate's in bfloat16: prepared, compiled in place, saved with ``save_state`` and taken up again.
 
-    python examples/accelerate_loop.py [fxquant_eager]
+python examples/accelerate_loop.py [fxquant_eager]
 """
 
 from __future__ import annotations

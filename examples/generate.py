@@ -1,6 +1,6 @@
 """``generate()`` of a small causal LM that is trained quantized; the file then says the same tokens.
 
-    python examples/generate.py [fxquant_eager]
+python examples/generate.py [fxquant_eager]
 """
 
 from __future__ import annotations

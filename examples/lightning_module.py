@@ -1,6 +1,6 @@
 """A Lightning module trained quantized: a checkpoint, a resumed run, and an average of the weights and ranges.
 
-    python examples/lightning_module.py [fxquant_eager]
+python examples/lightning_module.py [fxquant_eager]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LoRA of peft on a quantized model: adapters are trained, merged, and deployed.
 
-    python examples/peft_lora.py [fxquant_eager]
+python examples/peft_lora.py [fxquant_eager]
 """
 
 from __future__ import annotations

@@ -57,6 +57,19 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, modules that their user compiled in place run as if they were not."""
+    in_place = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
+    for module, _ in in_place:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in in_place:
+            module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
 def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> Iterator[Callable[..., Any]]:
     """``torch.compile(model, backend=backend)`` that leaves no trace on the model or in recompile counts.
 
@@ -68,15 +81,10 @@ def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> I
     # Private; tried on 2.13 and 2.15: the wrapper's, which passes what is set on it to the model.
     mark = "_is_torch_compile"
     marked = mark in vars(model)
-    in_place = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
-    for module, _ in in_place:
-        module._compiled_call_impl = None
     try:
-        with torch._dynamo.config.patch(limits):
+        with torch._dynamo.config.patch(limits), uncompiled(model):
             yield torch.compile(model, backend=backend, **options)
     finally:
-        for module, call in in_place:
-            module._compiled_call_impl = call
         if not marked:
             vars(model).pop(mark, None)
 

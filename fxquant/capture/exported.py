@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.capture.aside import uncompiled
 from fxquant.capture.open_sizes import OpenSizes, by_parameter, keywords_named
 from fxquant.graph.edit import without_dead_nodes
 from fxquant.passes.base import run_all
@@ -27,7 +28,7 @@ def exported_graph(
     Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
     of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
-    with _as_deployed(), keywords_named(model, kwargs):
+    with _as_deployed(), uncompiled(model), keywords_named(model, kwargs):
         shapes = by_parameter(model.forward, sizes)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     gm = program.module(check_guards=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.aside import evaluating, untouched
+from fxquant.capture.aside import evaluating, uncompiled, untouched
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -54,6 +54,6 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 def output_types(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.dtype]:
     """The types of a model's outputs that are tensors, flattened in order, from a run of the float model."""
-    with untouched(model), evaluating(model), torch.no_grad():
+    with untouched(model), uncompiled(model), evaluating(model), torch.no_grad():
         outputs = model(*args, **kwargs)
     return [leaf.dtype for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

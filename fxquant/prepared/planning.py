@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.capture.aside import untouched
+from fxquant.capture.aside import uncompiled, untouched
 from fxquant.capture.dynamo import dynamo_graphs
 from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
 from fxquant.graph.kinds import kind_of
@@ -83,7 +83,7 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _blame(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failed: Exception) -> None:
     """Raises for a run under Dynamo that failed: runs the model again without, to tell whose fault it was."""
     try:
-        with untouched(model), torch.no_grad():
+        with untouched(model), uncompiled(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
         raise InvalidArgument(

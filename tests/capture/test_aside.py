@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import fxquant
+import fxquant.report
 from fxquant.capture.aside import compiled_aside, evaluating, in_compiled_region, own_code, untouched
+from fxquant.errors import NotQuantizedWarning
 
 
 class Counting(nn.Module):
@@ -186,3 +192,22 @@ def test_what_was_compiled_in_place_does_not_take_over_after_a_break(part: str) 
     assert model.get_submodule(part)._compiled_call_impl is not None
     model(x)
     assert len(theirs) == before, "and is not compiled anew"
+
+
+def test_every_door_of_a_model_compiled_in_place_runs_our_own_compile(tmp_path: Path) -> None:
+    """NotQuantizedWarning would say that a part ran in eager Python; a compile of theirs would be counted."""
+    model, x = Broken(), torch.randn(2, 4)
+    count = CompileCounterWithBackend("fxquant_eager")
+    fxquant.prepare(model, (x,))
+    model.compile(backend=count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotQuantizedWarning)
+        model(x).sum().backward()
+        before = count.frame_count
+        model.eval()
+        fxquant.calibrate(model, [x])
+        fxquant.explain(model, (x,))
+        fxquant.report.sqnr(model, (x,))
+        fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+        report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=1)
+    assert report.compared_codes == x.numel() and count.frame_count == before > 0
