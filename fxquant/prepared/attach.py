@@ -8,6 +8,7 @@ from torch import nn
 from fxquant.errors import UnsupportedModel
 from fxquant.plan.plan import Plan
 from fxquant.prepared.bound_forward import BoundForward, bound_forward, quantize_before_buckets
+from fxquant.prepared.live import LIVE
 from fxquant.prepared.quantizer import ATTRIBUTE, QuantizerSet, owners
 from fxquant.prepared.root import Root
 from fxquant.prepared.unfused import attach_unfused, detach_unfused
@@ -21,11 +22,14 @@ def detach(model: nn.Module) -> None:
         bound = bound_forward(module)
         if bound is not None:
             bound.detach()
+            if bound.root is not None:  # of what the model was merged out of, which is no prepared model any more
+                LIVE.discard(bound.root)
         delattr(module, ATTRIBUTE)
     detach_unfused(model)
-    root = model.__dict__.get(Root.SLOT)
-    if root is not None:
-        root.detach()
+    for module in model.modules():
+        root = module.__dict__.get(Root.SLOT)
+        if root is not None:
+            root.detach()
 
 
 @torch.inference_mode(False)

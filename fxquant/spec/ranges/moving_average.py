@@ -58,11 +58,16 @@ class MovingAverage(Range):
         return f"[{state['min_val'].item():.4g}, {state['max_val'].item():.4g}]"
 
     def as_written_today(self, state: Mapping[str, Tensor], format: Format) -> dict[str, Tensor]:
-        """Of a range that has seen zeros only, too, which was [0, 0]."""
+        """Of a range of zeros only, too, which was [0, 0]; what an average left of "unset" at one bound is 0."""
         state = super().as_written_today(state, format)
-        zeros = (state["min_val"] == 0) & (state["max_val"] == 0)
-        signs = {"min_val": qparams.ONLY_ZEROS, "max_val": -qparams.ONLY_ZEROS}
-        return {name: torch.where(zeros, signs[name], value) for name, value in state.items()}
+        low, high = state["min_val"], state["max_val"]
+        zeros, wide = (low == 0) & (high == 0), low < high
+        near = {"min_val": low.clamp(min=qparams.ONLY_ZEROS), "max_val": high.clamp(max=-qparams.ONLY_ZEROS)}
+        found = {}
+        for name, empty in near.items():
+            value = torch.where(wide & (state[name].abs() <= qparams.ONLY_ZEROS), 0.0, state[name])
+            found[name] = torch.where(zeros, empty, value)
+        return found
 
     def start_calibration(self, state: Mapping[str, Tensor]) -> None:
         """Empties it."""
