@@ -49,7 +49,7 @@ KINDS: dict[Any, Kind] = {
     aten.bilinear: Kind("bilinear", {}),
     **dict.fromkeys((aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu), Kind("recurrent_layer", {})),
     aten.einsum: Kind("einsum", {}),
-    aten.embedding: Kind("embedding", {"weight": 0}, "weight", None),
+    **dict.fromkeys((aten.embedding, aten.embedding_bag), Kind("embedding", {"weight": 0}, "weight", None)),
     aten.scaled_dot_product_attention: Kind("sdpa", {"query": 0, "key": 1, "value": 2}),
     aten.add: _ADD,
     aten.cat: Kind("cat", {}),

@@ -23,6 +23,13 @@ def is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def gives_floats(node: fx.Node) -> bool:
+    """Whether the node's value, or the first of several, is a floating-point tensor: a bag of embeddings has four."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(first, torch.Tensor) and first.is_floating_point()
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user of a node, None if there are more or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -29,7 +29,7 @@ def to_onnx(
 ) -> Any:
     """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
     gm.training = False
-    with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnx_ir"):
+    with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnx_ir"), _quiet("onnxscript"):
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(

@@ -7,7 +7,7 @@ from torch import fx
 from fxquant.graph.bodies import is_transform
 from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.graph.lift import Operand
-from fxquant.graph.nodes import call_nodes, is_float
+from fxquant.graph.nodes import call_nodes, gives_floats, is_float
 from fxquant.graph.views import BatchNorm
 from fxquant.plan.problem import Problem, names
 from fxquant.plan.weight_groups import matrix_of, why_not_grouped
@@ -42,7 +42,7 @@ class Demands:
         if kind is not None and kind.name in profile.refused:
             self.declined.append((node, profile.refused[kind.name]))
             return
-        if kind is None or not is_float(node):
+        if kind is None or not gives_floats(node):
             return
         if problem.recipe.kinds is not None and kind.name not in problem.recipe.kinds:
             self.declined.append((node, f"recipe {problem.recipe.name!r} leaves {kind.name} out"))

@@ -208,6 +208,26 @@ def test_variadic_inputs(tmp_path):
     assert_codes_agree(verified)
 
 
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_tables_of_embedding_bags_are_quantized(tmp_path, mode):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.EmbeddingBag(10, 4, mode=mode, padding_idx=0)), torch.randint(0, 10, (3, 5))
+    fxquant.prepare(model, (x,))
+    step = torch.compile(model, backend="fxquant_eager")
+    out = step(x)
+    out.square().sum().backward()
+    table = model[0].weight.detach()
+    scale = table.abs().max() / 127
+    expected = nn.functional.embedding_bag(x, (table / scale).round() * scale, mode=mode, padding_idx=0)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    assert not torch.equal(out, model(x)) and model[0].weight.grad.count_nonzero()
+    report = fxquant.export_onnx(model.eval(), (x,), tmp_path / "b.onnx")
+    assert report.weights == ("0.weight",) and not report.notes
+    (found,) = onnxruntime.InferenceSession(tmp_path / "b.onnx").run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+    assert "0.weight" in str(fxquant.explain(model))
+
+
 def test_a_cache_that_forward_writes_is_read_and_named(tmp_path):
     class Cached(nn.Module):
         def __init__(self):
