@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from fxquant.graph.lift import Operand
 from fxquant.graph.views import Bind
 from fxquant.plan.plan import Edge, LocalSite
 from fxquant.plan.site_lists import registered
+from fxquant.targets.profile import PRODUCT_KINDS
 
 # Of an operator: (its owner's call, the module that runs it as seen from there, kind, ordinal).
 Position = tuple[str, str, str, int]
@@ -157,10 +158,18 @@ class Positions:
         number = matching(edge.lines, self._lines.get(place, ())).get(edge.ordinal)
         return None if number is None else nodes[number]
 
-    def runs_others(self, call: str, edge: Edge) -> bool:
-        """Whether a call that does not run an edge's operator runs ones of its kind that were not there to plan."""
+    def runs_others(self, call: str, edge: Edge, planned: Set[str]) -> bool:
+        """Whether a call that does not run an edge's operator runs ones in its place that were not there to plan.
+
+        Those of its kind on other lines; and where it is a product, products of no ``planned`` kind.
+        """
+        if self.find(call, edge) is not None:
+            return False
         lines = self._lines.get((call, edge.path, edge.kind), ())
-        return self.find(call, edge) is None and any(line and line not in edge.lines for line in lines)
+        others = PRODUCT_KINDS - planned if edge.kind in PRODUCT_KINDS else ()
+        return any(line and line not in edge.lines for line in lines) or any(
+            (call, edge.path, kind) in self.runs for kind in others
+        )
 
 
 def matching(planned: tuple[str, ...], found: tuple[str, ...]) -> dict[int, int]:
@@ -197,6 +206,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
     for bind in binds:
         frame = enclosing(bind.node, root)[-1]
         rest = list(bind.state)
+        kinds = {edge.kind for site in registered(bind.key) for edge in site.edges}
         for site, mode in zip(registered(bind.key), bind.modes, strict=True):
             mine = tuple(rest.pop(0) for _ in site.spec.range.state_names)
             operands, apart = [], False
@@ -222,7 +232,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
                     )
                 )
             else:
-                others = any(index.runs_others(frame.key, edge) for edge in site.edges)
+                others = any(index.runs_others(frame.key, edge, kinds) for edge in site.edges)
                 key = f"{owner}.{site.name}".lstrip(".")
                 missing.append(Missing(site=site, key=key, bind=bind.node, apart=apart, others=others))
     return found, missing

@@ -51,6 +51,16 @@ class Replaced(Plain):
         return F.linear(x, self.a)
 
 
+class Fused(Plain):
+    """Attention by hand in training, by torch's operator in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (x @ self.a)[None], (x @ self.b)[None]
+        if self.training:
+            return torch.softmax(q @ k.mT, -1) @ k
+        return F.scaled_dot_product_attention(q, k, k, scale=1.0)
+
+
 class Branches(Plain):
     """Writes the same product twice."""
 
@@ -90,6 +100,13 @@ def test_an_operator_that_evaluation_runs_instead_is_named() -> None:
     with pytest.warns(NotQuantizedWarning, match="other operators than those that fxquant.prepare saw: "):
         found = evaluated(model)
     assert torch.equal(found, model(X).detach())
+
+
+def test_a_product_of_another_kind_instead_is_named() -> None:
+    model = prepared(Fused(), X)
+    step(torch.compile(model, backend=EAGER), X)
+    with pytest.warns(NotQuantizedWarning, match="other operators than those that fxquant.prepare saw: matmul2_lhs"):
+        evaluated(model)
 
 
 def test_one_operator_on_two_lines_is_one() -> None:
