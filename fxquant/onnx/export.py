@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
-from fxquant.capture.half import in_float32, widened
+from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
 from fxquant.graph.dependence import written_attributes
 from fxquant.graph.edit import copied
+from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.file_check import FileCheck, Inputs
-from fxquant.onnx.half_edges import NOTE, HalfEdges
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.onnx.zero_points import imply_zero_points
 from fxquant.passes.base import run_all
@@ -123,7 +123,7 @@ def export_onnx(
     elif dynamic_batch:
         args, named = _at_least_two(args), _at_least_two(named)
         sizes = open_batch(args, named)
-    edges = HalfEdges.of(plain, args, named)
+    edges = Edges.of(plain, args, named)
     with in_float32(plain):
         wide: Inputs = widened((args, named))
         gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan)
@@ -146,7 +146,7 @@ def export_onnx(
 
 
 def _finish(
-    model: Any, frozen: Frozen, profile: Profile, edges: HalfEdges | None, weight_storage: WeightStorage
+    model: Any, frozen: Frozen, profile: Profile, edges: Edges | None, weight_storage: WeightStorage
 ) -> list[str]:
     """What the exporter's model lacks of the file; notes."""
     written = {value.name for node in model.graph for value in node.outputs}

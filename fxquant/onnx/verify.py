@@ -15,11 +15,11 @@ from torch import nn
 
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
-from fxquant.capture.half import in_float32, widened
+from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
-from fxquant.onnx.half_edges import HalfEdges
+from fxquant.onnx.edges import Edges
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
@@ -135,7 +135,7 @@ def _latency(runtime: Runtime, case: Case, rounds: int) -> tuple[float, float]:
 
 def _export_float(case: Case, path: Path) -> None:
     """The same model without quantizers; BatchNorm is folded by the runtime."""
-    edges = HalfEdges.of(case.model, case.args, case.kwargs)
+    edges = Edges.of(case.model, case.args, case.kwargs)
     with evaluating(case.model), in_float32(case.model), torch.no_grad():
         args, kwargs = widened((case.args, case.kwargs))
         sizes = open_batch(args, kwargs)

@@ -1,4 +1,4 @@
-"""A model of half precision as one of float32, for files that runtimes on a CPU load."""
+"""A model of half or double precision as one of float32, for files that runtimes on a CPU load."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor, nn
 
 from fxquant.capture.aside import evaluating, uncompiled, untouched
 
-HALVES = (torch.float16, torch.bfloat16)
+OTHERS = (torch.float16, torch.bfloat16, torch.float64)
 
 
-def is_half(model: nn.Module) -> bool:
-    """Whether any parameter or buffer is of half precision."""
-    return any(value.dtype in HALVES for value in (*model.parameters(), *model.buffers()))
+def is_other(model: nn.Module) -> bool:
+    """Whether any parameter or buffer is of half or double precision."""
+    return any(value.dtype in OTHERS for value in (*model.parameters(), *model.buffers()))
 
 
 def widened(values: Any) -> Any:
-    """Nested values with tensors of half precision as float32."""
+    """Nested values with tensors of half and double precision as float32."""
     return torch.utils._pytree.tree_map(
-        lambda value: value.float() if isinstance(value, Tensor) and value.dtype in HALVES else value, values
+        lambda value: value.float() if isinstance(value, Tensor) and value.dtype in OTHERS else value, values
     )
 
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters and buffers of half precision are float32: exactly the same values, and computed exactly.
+    """Inside, parameters and buffers of half and double precision are float32; halves keep their values.
 
     The parameters stay the objects that they are, and have their own memory again afterwards.
     """
-    parameters = [(value, value.data) for value in model.parameters() if value.dtype in HALVES]
+    parameters = [(value, value.data) for value in model.parameters() if value.dtype in OTHERS]
     buffers = [
         (module, name, value)
         for module in model.modules()
         for name, value in module._buffers.items()
-        if value is not None and value.dtype in HALVES
+        if value is not None and value.dtype in OTHERS
     ]
     try:
         for value, own in parameters:

@@ -1,4 +1,4 @@
-"""Models of half precision: files that load, run on integers, and equal training within its own precision."""
+"""Models of half and double precision: files that load, run on integers, and equal training within their precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
-from fxquant.onnx.half_edges import NOTE
+from fxquant.onnx.edges import NOTE
 from tests.onnx.models import calibrated, snapshot
 
 
@@ -29,13 +29,22 @@ class Net(nn.Module):
         return self.fc(y), y.float().argmax(1)
 
 
-KINDS = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.FLOAT}
+KINDS = {
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+}
 
 
 @pytest.mark.parametrize(
     ("target", "dtype"),
-    [("onnxruntime", torch.float16), ("onnxruntime", torch.bfloat16), ("openvino", torch.float16)],
-    ids=["float16", "bfloat16", "openvino-float16"],
+    [
+        ("onnxruntime", torch.float16),
+        ("onnxruntime", torch.bfloat16),
+        ("onnxruntime", torch.float64),
+        ("openvino", torch.float16),
+    ],
+    ids=["float16", "bfloat16", "float64", "openvino-float16"],
 )
 def test_the_file_loads_runs_on_integers_and_equals_training(target: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if target == "openvino":
@@ -55,7 +64,7 @@ def test_the_file_loads_runs_on_integers_and_equals_training(target: str, dtype:
     assert verified.compared_codes > 500 and verified.input_differing_codes == 0
     # Training rounds each result between two sites (product, norm, sum) to 11 or 8 bits, by half an eps of up to 255
     # codes; and a code beside a tie may fall to the other side.
-    eps = torch.finfo(dtype).eps
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     assert verified.largest_code_difference <= 1 + int(3 * 255 * eps / 2)
-    assert verified.differing_codes <= verified.compared_codes * 64 * eps
+    assert verified.differing_codes <= max(2, verified.compared_codes * 64 * eps)
     assert verified.max_output_difference < 16 * eps * max(1.0, verified.output_spread)

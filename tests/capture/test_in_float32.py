@@ -1,4 +1,4 @@
-"""A model of half precision, in float32 for a while."""
+"""A model of half or double precision, in float32 for a while."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.half import in_float32, is_half, output_types, widened
+from fxquant.capture.in_float32 import in_float32, is_other, output_types, widened
 
 
 class Net(nn.Module):
@@ -28,7 +28,7 @@ def test_everything_is_itself_again(fails: bool) -> None:
     held = {name: (value.data_ptr(), value.dtype) for name, value in before.items()}
     try:
         with in_float32(model):
-            assert not is_half(model)
+            assert not is_other(model)
             assert all(now is before[name] for name, now in model.named_parameters())
             assert torch.equal(model.scale, before["scale"].float())
             if fails:
@@ -40,11 +40,11 @@ def test_everything_is_itself_again(fails: bool) -> None:
     assert {name: (value.data_ptr(), value.dtype) for name, value in after.items()} == held
 
 
-def test_what_is_half() -> None:
-    assert is_half(Net()) and not is_half(nn.Linear(2, 2)) and not is_half(nn.Linear(2, 2).double())
+def test_what_is_other() -> None:
+    assert is_other(Net()) and not is_other(nn.Linear(2, 2)) and is_other(nn.Linear(2, 2).double())
     only_a_buffer = nn.Module()
     only_a_buffer.register_buffer("b", torch.zeros(1, dtype=torch.bfloat16))
-    assert is_half(only_a_buffer)
+    assert is_other(only_a_buffer)
 
 
 def test_types_of_outputs_from_a_run_that_leaves_no_trace() -> None:
@@ -60,4 +60,4 @@ def test_types_of_outputs_from_a_run_that_leaves_no_trace() -> None:
 def test_inputs() -> None:
     values = {"a": [torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)], "b": 3}
     wide = widened(values)
-    assert [value.dtype for value in wide["a"]] == [torch.float32, torch.float64] and wide["b"] == 3
+    assert [value.dtype for value in wide["a"]] == [torch.float32, torch.float32] and wide["b"] == 3
