@@ -18,6 +18,7 @@ from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
+from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
 from fxquant.graph.dependence import written_attributes
 from fxquant.graph.edit import copied
@@ -168,7 +169,7 @@ def quantized_graph(
     Second, the graph as it is between the two.
     """
     try:
-        with evaluating(model), unset_in_float(model), exporting(), torch.no_grad():
+        with evaluating(model), unset_in_float(model), scaled_tables(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, sizes)
     except Exception as error:
         hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."

@@ -17,6 +17,7 @@ from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
+from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
 from fxquant.onnx.edges import Edges
@@ -59,7 +60,7 @@ def verify_onnx(
     target = get_target(plan.target)
     _check(target, path)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
-    with unset_in_float(case.model):
+    with unset_in_float(case.model), scaled_tables(case.model):
         compared, cascaded, trained = compare_codes(case, [site.key for site in plan.sites])
     unoptimized = run_outputs(path, case.feeds, optimize=False)
     return VerifyReport(

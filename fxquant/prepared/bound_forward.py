@@ -19,7 +19,7 @@ from fxquant.plan.plan import LocalSite
 from fxquant.plan.site_lists import register
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.own_forward import OwnForward
-from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer
+from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer, owners
 from fxquant.prepared.root import Root
 from fxquant.support.patches import BUCKETS
 
@@ -151,6 +151,11 @@ def bound_forward(module: nn.Module) -> BoundForward | None:
     """What `fxquant.prepare` put in the place of the module's forward, None for modules that own no quantizer."""
     found = BoundForward.of(module)
     return found if found is not None and found.active else None
+
+
+def bound_forwards(model: nn.Module) -> dict[str, BoundForward]:
+    """Owner path → what brings its state into graphs."""
+    return {path: bound for path, module, _ in owners(model) if (bound := bound_forward(module)) is not None}
 
 
 def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:

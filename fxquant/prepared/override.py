@@ -12,6 +12,7 @@ from torch import nn
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import FloatPlace, Plan, Site
 from fxquant.prepared.attach import attach, detach
+from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.quantizer import Quantizer, quantizers
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.spec.quant_spec import QuantSpec
@@ -37,6 +38,7 @@ def override(model: nn.Module, changes: Mapping[str, QuantSpec | None]) -> nn.Mo
     model = unwrap(model)
     changed = _changed(plan, dict(changes))
     before = dict(quantizers(model))
+    synced = {path: (bound.group, bound.before) for path, bound in bound_forwards(model).items()}
     try:
         detach(model)
         attach(model, changed)
@@ -47,6 +49,8 @@ def override(model: nn.Module, changes: Mapping[str, QuantSpec | None]) -> nn.Mo
     finally:
         for key, quantizer in quantizers(model):
             _take_over(quantizer, before[key])
+        for path, bound in bound_forwards(model).items():
+            bound.group, bound.before = synced[path]
     return model
 
 

@@ -16,13 +16,14 @@ from torch import nn
 from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import FloatPlace, Plan
+from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
 from fxquant.report.example_run import ExampleRun, run_on_examples
 from fxquant.report.forecast import Operation, Place, expected_kernel, operations
 from fxquant.report.operators import Operator
-from fxquant.report.site_rows import Row, bound_forwards, site_rows
+from fxquant.report.site_rows import Row, site_rows
 from fxquant.spec.ranges.base import UNSET
 from fxquant.support.table import short, table
 from fxquant.targets.expected import FLOAT

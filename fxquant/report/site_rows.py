@@ -9,7 +9,7 @@ from torch import nn
 
 from fxquant.backend.reports import compile_reports
 from fxquant.plan.plan import Plan
-from fxquant.prepared.bound_forward import BoundForward, bound_forward
+from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.quantizer import Quantizer, QuantizerSet, owners, quantizers
 from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, place_of
 
@@ -62,11 +62,6 @@ def site_rows(
             )
         )
     return tuple(rows)
-
-
-def bound_forwards(model: nn.Module) -> dict[str, BoundForward]:
-    """Owner path → what brings its state into graphs."""
-    return {path: bound for path, module, _ in owners(model) if (bound := bound_forward(module)) is not None}
 
 
 def _statuses(model: nn.Module) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import CurrentTensor, QuantSpec
 from fxquant.errors import InvalidArgument, PlanMismatch
+from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import plan_of
 from tests.onnx.agreement import assert_codes_agree
@@ -101,6 +102,12 @@ def test_flags_of_quantizers_stay(model: nn.Module) -> None:
     fxquant.freeze_ranges(model)
     fxquant.override(model, {"down.input": A4})
     assert [q.observing for _, q in quantizers(model)] == [False] * 4
+
+
+def test_over_which_ranks_ranges_are_reduced_stays(model: nn.Module) -> None:
+    fxquant.sync_ranges(model, enabled=False, when="before")
+    fxquant.override(model, {"up.weight": None})
+    assert {(bound.group, bound.before) for bound in bound_forwards(model).values()} == {("", True)}
 
 
 def test_a_checkpoint_from_before_belongs_to_another_plan(model: nn.Module) -> None:

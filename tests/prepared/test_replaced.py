@@ -17,6 +17,7 @@ import fxquant
 from fxquant.errors import InvalidArgument, NotQuantizedWarning
 from fxquant.prepared.quantizer import quantizers
 from tests.nets import prepared, ranges, step, unset
+from tests.onnx.agreement import assert_codes_agree
 
 EAGER = "fxquant_eager"
 X = torch.linspace(-9, 9, 4 * 8).sin().reshape(4, 8)
@@ -226,6 +227,22 @@ def test_prepare_leaves_tables_that_a_lookup_scales() -> None:
     torch.compile(model, backend=EAGER)(tokens)
     twin(tokens)
     assert torch.equal(model[0].weight, twin[0].weight), "training scales the rows that it looked up, as torch does"
+
+
+def test_tables_that_a_lookup_scales_are_exported_as_it_leaves_them(tmp_path: Path) -> None:
+    model, tokens = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0), nn.Linear(8, 4)), torch.arange(10)
+    nn.init.normal_(model[0].weight, std=3)
+    prepared(model, tokens[:4])
+    looked_up = fxquant.calibrate(copy.deepcopy(model), [tokens], progress=False)
+    model.load_state_dict({**looked_up.state_dict(), "0.weight": model[0].weight.detach().clone()})
+    table, before = model[0].weight, model[0].weight.clone()
+    fxquant.export_onnx(model, (tokens[:4],), tmp_path / "m.onnx", verify=False)
+    assert model[0].weight is table and torch.equal(table, before) and model[0].max_norm == 1.0
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    rows = before / before.norm(dim=1, keepdim=True).clamp(min=1.0)
+    torch.testing.assert_close(torch.from_numpy(found), model[1](rows).detach(), atol=0.03, rtol=0)
+    assert_codes_agree(fxquant.verify_onnx(model, (tokens[:4],), tmp_path / "m.onnx"))
 
 
 def test_experts_without_a_token_stay_unset() -> None:

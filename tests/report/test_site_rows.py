@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.backend.reports import LOGS, CompileReport, Log
+from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import plan_of
 from fxquant.report.forecast import operations
-from fxquant.report.site_rows import Row, bound_forwards, site_rows
+from fxquant.report.site_rows import Row, site_rows
 from tests.report.nets import FLAT, Forked
 
 FIXED = fxquant.QuantSpec(bits=8, range=fxquant.Fixed(min=-1.0, max=1.0))
