@@ -81,6 +81,25 @@ softmax = Softmax(mul)
     )
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt", "generic"])
+def test_a_folded_bias_of_a_linear_without_one_is_in_the_file(target: str, tmp_path: Path) -> None:
+    """A running mean of 3 under weights of about 0: without the folded bias, the outputs' mean would be off by 3."""
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8)).eval()
+    model[1].running_mean.fill_(3.0)
+    x = torch.randn(64, 16)
+    expected = model(x).detach().numpy()
+    fxquant.prepare(model, (x,), target=target)
+    fxquant.calibrate(model, [x], progress=False)
+    report = fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    assert not report.notes
+    (found,) = run_outputs(tmp_path / "m.onnx", {"input": x.numpy()}, optimize=True)
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert found.mean() == pytest.approx(expected.mean(), abs=0.01) and found.mean() < -2.5
+
+
 @pytest.mark.parametrize(("target", "op"), [("onnxruntime", "Sub"), ("tensorrt", "Add"), ("openvino", "Add")])
 def test_a_bias_is_subtracted_for_onnxruntime_only(target: str, op: str, tmp_path: Path) -> None:
     model, _, path = exported("mlp", target, tmp_path)
