@@ -175,13 +175,16 @@ class Positions:
 def matching(planned: tuple[str, ...], found: tuple[str, ...]) -> dict[int, int]:
     """Ordinals of operators when they were planned → in a graph.
 
-    The same ones where there are as many, or no line is known: torch's own modules run theirs. Otherwise those that are
-    written on one line, in order: evaluation may leave out some, and run others.
+    Those that are written on one line, in order: evaluation may leave out some, and run others. The same ordinals where
+    no line is known, as torch's own modules run theirs, or where there are as many and no line says otherwise: what is
+    then on other lines is another branch of the same.
     """
-    if len(planned) == len(found) or not (any(planned) and any(found)):
-        return {number: number for number in range(len(found))}
+    same = {number: number for number in range(len(found))}
+    if not (any(planned) and any(found)):
+        return same
     numbered = _numbered(found)
-    return {number: numbered[line] for number, line in enumerate(_numbered(planned)) if line in numbered}
+    by_line = {number: numbered[line] for number, line in enumerate(_numbered(planned)) if line in numbered}
+    return same if len(planned) == len(found) and by_line.items() <= same.items() else by_line
 
 
 def _numbered(lines: tuple[str, ...]) -> dict[tuple[str, int], int]:
