@@ -15,20 +15,26 @@ PY := $(LINK)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench gpu clean
+.PHONY: help venv venv-examples demo test examples lint types bench gpu clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo 'Options: PYTHON=$(PYTHON) (3.10 to 3.13)  TORCH=$(TORCH)  ARGS="..." for demo, test, bench, gpu'
 
 venv: ## Make .venv, or bring it up to date
 	@sh -c "$$MAKE_VENV"
+
+venv-examples: venv ## Add to .venv what examples/ need: transformers, accelerate, peft, Lightning
+	@"$(PY)" -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[examples]"
 
 demo: venv ## Train, export and verify a small quantized model; writes build/demo
 	@"$(PY)" -m fxquant demo $(ARGS)
 
 test: venv ## Run the tests, e.g. make test ARGS="tests/passes -k fold"
 	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
+
+examples: venv-examples ## Run all examples, and hold them to what docs/stacks.md shows
+	@"$(PY)" -m pytest tests/test_examples.py $(ARGS)
 
 lint: venv ## Check the style with ruff
 	@"$(PY)" -m ruff check .
