@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,8 +22,7 @@ import fxquant
 
 MODE = next((word for word in sys.argv[1:] if word in ("ddp", "fsdp2")), "ddp")
 BACKEND = "fxquant_eager" if "fxquant_eager" in sys.argv else "fxquant"
-RANKS, STEPS = 2, 5
-X = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+RANKS, X = 2, torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
 Y = X.roll(1, 1).tanh()
 
 
@@ -39,14 +38,14 @@ def train(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
     step = torch.compile(model, backend=BACKEND)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(5):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(step(x), y)
         loss.backward()
         optimizer.step()
-        mean = loss.detach() / (dist.get_world_size() if dist.is_initialized() else 1)
+        mean = loss.detach()
         if dist.is_initialized():
-            dist.all_reduce(mean)
+            dist.all_reduce(mean.div_(RANKS))
         losses.append(mean.item())
     return losses
 
@@ -60,7 +59,7 @@ def rank(number: int, folder: str) -> None:
             fully_shard(part, mesh=dist.device_mesh.init_device_mesh("cpu", (RANKS,)))
     wrapped = model if MODE == "fsdp2" else DistributedDataParallel(model)
     losses = train(wrapped, X[number::RANKS], Y[number::RANKS])
-    dcp.save(get_model_state_dict(model, options=StateDictOptions(cpu_offload=True)), checkpoint_id=folder)
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
     if number == 0:
         print(f"{RANKS} processes, {MODE}:", " ".join(f"{loss:.6f}" for loss in losses))
     dist.destroy_process_group()
@@ -71,8 +70,7 @@ def main() -> None:
         print("one process:", " ".join(f"{loss:.6f}" for loss in train(prepared(), X, Y)))
         mp.spawn(rank, (folder,), RANKS)
         model = prepared()
-        state = model.state_dict()
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state := model.state_dict(), checkpoint_id=folder)
         model.load_state_dict(state)
         fxquant.export_onnx(model.eval(), (X,), f"{folder}/model.onnx")
         print(fxquant.verify_onnx(model, (X,), f"{folder}/model.onnx"))
