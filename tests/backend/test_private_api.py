@@ -136,6 +136,7 @@ ATTRIBUTES: Mapping[str, Callable[[], object]] = {
     "_compiled_call_impl": torch.nn.Module,
     "_getframe": lambda: sys,
     "_overloadname": lambda: torch.ops.aten.add.Tensor,
+    "_parameters": torch.nn.Module,
     "_safe_softmax": lambda: torch.ops.aten,
     "_scaled_mm": lambda: torch.ops.aten,
     "_schema": lambda: torch.ops.aten.add.Tensor,
