@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.graph.arguments import argument
 from fxquant.graph.meta import STATE
 from fxquant.ops.marks import BIND
+
+aten = torch.ops.aten
+_SIZES = frozenset({aten.sym_size, aten.sym_stride, aten.sym_numel})
+_SHAPED_AS = frozenset({aten.reshape_as, aten.view_as, aten.expand_as})  # torch.export leaves them whole
 
 
 def packet(node: fx.Node) -> Any:
@@ -33,6 +38,17 @@ def gives_floats(node: fx.Node) -> bool:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user of a node, None if there are more or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The single user that reads a node's values; those that ask for its sizes alone do not count."""
+    readers = [user for user in node.users if not _asks_for_sizes(user, node)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _asks_for_sizes(user: fx.Node, node: fx.Node) -> bool:
+    name = packet(user)
+    return name in _SIZES or (name in _SHAPED_AS and argument(user, "self") is not node)
 
 
 def is_bind(node: fx.Node) -> bool:

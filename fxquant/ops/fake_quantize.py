@@ -58,6 +58,29 @@ def _per_tensor(
     return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
+# Fakes of a graph with open sizes are asked for at every node and every retrace: one operation, not a dozen.
+def _per_tensor_scalar_fake(
+    x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, *, rounding: Rounding = "reciprocal"
+) -> Tensor:
+    scalar_arguments(x, zero_point, quant_min, quant_max, rounding)
+    return x.neg()
+
+
+def _per_tensor_fake(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+    pass_through: bool = False,
+    scale_gradient: float = 0.0,
+) -> Tensor:
+    per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
+    return x.neg()
+
+
 def _per_channel(
     x: Tensor,
     scale: Tensor,
@@ -157,6 +180,7 @@ PER_TENSOR_SCALAR = define(
     "fake_quantize_per_tensor_affine(Tensor input, float scale, int zero_point, int quant_min, int quant_max, "
     f"{_ROUNDING}) -> Tensor",
     _per_tensor_scalar,
+    fake=_per_tensor_scalar_fake,
     backward=_backward_scalar,
     lift=same_arguments,
 )
@@ -165,6 +189,7 @@ PER_TENSOR_SCALAR = define(
 PER_TENSOR = define(
     f"fake_quantize_per_tensor_affine.tensor_qparams(Tensor input, {_TENSOR}, {_FORWARD}) -> Tensor",
     _per_tensor,
+    fake=_per_tensor_fake,
     backward=_backward_per_tensor,
     lift=same_arguments,
 )

@@ -14,7 +14,7 @@ from fxquant.graph.bodies import all_graphs
 from fxquant.graph.edit import call
 from fxquant.graph.kinds import bias_of, kind_of, operands, replace_operand, set_bias
 from fxquant.graph.moves import COPYING, RESHAPING
-from fxquant.graph.nodes import call_nodes, only_user, packet
+from fxquant.graph.nodes import call_nodes, only_reader, packet
 from fxquant.graph.views import BatchNorm, FakeQuant, SymmetricQparams, qparams_of
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.site_nodes import grouped_value
@@ -108,7 +108,7 @@ def match(norm: BatchNorm) -> Folding | str:
     dims = head.meta["val"].dim()
     if channels != (1 if kind.name != "linear" else dims - 1) or (kind.name != "linear" and _is_batchless(head)):
         return f"{head.name} has its channels in another dimension"
-    if only_user(head) is None:
+    if only_reader(head) is None:
         return f"{head.name} is used without its normalization too"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics to fold"
@@ -125,7 +125,7 @@ def _is_batchless(head: fx.Node) -> bool:
 def _head(norm: BatchNorm) -> tuple[fx.Node, int]:
     """What a BatchNorm normalizes, seen through ops that only move it, and its dimension of channels there."""
     value, channels = norm.input, 1
-    while kind_of(value) is None and len(value.users) == 1 and value.all_input_nodes:
+    while kind_of(value) is None and only_reader(value) is not None and value.all_input_nodes:
         source = value.all_input_nodes[0]
         before = _channels_before(value, source, channels)
         if before is None:

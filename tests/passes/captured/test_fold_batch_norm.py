@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
+from fxquant.capture.exported import exported_graph
+from fxquant.capture.open_sizes import open_batch
 from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.captured.insert_fake_quantize import InsertFakeQuantize
 from fxquant.spec.quant_spec import QuantSpec
@@ -263,6 +265,31 @@ def test_shared_weight_is_folded_for_one_use_only() -> None:
     gm = captured(model, x, passes=(FINE,))
     assert apply(FOLD, gm).rewrites == 1
     torch.testing.assert_close(torch.compile(model, backend=quantizing(FINE, FOLD))(x), model(x), rtol=0, atol=0.1)
+
+
+class Flattened(nn.Module):
+    """LeViT's normalized linear: the batch is merged into the tokens, and parted by the size of what was merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer.head(x)
+        return self.layer.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_reading_a_size_is_no_use_of_the_values() -> None:
+    model, x = Flattened().double().eval(), torch.randn(3, 7, 5).double()
+    expected = by_running(model.layer, x.flatten(0, 1), "per channel").reshape(3, 7, 4)
+    with torch.no_grad():
+        gm = exported_graph(model, (x,), {}, open_batch((x,), {}))
+    inserting("per channel").run(gm)
+    (linear,) = (node for node in gm.graph.nodes if node.target is torch.ops.aten.linear.default)
+    assert len(linear.users) == 2  # torch.export keeps reshape_as
+    result = apply(FOLD, gm)
+    assert result.rewrites == 1 and not result.declines and "batch_norm" not in gm.code
+    torch.testing.assert_close(gm(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def reasons(model: Callable[..., Any], *args: Tensor, recipe: Recipe = INT8) -> list[str]:
