@@ -79,7 +79,8 @@ def unfolded(layer: Layer, x: Tensor, scheme: str) -> Tensor:
 
 
 def assert_same_buffers(layer: nn.Module, oracle: nn.Module) -> None:
-    torch.testing.assert_close(dict(layer.named_buffers()), dict(oracle.named_buffers()), rtol=1e-6, atol=1e-6)
+    own = {name: value for name, value in layer.named_buffers() if "quantizers" not in name}
+    torch.testing.assert_close(own, dict(oracle.named_buffers()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES, ids=[f"{name}-{scheme}" for name, scheme in CASES])
