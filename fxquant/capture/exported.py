@@ -63,5 +63,16 @@ def _call_by_first_path(gm: fx.GraphModule, model: torch.nn.Module) -> None:
     names = {path: first.setdefault(id(m), path) for path, m in model.named_modules(remove_duplicate=False)}
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        if any(names.get(path, path) != path for path, _ in stack.values()):
-            node.meta["nn_module_stack"] = {k: (names.get(path, path), kind) for k, (path, kind) in stack.items()}
+        if any(names.get(path) != path for path, _ in stack.values()):
+            node.meta["nn_module_stack"] = _by_first_path(stack, names)
+
+
+def _by_first_path(stack: dict[str, tuple[str, Any]], names: dict[str, str]) -> dict[str, tuple[str, Any]]:
+    """Where modules are shared, torch.export names those that a bound forward calls by their path below its module."""
+    outer, found = [""], {}
+    for key, (path, kind) in stack.items():
+        if path not in names:
+            path = next((f"{above}.{path}" for above in reversed(outer) if f"{above}.{path}" in names), path)
+        outer.append(path)
+        found[key] = (names.get(path, path), kind)
+    return found
