@@ -16,10 +16,11 @@ from fxquant.backend.reports import report
 from fxquant.capture.dynamo import capture
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, UnsupportedModel
 from fxquant.graph.bodies import execution_order
-from fxquant.graph.nodes import is_bind, packet
+from fxquant.graph.nodes import packet
 from fxquant.graph.views import Bind
 from fxquant.passes.base import Decline, PassResult, run_all
 from fxquant.passes.pipelines import training_passes
+from fxquant.passes.stages import DYNAMO, enter, operators
 from fxquant.plan.site_lists import target_of
 from fxquant.prepared.live import of_prepared_model
 from fxquant.prepared.root import warn_of_replaced
@@ -63,11 +64,11 @@ def quantize_graph(
 
 
 def _may_hold_sites(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether a graph of Dynamo's binds an owner, or reads a parameter as a model does.
+    """Whether a graph of Dynamo's calls an operator of ours (binds an owner), or reads a parameter as a model does.
 
     An optimizer's step is no model: its parameters are attributes of the graph, which it writes into.
     """
-    return any(map(is_bind, execution_order(gm))) or any(map(_is_trainable, example_inputs))
+    return bool(operators(execution_order(gm))) or any(map(_is_trainable, example_inputs))
 
 
 def _left_whole(gm: fx.GraphModule, started: float) -> fx.GraphModule:
@@ -75,7 +76,7 @@ def _left_whole(gm: fx.GraphModule, started: float) -> fx.GraphModule:
     result = PassResult(declines=[left_alone(gm)])
     result.seconds = time.perf_counter() - started
     report(gm, (), result)
-    return gm
+    return enter(gm, DYNAMO)
 
 
 def _target(digests: Iterable[str]) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_fw_bw_and_get_code
 
+from fxquant import ops
 from fxquant.backend.reports import compile_reports
 from fxquant.errors import UnsupportedModel
 from fxquant.passes import base
@@ -352,3 +353,17 @@ def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.Mo
         assert hooks() == [(3, 3), (2, 2)]
         second.backward()
         assert hooks() == [(3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("backend", ["fxquant", "fxquant_eager"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: torch.ops.aten.mul.Tensor(x, 3) + 1, id="torch's"),
+        pytest.param(lambda x: ops.fake_quantize_per_tensor_affine(x, 0.5, 0, -8, 7) + 1, id="ours"),
+    ],
+)
+def test_code_without_parameters_that_calls_operators_by_name(function: Any, backend: str) -> None:
+    torch._dynamo.reset()
+    x = torch.linspace(-6, 6, 7)
+    assert torch.equal(torch.compile(function, backend=backend, fullgraph=True)(x), function(x))

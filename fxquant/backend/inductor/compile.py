@@ -19,7 +19,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.ops.library import ARITHMETIC, DECOMPOSITIONS
 from fxquant.passes.base import Pass
 from fxquant.passes.pipelines import COMPILED, joint_passes, post_grad_passes
-from fxquant.passes.stages import CAPTURED, JOINT, POST_GRAD, Stage
+from fxquant.passes.stages import CAPTURED, DYNAMO, JOINT, POST_GRAD, Stage, stage_of
 from fxquant.support.digest import source_digest
 
 # A code is computed from 4 to 8 tensors, most of them of one element, and read by what clamps it and by its clip mask.
@@ -44,7 +44,8 @@ def compile_quantized(
 
     register_lowerings()
     told = log_of(quantized)
-    run_after(COMPILED, quantized, told, CAPTURED)
+    if stage_of(quantized) is not DYNAMO:  # one with nothing to quantize is as Dynamo made it
+        run_after(COMPILED, quantized, told, CAPTURED)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_settings(options)}
     if gpu.is_on_gpu(quantized, example_inputs):
         told.add(gpu.overruled(patches))
