@@ -143,14 +143,16 @@ def write_view(model: nn.Module) -> None:
         model.first.weight[0].fill_(2.0)
 
 
+def doubled(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value * 2 if value.is_floating_point() else value for name, value in state.items()}
+
+
 def write_load(model: nn.Module) -> None:
-    state = {name: value * 2 if isinstance(value, Tensor) else value for name, value in model.state_dict().items()}
-    model.load_state_dict(state)
+    model.load_state_dict(doubled(model.state_dict()))
 
 
 def write_assign(model: nn.Module) -> None:
-    state = {name: v * 2 if isinstance(v, Tensor) else v for name, v in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(doubled(model.state_dict()), assign=True)
 
 
 def write_data(model: nn.Module) -> None:
