@@ -353,7 +353,7 @@ def test_a_zoo_trained_only_is_judged_by_its_training(bench: SimpleNamespace) ->
         loss=lambda out: out.square().mean(),
     )
     zoo = SimpleNamespace(get=lambda name: entry)
-    row = bench.bench_zoo.examine(zoo, "mlp", "onnxruntime", "fxquant", 5, only_training=True)
+    row = bench.bench_zoo.examine(zoo, "mlp", "onnxruntime", "fxquant", 5, "training")
     assert not [key for key in row if key.endswith("_error")]
     assert "fixed" not in row and row["backend"] == "fxquant"
     lines = bench.bench_zoo.summary([row]).splitlines()

@@ -146,10 +146,13 @@ def test_what_the_pass_replaces(where: Any, device: str, calls: dict[Any, fx.Gra
 
 
 def test_what_inductor_lowers_whole(tables: dict[Stage, Table]) -> None:
-    """`tables` has compiled, and so has told Inductor; what it was not told of is called."""
-    from torch._inductor.lowering import lowerings
+    """`tables` has compiled, and so has told Inductor; what it was not told of is called.
 
-    found = {operator_name(op): "whole" if op in lowerings else "node" for op in BY_OPERATOR}
+    Inductor notes a fallback of its own once it has met such a call, in whatever test.
+    """
+    from torch._inductor.lowering import fallbacks, lowerings
+
+    found = {operator_name(op): "whole" if op in lowerings and op not in fallbacks else "node" for op in BY_OPERATOR}
     assert found == {name: becomes(name, "inductor") for name in found}
 
 

@@ -32,16 +32,16 @@ def test_transpose_and_scale_stand_before_the_quantizer_for_tensorrt(tmp_path: P
     assert_expected_inline(
         shown(scores_file("tensorrt", tmp_path)),
         """\
-matmul0_rhs = QuantizeLinear(k, const0, const0)
-quantize_dequantize = DequantizeLinear(matmul0_rhs, const0, const0)
-matmul0_lhs = QuantizeLinear(q, const0, const0)
-quantize_dequantize_1 = DequantizeLinear(matmul0_lhs, const0, const0)
+matmul0_rhs = QuantizeLinear(k, const0)
+quantize_dequantize = DequantizeLinear(matmul0_rhs, const0)
+matmul0_lhs = QuantizeLinear(q, const0)
+quantize_dequantize_1 = DequantizeLinear(matmul0_lhs, const0)
 transpose = Transpose(quantize_dequantize)
-matmul0_rhs@transpose = QuantizeLinear(transpose, const0, const0)
-quantize_dequantize_2 = DequantizeLinear(matmul0_rhs@transpose, const0, const0)
+matmul0_rhs@transpose = QuantizeLinear(transpose, const0)
+quantize_dequantize_2 = DequantizeLinear(matmul0_rhs@transpose, const0)
 mul = Mul(quantize_dequantize_1, const0)
-matmul0_lhs@mul_tensor = QuantizeLinear(mul, const0, const0)
-quantize_dequantize_3 = DequantizeLinear(matmul0_lhs@mul_tensor, const0, const0)
+matmul0_lhs@mul_tensor = QuantizeLinear(mul, const0)
+quantize_dequantize_3 = DequantizeLinear(matmul0_lhs@mul_tensor, const0)
 matmul = MatMul(quantize_dequantize_3, quantize_dequantize_2)
 softmax = Softmax(matmul)
 """,
