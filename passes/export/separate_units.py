@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import fx
 
-from fxquant.graph.arguments import argument
+from fxquant.graph.arguments import argument, argument_at
 from fxquant.graph.edit import call
 from fxquant.graph.kinds import operands
 from fxquant.graph.nodes import call_nodes, only_user, packet
@@ -48,7 +48,7 @@ class SeparateRelu(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class SeparateSums(Pass):
-    """``matmul(DQ(x), DQ(w)) + y``  →  ``matmul(DQ(x), DQ(w)) − (−y)``, which has the same value to the bit.
+    """``matmul(DQ(x), DQ(w)) + α·y``  →  ``matmul(DQ(x), DQ(w)) − α·(−y)``, which has the same value to the bit.
 
     onnxruntime makes one float Gemm of a MatMul and an Add of whatever it can broadcast: a residual of a linear
     without a bias, ``x @ w + b``. Of a constant, what is subtracted is a constant too.
@@ -62,20 +62,22 @@ class SeparateSums(Pass):
 
 
 def _subtract(gm: fx.GraphModule, node: fx.Node) -> bool:
-    named = operands(node)
-    product = next((value for value in named.values() if _is_integer_product(value)), None)
-    if product is None or only_user(product) is not node or argument(node, "alpha") != 1:
+    left, right, factor = argument_at(node, 0), argument_at(node, 1), argument(node, "alpha")
+    if not _is_integer_product(left) and factor == 1:
+        left, right = right, left
+    if not _is_integer_product(left) or only_user(left) is not node or right is left:
         return False
-    (other,) = (value for value in named.values() if value is not product)
     with gm.graph.inserting_before(node):
-        apart = call(gm.graph, aten.sub.Tensor, product, negated(gm, other), like=node)
+        minus = negated(gm, right) if isinstance(right, fx.Node) else -right
+        kwargs = {} if factor == 1 else {"alpha": factor}
+        apart = call(gm.graph, aten.sub.Tensor, left, minus, like=node, **kwargs)
     node.replace_all_uses_with(apart)
     gm.graph.erase_node(node)
     return True
 
 
-def _is_integer_product(node: fx.Node) -> bool:
-    if packet(node) not in MATMULS:
+def _is_integer_product(node: object) -> TypeGuard[fx.Node]:
+    if not isinstance(node, fx.Node) or packet(node) not in MATMULS:
         return False
     return all(value.target is DEQUANTIZE or pair_before(value) is not None for value in operands(node).values())
 

@@ -145,18 +145,21 @@ def test_a_residual_of_rank_two_without_a_bias_is_integer(tmp_path):
         def __init__(self) -> None:
             super().__init__()
             self.i, self.l = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+            self.twice, self.scaled, self.moved = (nn.Linear(16, 16, bias=False) for _ in range(3))
             self.w, self.b = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.randn(16))
 
         def forward(self, x):
             x = self.i(x).relu()
-            return (x + self.l(x)).relu() @ self.w + self.b, torch.addmm(x, x, self.w)
+            y, z = (x + self.l(x)).relu() @ self.w + self.b, torch.addmm(x, x, self.w)
+            twice = self.twice(x)
+            return y, z, twice + twice, torch.add(self.scaled(x), x, alpha=2), self.moved(x) + 1.5
 
     torch.manual_seed(0)
     model, x, path = calibrated(Residual(), torch.randn(6, 16)), torch.randn(4, 16), tmp_path / "m.onnx"
     for dynamic in (True, False):
         fxquant.export_onnx(model, (x,), path, dynamic_batch=dynamic)
         report = fxquant.verify_onnx(model, (x,), path, rounds=0)
-        assert len(report.rows) == 4 and report.integer_share == 1.0
+        assert len(report.rows) == 7 and report.integer_share == 1.0
         assert_codes_agree(report)
 
 

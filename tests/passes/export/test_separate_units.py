@@ -70,8 +70,28 @@ def test_a_sum_of_a_product_and_a_constant() -> None:
     assert torch.equal(gm.get_buffer("b_negated"), torch.tensor([-0.3, 0.0, 2.0]))
 
 
+def test_a_sum_with_a_factor() -> None:
+    gm = total(alpha=2)
+    assert same_numbers(SeparateSums(), gm, torch.randn(2, 3)).rewrites == 1
+    (difference,) = gm.graph.find_nodes(op="call_function", target=aten.sub.Tensor)
+    assert "sub(matmul_default, neg_default)" in show(gm) and difference.kwargs == {"alpha": 2}
+
+
+def test_a_sum_of_a_product_and_a_number() -> None:
+    g = Written()
+    x = g.input(2, 3)
+    product = g.call(aten.matmul.default, g.pair(x), g.weight("w", codes(3, 3), torch.tensor([0.1, 0.2, 0.3]), 1))
+    gm = g.done(g.call(aten.add.Tensor, product, 1.5))
+    assert same_numbers(SeparateSums(), gm, torch.randn(2, 3)).rewrites == 1
+    assert "sub(matmul_default, -1.5)" in show(gm)
+
+
 def test_sums_that_stay() -> None:
-    untouched(SeparateSums(), total(alpha=2))
+    untouched(SeparateSums(), total(left=False, alpha=2))  # of twice the product
+    g = Written()
+    x = g.input(3, 3)
+    product = g.call(aten.matmul.default, g.pair(x), g.pair(x, 0.2, "w"))
+    untouched(SeparateSums(), g.done(g.call(aten.add.Tensor, product, product)))  # it has two readers
     g = Written()
     x, y = g.input(2, 3), g.input(3, 3)
     untouched(SeparateSums(), g.done(g.call(aten.add.Tensor, g.call(aten.matmul.default, g.pair(x), y), x)))
