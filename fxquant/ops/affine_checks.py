@@ -56,10 +56,14 @@ def _check_place(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: 
         raise RuntimeError(f"{_AXIS} {name}: got {axis} of {x.dim()}.")
     for what, tensor in (("scale", scale), ("zero_point", zero_point)):
         if tensor.device != x.device:
-            raise RuntimeError(
-                f"`{what}` must be on the device of `{name}`: got {tensor.device} and {x.device}. "
-                f"Move it with .to({str(x.device)!r})."
-            )
+            _refuse_device(what, tensor, x, name)
+
+
+def _refuse_device(what: str, tensor: Tensor, x: Tensor, name: str = "input") -> None:
+    raise RuntimeError(
+        f"`{what}` must be on the device of `{name}`: got {tensor.device} and {x.device}. "
+        f"Move it with .to({str(x.device)!r})."
+    )
 
 
 def check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, name: str) -> None:
@@ -124,10 +128,13 @@ def per_tensor_qparams(scale: Tensor, zero_point: Tensor) -> None:
 def per_tensor_arguments(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: str
 ) -> None:
-    """`per_channel_arguments` for one scale and zero point."""
+    """`per_channel_arguments` for one scale and zero point, which may be a CPU's, as torch lets numbers be."""
     check_rounding(rounding)
     check_range(quant_min, quant_max)
     per_tensor_qparams(scale, zero_point)
+    for what, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor.device not in (x.device, torch.device("cpu")):
+            _refuse_device(what, tensor, x)
     _check_input(x)
 
 

@@ -74,13 +74,9 @@ def _per_tensor_fake(
     quant_max: int,
     *,
     rounding: Rounding = "reciprocal",
-    pass_through: bool = False,
-    scale_gradient: float = 0.0,
+    **_: Any,
 ) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
-    for name, value in (("scale", scale), ("zero_point", zero_point)):
-        if value.device != x.device and value.dim():
-            raise RuntimeError(f"`{name}` must be on the device of `input`: got {value.device} and {x.device}.")
     return x.neg()
 
 

@@ -11,7 +11,8 @@ from fxquant.plan.plan import LocalSite
 def digest(sites: tuple[LocalSite, ...], target: str) -> str:
     """The name of a site list in compiled graphs: equal lists for one target share it, whatever model they are in."""
     lines = [edge.lines for site in sites for edge in site.edges]
-    text = json.dumps([target, lines, *(site.to_dict() for site in sites)], sort_keys=True)
+    told = [lines] if any(map(any, lines)) else []  # of a plan that was loaded, and of torch's own modules, none are
+    text = json.dumps([target, *told, *(site.to_dict() for site in sites)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -206,7 +206,11 @@ META = {"device": "meta"}
             "`zero_point` must be on the device of `input`: got meta and cpu",
         ),
         (lambda: fake_quantize_per_channel_affine(X.to("meta"), SC, ZC, 1, 0, 15), "got cpu and meta"),
-        (lambda: fake_quantize_per_tensor_affine(X, S.to("meta"), Z, 0, 15), "device"),
+        (
+            lambda: fake_quantize_per_tensor_affine(X, S.to("meta"), Z, 0, 15),
+            "`scale` must be on the device of `input`: got meta and cpu. Move it with .to.'cpu'",
+        ),
+        (lambda: fake_quantize_per_tensor_affine(X, S, Z.to("meta"), 0, 15), "`zero_point` must be on the device of"),
     ],
 )
 def test_refused_by_ours_alone(call: Callable[[], Tensor], message: str) -> None:
