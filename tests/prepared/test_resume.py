@@ -6,9 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -28,14 +27,37 @@ def net() -> nn.Module:
     return nn.Sequential(body, nn.Flatten(), nn.Linear(64, 4))
 
 
-def saved(folder: Path, state: dict[str, Any]) -> None:
-    """As users do it: to another name, moved into place when it is whole."""
-    torch.save(state, folder / "new.pt")
+class Power:
+    """The file behind it takes so many bytes; then the process is killed, as by ``kill -9``."""
+
+    def __init__(self, file: BinaryIO, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, data: bytes) -> int:
+        """What fits, so that the file is left half-written."""
+        written = self.file.write(bytes(data)[: self.left])
+        self.left -= written
+        if self.left <= 0:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def saved(folder: Path, state: dict[str, Any], size: int | None) -> None:
+    """As users do it: to another name, moved into place when it is whole; killed after ``size`` bytes, if given."""
+    with (folder / "new.pt").open("wb") as file:
+        torch.save(state, file if size is None else Power(file, size))
     os.replace(folder / "new.pt", folder / "last.pt")
 
 
-def train(folder: Path) -> None:
-    """Trains from the last checkpoint in the folder on; writes each loss as it comes and, at the end, everything."""
+def train(folder: Path, kill: tuple[int, int | None] | None = None) -> None:
+    """Trains from the last checkpoint in the folder on; writes each loss as it comes and, at the end, everything.
+
+    ``kill`` names the step after whose loss the process dies, at once or so many bytes into its checkpoint.
+    """
     torch.set_num_threads(1)
     model = fxquant.prepare(net(), (torch.randn(2, 2, 6, 6),))
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -57,9 +79,12 @@ def train(folder: Path) -> None:
         optimizer.step()
         with (folder / "losses").open("a") as file:
             file.write(f"{step} {loss.item().hex()}\n")
+        if kill == (step, None):
+            os.kill(os.getpid(), signal.SIGKILL)
         if (step + 1) % EVERY == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            saved(folder, {**state, "random": torch.get_rng_state()})
+            state["random"] = torch.get_rng_state()
+            saved(folder, state, kill[1] if kill is not None and kill[0] == step else None)
     end = {"observing": [q.observing for _, q in quantizers(model)], "normalizing": model[0][1].training}
     torch.save({**model.state_dict(), "random": torch.get_rng_state()}, folder / "end.pt")
     (folder / "end.json").write_text(json.dumps(end))
@@ -71,17 +96,10 @@ def losses(folder: Path) -> list[tuple[int, str]]:
     return [(int(step), loss) for step, loss in map(str.split, lines)]
 
 
-def run(folder: Path, kill: tuple[int, float] | None = None) -> None:
-    """A process that trains; killed some seconds after it wrote so many losses, if so asked."""
-    process = PROCESSES.Process(target=train, args=(folder,))
-    before = len(losses(folder))
+def run(folder: Path, kill: tuple[int, int | None] | None = None) -> None:
+    """A process that trains, and dies where ``kill`` says."""
+    process = PROCESSES.Process(target=train, args=(folder, kill))
     process.start()
-    while kill is not None and process.is_alive():
-        if len(losses(folder)) - before >= kill[0]:
-            time.sleep(kill[1])
-            process.kill()
-            break
-        time.sleep(0.002)
     process.join()
     assert process.exitcode == (0 if kill is None else -signal.SIGKILL)
 
@@ -101,9 +119,10 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    for folder, kills in ((whole, ()), (killed, ((8, 0.005),))):
-        for kill in (*kills, None):
-            run(folder, kill)
+    run(whole)
+    for kill in ((5, 2000), (7, None), None):  # into the second checkpoint; between the second and the third
+        run(killed, kill)
+        assert (killed / "new.pt").exists() == (kill == (5, 2000)), "a half-written checkpoint was left, and gone over"
     assert json.loads((whole / "end.json").read_text()) == {"observing": [False] * 4, "normalizing": False}
     assert len(losses(killed)) > STEPS, "steps after the last checkpoint were done again"
     check_resumed(whole, killed)
