@@ -23,9 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser(
         "demo", help="train, quantize, export and verify two nets on handwritten digits", add_help=False
     )
-    kernels = commands.add_parser("kernels", help="which nodes of an ONNX file onnxruntime runs on integers")
-    kernels.add_argument("path", help="an ONNX file")
-    kernels.set_defaults(run=_kernels)
+    _add_kernels(commands)
     lint = commands.add_parser("lint", help="check an ONNX file against a target's rules; 1 where it breaks one")
     lint.add_argument("path", help="an ONNX file")
     lint.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
@@ -47,6 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     except fxquant.errors.FxquantError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+
+
+def _add_kernels(commands: Any) -> None:
+    kernels = commands.add_parser("kernels", help="which nodes of an ONNX file its runtime runs on integers")
+    kernels.add_argument("path", help="an ONNX file")
+    kernels.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
+    kernels.add_argument("--capability", help="compute capability to build for, such as 8.9; tensorrt alone")
+    kernels.add_argument("--json", action="store_true", help="print JSON")
+    kernels.set_defaults(run=_kernels)
 
 
 def _add_explain(commands: Any) -> None:
@@ -88,11 +95,20 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _kernels(given: argparse.Namespace) -> int:
     from fxquant.support.table import table
-    from fxquant.targets.onnxruntime_rows import kernel_rows
+    from fxquant.targets.registry import for_capability, get_target
 
-    rows = kernel_rows(given.path)
+    target = get_target(given.target)
+    runtime = target.runtime if given.capability is None else for_capability(target, given.capability)
+    if runtime is None:
+        raise fxquant.errors.InvalidArgument(
+            f"target must be one that runs here: got {target.name!r}, which has rules alone. Check those: "
+            f"python -m fxquant lint {given.path} --target {target.name}"
+        )
+    runtime.require()
+    rows = runtime.kernels(given.path)
     cells = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in rows]
-    sys.stdout.write(table(("node", "op", "kernel", "integer", "why not"), cells) + "\n")
+    text = table(("node", "op", "kernel", "integer", "why not"), cells)
+    sys.stdout.write(f"{json.dumps([vars(row) for row in rows], indent=2) if given.json else text}\n")
     return 0
 
 

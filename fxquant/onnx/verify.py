@@ -18,7 +18,7 @@ from fxquant.capture.exported import exported_graph
 from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
 from fxquant.capture.scaled_tables import scaled_tables
-from fxquant.errors import InvalidArgument
+from fxquant.errors import InvalidArgument, MissingDependency
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
 from fxquant.onnx.edges import Edges
 from fxquant.onnx.lint import LintReport, lint_onnx
@@ -28,7 +28,7 @@ from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import unset_in_float
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath
-from fxquant.targets.registry import get_target
+from fxquant.targets.registry import for_capability, get_target
 from fxquant.targets.session import REFERENCE, run_outputs
 from fxquant.targets.target import KernelRow, Runtime, Target
 
@@ -43,22 +43,30 @@ def verify_onnx(
     *,
     kwargs: Mapping[str, Any] | None = None,
     rounds: int = 30,
+    runtime: str | None = None,
+    capability: str | None = None,
 ) -> VerifyReport:
     """Loads the exported file and holds it to the prepared model on the given inputs.
 
     Runs it in onnxruntime without optimizations, which executes Q/DQ as the standard says (codes at every
     QuantizeLinear and outputs against `fxquant_eager`), then as the model's target does: in onnxruntime with all
     optimizations (outputs, kernels, and ``rounds`` timed runs against an export of the float model, on one thread,
-    interleaved, medians; 0 times nothing, and exports no float model), or in OpenVINO (outputs, kernels). For tensorrt
-    and generic, which are not run here, it checks the target's rules instead. Changes neither model nor file.
+    interleaved, medians; 0 times nothing, and exports no float model), in OpenVINO (outputs, kernels), or parsed and
+    built by TensorRT for RTX, which needs no GPU (kernels, and the target's rules). Where tensorrt_rtx is not
+    installed, and for generic, it checks the rules alone. Changes neither model nor file.
 
-    Raises InvalidArgument (not prepared, no such file, inputs of another kind), ExportError (the file does not load or
-    run; it quantizes activations and the model's run came by none of them), MissingDependency (onnx, onnxruntime, the
-    target's runtime).
+    Args:
+        runtime: a target's name, to run the file in another runtime than its own's; named, it must be installed.
+        capability: the compute capability to build for, such as ``"8.9"``; None: one that the builder chooses. For
+            TensorRT alone.
+
+    Raises InvalidArgument (not prepared, no such file, inputs of another kind, a runtime or capability that is not
+    known), ExportError (the file does not load, build or run; it quantizes activations and the model's run came by
+    none of them), MissingDependency (onnx, onnxruntime, the target's runtime).
     """
     plan = require_plan(model, "verify_onnx")
-    target = get_target(plan.target)
-    _check(target, path)
+    target = get_target(plan.target if runtime is None else runtime)
+    run = _runtime(target, path, named=runtime is not None, capability=capability)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
     with unset_in_float(case.model), scaled_tables(case.model):
         compared, cascaded, trained = compare_codes(case, [site.key for site in plan.sites])
@@ -72,17 +80,27 @@ def verify_onnx(
         cascaded_codes=sum(row.differing for row in cascaded.rows),
         max_output_difference=largest_difference(unoptimized, trained),
         output_spread=float(max((value.std() for value in trained), default=0.0)),
-        **vars(_in_target(target, case, trained, unoptimized, rounds)),
+        **vars(_in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)),
     )
 
 
-def _check(target: Target, path: ModelPath) -> None:
+def _runtime(target: Target, path: ModelPath, *, named: bool, capability: str | None) -> Runtime | None:
+    """What the file is run in; None where its rules are all there is. Raises what `verify_onnx` does."""
     for name in ("onnx", "onnxruntime"):
         require(name)
-    if target.runtime is not None:
-        target.runtime.require()
+    found = target.runtime
+    if found is None and named:
+        raise InvalidArgument(f"runtime must be one that runs here: got {target.name!r}, which has rules alone.")
+    if found is not None:
+        try:
+            found.require()
+        except MissingDependency:
+            if named or not found.rules_do:
+                raise
+            found = None
     if not Path(path).is_file():
         raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
+    return found if capability is None else for_capability(target, capability)
 
 
 @dataclass(kw_only=True)
@@ -100,16 +118,23 @@ class _Measured:
 
 
 def _in_target(
-    target: Target, case: Case, trained: list[np.ndarray], unoptimized: list[np.ndarray], rounds: int
+    runtime: Runtime | None,
+    target: Target,
+    case: Case,
+    trained: list[np.ndarray],
+    unoptimized: list[np.ndarray],
+    rounds: int,
 ) -> _Measured:
-    """What the runtime makes of the file, or its rules where it is not run here.
+    """What the runtime makes of the file, and its rules where it is not run here.
 
-    Never onnxruntime's optimizer for another target: it takes some of their graphs wrong.
+    Never onnxruntime's optimizer for another target unless it is asked for: it takes some of their graphs wrong.
     """
-    if target.runtime is None:
+    if runtime is None:
         return _Measured(runtime=None, lint=lint_onnx(case.path, target.name))
-    latency, float_latency = _latency(target.runtime, case, rounds)
-    ran = target.runtime.run(case.path, case.feeds)
+    latency, float_latency = _latency(runtime, case, rounds)
+    ran = runtime.run(case.path, case.feeds)
+    if ran.outputs is None:
+        return _Measured(runtime=ran.runtime, rows=ran.rows, lint=lint_onnx(case.path, target.name))
     # The codes that another runtime starts from are the reference's.
     expected = trained if ran.runtime == REFERENCE else unoptimized
     return _Measured(

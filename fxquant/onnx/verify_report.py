@@ -8,6 +8,7 @@ from typing import Any
 
 from fxquant.onnx.lint import LintReport
 from fxquant.support.table import table
+from fxquant.targets.registry import get_target
 from fxquant.targets.session import REFERENCE
 from fxquant.targets.target import KernelRow
 
@@ -30,10 +31,10 @@ class VerifyReport:
 
     Attributes:
         target: what the model was prepared for; `runtime`: what ran the file besides onnxruntime without
-            optimizations, None where the target cannot run here (tensorrt, generic).
+            optimizations, or built it; None where its rules are all there is (generic, tensorrt not installed).
         rows: every Conv, Gemm and MatMul of the file with the kernel it became; empty without a runtime.
         integer_share: the part of those rows that runs on integers.
-        lint: the target's rules on the file, where no runtime tells.
+        lint: the target's rules on the file, where no kernel ran.
         codes: per QuantizeLinear, onnxruntime without optimizations against `fxquant_eager`, each site computed from
             the codes that onnxruntime had before it: what differs, differs because of the kernels in between.
         not_compared: sites that the file quantizes and the model's run did not come by, or in another form: some
@@ -131,6 +132,9 @@ class VerifyReport:
     def _kernel_lines(self) -> list[str]:
         if self.runtime is None:
             unknown = f"{self.path} for {self.target}, which is not run here: its kernels are not known"
+            runtime = get_target(self.target).runtime
+            if runtime is not None:
+                unknown += f' without `pip install "fxquant[{self.target}]"`'
             return [unknown, *([str(self.lint)] if self.lint is not None else [])]
         rows = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in self.rows]
         share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on integers"
@@ -138,6 +142,7 @@ class VerifyReport:
             f"{self.path} in {self.runtime}",
             table(("node", "op", "kernel", "integer", "why not"), rows),
             f"{share} ({100 * self.integer_share:.1f} %)",
+            *([str(self.lint)] if self.lint is not None else []),
         ]
 
     def _not_compared_lines(self) -> list[str]:
@@ -147,7 +152,7 @@ class VerifyReport:
 
     def _output_line(self) -> str:
         spread, plain = f"(spread {self.output_spread:.3g})", f"outputs differ by {self.max_output_difference:.3g}"
-        if self.runtime is None:
+        if math.isnan(self.optimized_output_difference):
             return f"{plain} in {PLAIN} {spread}"
         if self.runtime == REFERENCE:
             both = f"{plain} unoptimized, {self.optimized_output_difference:.3g} optimized {spread}"

@@ -94,5 +94,5 @@ TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
     lint=Lint(rules=_RULES),
-    runtime=Runtime(require=_require, run=run, latency=latency),
+    runtime=Runtime(require=_require, run=run, kernels=kernel_rows, latency=latency),
 )

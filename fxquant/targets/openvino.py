@@ -5,10 +5,11 @@ Names of kernels were seen there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fxquant.errors import ExportError
 from fxquant.support.require import require
@@ -18,7 +19,7 @@ from fxquant.targets.expected import FLOAT_PROBABILITIES, ExpectedKernel, Foreca
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute
 from fxquant.targets.openvino_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
-from fxquant.targets.target import Ran, Runtime, Target
+from fxquant.targets.target import KernelRow, Ran, Runtime, Target
 
 if TYPE_CHECKING:
     import onnx
@@ -123,14 +124,9 @@ def run(path: ModelPath, feeds: Feeds) -> Ran:
 
     Raises ExportError where the file does not load or run, MissingDependency without openvino.
     """
-    openvino = _require()
-    version = str(openvino.__version__)
-    try:
-        hint = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the CPU has it
-        compiled = openvino.Core().compile_model(os.fspath(path), "CPU", hint)
+    with _loading(path) as version:
+        compiled = _compiled(path)
         found = compiled(dict(feeds))
-    except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, with all detail in the text
-        raise ExportError(f"{os.fspath(path)} must load and run in OpenVINO {version}: got {error}") from error
     return Ran(
         runtime=f"OpenVINO {version.partition('-')[0]}",
         rows=tuple(kernel_rows(compiled.get_runtime_model().get_ordered_ops(), path)),
@@ -139,9 +135,30 @@ def run(path: ModelPath, feeds: Feeds) -> Ran:
     )
 
 
+def kernels(path: ModelPath) -> tuple[KernelRow, ...]:
+    """A row per product of the file, compiled and not run. Raises as `run`."""
+    with _loading(path):
+        return tuple(kernel_rows(_compiled(path).get_runtime_model().get_ordered_ops(), path))
+
+
+@contextlib.contextmanager
+def _loading(path: ModelPath) -> Iterator[str]:
+    """OpenVINO's version; its errors become ExportError."""
+    version = str(_require().__version__)
+    try:
+        yield version
+    except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, with all detail in the text
+        raise ExportError(f"{os.fspath(path)} must load and run in OpenVINO {version}: got {error}") from error
+
+
+def _compiled(path: ModelPath) -> Any:
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the CPU has it
+    return _require().Core().compile_model(os.fspath(path), "CPU", hint)
+
+
 TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
     lint=Lint(rules=_RULES),
-    runtime=Runtime(require=_require, run=run),
+    runtime=Runtime(require=_require, run=run, kernels=kernels),
 )

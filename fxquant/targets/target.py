@@ -41,13 +41,14 @@ class Ran:
 
     Attributes:
         runtime: its name, and its version where that is worth a word, as reports print them.
-        rows: a row per node of `WEIGHTED`; outputs: in the graph's order.
+        rows: a row per node of `WEIGHTED`.
+        outputs: in the graph's order; None where the file was compiled and no kernel could run.
         integer_dot: None, or why integer speed is not to be expected on this machine.
     """
 
     runtime: str
     rows: tuple[KernelRow, ...]
-    outputs: list[np.ndarray]
+    outputs: list[np.ndarray] | None
     integer_dot: str | None = None
 
 
@@ -64,12 +65,19 @@ class Runtime:
     Attributes:
         require: imports that package; MissingDependency, with the command that installs it, where it is not there.
         run: file and inputs → what it made of them. Raises ExportError where the file does not load or run.
+        kernels: a file → the rows of ``run``, without inputs.
         latency: how runs are timed; None where they are not.
+        rules_do: where the package is not installed, the target's rules are verified by instead, unless the runtime
+            was asked for by name.
+        capabilities: of devices that a file can be compiled for: ``run`` and ``kernels`` then take ``capability``.
     """
 
     require: Callable[[], ModuleType]
-    run: Callable[[ModelPath, Feeds], Ran]
+    run: Callable[..., Ran]
+    kernels: Callable[..., tuple[KernelRow, ...]]
     latency: Latency | None = None
+    rules_do: bool = False
+    capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

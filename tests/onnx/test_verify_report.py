@@ -105,7 +105,7 @@ def test_where_it_is_not_compared() -> None:
     assert (
         str(NOWHERE)
         == """\
-net.onnx for tensorrt, which is not run here: its kernels are not known
+net.onnx for tensorrt, which is not run here: its kernels are not known without `pip install "fxquant[tensorrt]"`
 net.onnx for tensorrt: 1 findings in 7 nodes
 node  finding                      rule
 ────  ───────────────────────────  ─────────────

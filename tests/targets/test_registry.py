@@ -37,4 +37,4 @@ def test_the_names_of_version_0_1_are_these() -> None:
 def test_which_are_run_here() -> None:
     run = {name for name, target in TARGETS.items() if target.runtime is not None}
     timed = {name for name in run if TARGETS[name].runtime.latency is not None}
-    assert (run, timed) == ({"onnxruntime", "openvino"}, {"onnxruntime"})
+    assert (run, timed) == ({"onnxruntime", "openvino", "tensorrt"}, {"onnxruntime"})

@@ -50,13 +50,17 @@ def _no_relu(reader: LintReader) -> Breaches:
 
 def run(path: ModelPath, feeds: Feeds) -> Ran:
     """By the standard's own evaluator: every product on integers, says the name."""
-    rows = [
-        KernelRow(name=node.name, op_type=node.op_type, kernel="Wonder8", integer=True, reason=None)
+    outputs = ReferenceEvaluator(onnx.load(path)).run(None, dict(feeds))
+    return Ran(runtime="Wonder 1.0", rows=kernels(path), outputs=outputs, integer_dot="This is no real machine.")
+
+
+def kernels(path: ModelPath, *, capability: str = "8") -> tuple[KernelRow, ...]:
+    """The same rows without inputs."""
+    return tuple(
+        KernelRow(name=node.name, op_type=node.op_type, kernel=f"Wonder{capability}", integer=True, reason=None)
         for node in all_nodes(load_model(path).graph)
         if node.op_type in WEIGHTED
-    ]
-    outputs = ReferenceEvaluator(onnx.load(path)).run(None, dict(feeds))
-    return Ran(runtime="Wonder 1.0", rows=tuple(rows), outputs=outputs, integer_dot="This is no real machine.")
+    )
 
 
 def _require() -> ModuleType:
@@ -81,7 +85,7 @@ TARGET = Target(
         weight_only=WeightOnly(name="Wonder i{bits}", beside="Wonder beside"),
     ),
     lint=Lint(rules=RULES),
-    runtime=Runtime(require=_require, run=run),
+    runtime=Runtime(require=_require, run=run, kernels=kernels),
 )
 
 
@@ -222,7 +226,7 @@ def test_it_may_be_timed(exported: Exported, monkeypatch: pytest.MonkeyPatch) ->
         asked.append((list(feeds), "QuantizeLinear" in floats, rounds))
         return {"quantized": 0.5, "float": 2.0}
 
-    report = verified(exported, monkeypatch, Runtime(require=_require, run=run, latency=latency))
+    report = verified(exported, monkeypatch, Runtime(require=_require, run=run, kernels=kernels, latency=latency))
     assert asked == [(["x"], False, 3)]
     assert (report.latency, report.float_latency, report.latency_ratio) == (0.5, 2.0, 0.25)
     assert "ratio 0.25 (below 1 is faster)" in str(report)
@@ -233,7 +237,7 @@ def test_what_differs_in_it_is_noticed(exported: Exported, monkeypatch: pytest.M
         ran = run(path, feeds)
         return dataclasses.replace(ran, outputs=[output + np.float32(1) for output in ran.outputs])
 
-    report = verified(exported, monkeypatch, Runtime(require=_require, run=wrong))
+    report = verified(exported, monkeypatch, Runtime(require=_require, run=wrong, kernels=kernels))
     assert report.optimized_output_difference == pytest.approx(1.0, abs=1e-4)
     assert report.outputs_within_code == 0.0 and report.max_output_difference < 1e-5
 
@@ -242,8 +246,59 @@ def test_its_package_may_be_missing(exported: Exported, monkeypatch: pytest.Monk
     def absent() -> ModuleType:
         return require("wonder_runtime", "wonder must be installed: it is not.")
 
+    missing = Runtime(require=absent, run=run, kernels=kernels)
     with pytest.raises(MissingDependency, match=r"^wonder must be installed: it is not\.$"):
-        verified(exported, monkeypatch, Runtime(require=absent, run=run))
+        verified(exported, monkeypatch, missing)
+    report = verified(exported, monkeypatch, dataclasses.replace(missing, rules_do=True))
+    assert report.runtime is None and report.lint is not None and len(report.lint.findings) == 1
+    assert 'not known without `pip install "fxquant[wonder]"`' in str(report)
+
+
+def test_a_runtime_that_was_asked_for_by_name_must_be_there(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> ModuleType:
+        return require("wonder_runtime", "wonder must be installed: it is not.")
+
+    runtime = Runtime(require=absent, run=run, kernels=kernels, rules_do=True)
+    monkeypatch.setitem(TARGETS, "wonder", dataclasses.replace(TARGET, runtime=runtime))
+    model, path = exported
+    with pytest.raises(MissingDependency, match=r"^wonder must be installed: it is not\.$"):
+        fxquant.verify_onnx(model, (X,), path, runtime="wonder")
+    with pytest.raises(InvalidArgument, match=r"runtime must be one that runs here: got 'generic'"):
+        fxquant.verify_onnx(model, (X,), path, runtime="generic")
+    with pytest.raises(InvalidArgument, match=r"target must be one of .*: got 'abacus'"):
+        fxquant.verify_onnx(model, (X,), path, runtime="abacus")
+
+
+def test_a_file_may_be_run_in_the_runtime_of_another_target(
+    wonder: Target, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = exported
+    report = fxquant.verify_onnx(model, (X,), path, rounds=0, runtime="onnxruntime")
+    assert (report.target, report.runtime) == ("wonder", "onnxruntime")
+    assert report.optimized_output_difference < 1e-4 and [row.kernel for row in report.rows][1:] != ["Wonder8"] * 2
+
+
+def test_it_may_be_compiled_for_a_capability(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime = Runtime(require=_require, run=run, kernels=kernels, capabilities=("9", "10"))
+    monkeypatch.setitem(TARGETS, "wonder", dataclasses.replace(TARGET, runtime=runtime))
+    model, path = exported
+    assert main(["kernels", str(path), "--target", "wonder", "--capability", "10", "--json"]) == 0
+    assert {row["kernel"] for row in json.loads(capsys.readouterr().out)} == {"Wonder10"}
+    with pytest.raises(InvalidArgument, match=r"^capability must be one of '9', '10' for wonder: got '8'\.$"):
+        fxquant.verify_onnx(model, (X,), path, capability="8")
+    with pytest.raises(InvalidArgument, match=r"^capability must be left out for onnxruntime: got '9'\.$"):
+        fxquant.verify_onnx(model, (X,), path, runtime="onnxruntime", capability="9")
+
+
+def test_its_kernels_are_shown(wonder: Target, exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", str(exported[1]), "--target", "wonder"]) == 0
+    assert capsys.readouterr().out.count("Wonder8") == 3
+    assert main(["kernels", str(exported[1]), "--target", "generic"]) == 1
+    assert "target must be one that runs here: got 'generic', which has rules alone" in capsys.readouterr().err
 
 
 def test_without_a_run_its_rules_are_the_proof(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +373,7 @@ def test_no_code_outside_asks_for_a_target_s_name() -> None:
 
 
 def test_a_runtime_s_files_are_read_by_the_registry_alone() -> None:
-    """And by each other; the shell's ``kernels`` is onnxruntime's by its words."""
+    """And by each other."""
     readers = {}
     for name, path in package_modules().items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
@@ -328,4 +383,4 @@ def test_a_runtime_s_files_are_read_by_the_registry_alone() -> None:
                 runtime = next((t for t in TARGETS if rest.startswith(t)), None) if room == "targets" else None
                 if runtime is not None and not name.startswith(f"fxquant.targets.{runtime}"):
                     readers.setdefault(name, set()).add(runtime)
-    assert readers == {"fxquant.targets.registry": set(TARGETS), "fxquant.__main__": {"onnxruntime"}}
+    assert readers == {"fxquant.targets.registry": set(TARGETS)}

@@ -1,0 +1,165 @@
+"""TensorRT for RTX on this machine: NVIDIA's parser and builder, which need no GPU, and what they made of a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from fxquant.errors import ExportError, InvalidArgument
+from fxquant.support.require import require
+from fxquant.targets.document import Feeds, ModelPath, Wiring, all_nodes, folder_of, load_model
+from fxquant.targets.target import WEIGHTED, KernelRow, Ran
+from fxquant.targets.tensorrt_plan import PRODUCTS, Operation, operations
+from fxquant.targets.tensorrt_reasons import reason
+
+if TYPE_CHECKING:
+    import onnx
+
+# Compute capabilities that the builder can be asked for.
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+# A folder on sys.path could hide the package; run_path adds none.
+_START = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+_PROGRAM = Path(__file__).with_name("tensorrt_build.py")
+_MARK = "fxquant_product_"
+
+
+def require_builder() -> ModuleType:
+    """NVIDIA's package. Raises MissingDependency, with the command that installs it."""
+    return require(
+        "tensorrt_rtx",
+        "tensorrt_rtx must be installed to build a model for target 'tensorrt': it is not. "
+        'Run `pip install "fxquant[tensorrt]"`. It needs no GPU.',
+    )
+
+
+def run(path: ModelPath, feeds: Feeds, *, capability: str | None = None) -> Ran:
+    """Parses and builds the file for the inputs' sizes; no kernel runs.
+
+    Raises ExportError where the file does not parse or build, with NVIDIA's own words; InvalidArgument for an unknown
+    ``capability``; MissingDependency without tensorrt_rtx.
+    """
+    shapes = {name: list(array.shape) for name, array in feeds.items()}
+    version, rows = _build(path, shapes, capability)
+    return Ran(runtime=f"TensorRT for RTX {version}", rows=rows, outputs=None)
+
+
+def kernel_rows(path: ModelPath, *, capability: str | None = None) -> tuple[KernelRow, ...]:
+    """A row per product of the file, open sizes taken as 1 to 8. Raises as `run`."""
+    return _build(path, {}, capability)[1]
+
+
+def _build(
+    path: ModelPath, shapes: Mapping[str, Sequence[int]], capability: str | None
+) -> tuple[str, tuple[KernelRow, ...]]:
+    version = str(require_builder().__version__)
+    model = load_model(path)
+    wiring = Wiring(model=model, folder=folder_of(path))
+    exported = [node for node in all_nodes(model.graph) if node.op_type in WEIGHTED]
+    with tempfile.TemporaryDirectory() as folder:
+        marked, plan = Path(folder) / "marked.onnx", Path(folder) / "model.plan"
+        names = _mark(exported)
+        marked.write_bytes(model.SerializeToString())
+        for node, name in zip(exported, names, strict=True):
+            node.name = name
+        asked = {
+            "model": str(marked),
+            "location": str(Path(path).absolute()),
+            "plan": str(plan),
+            "shapes": shapes,
+            "capability": _capability(capability),
+        }
+        _check(_answer(asked, Path(folder), path, version), path, names)
+        compiled = operations(plan)
+    return version, tuple(_row(node, index, compiled, wiring, capability) for index, node in enumerate(exported))
+
+
+def _mark(exported: list[onnx.NodeProto]) -> list[str]:
+    """Names the nodes so that no two are alike, and gives their names before: the plan tells nodes by name."""
+    names = [node.name for node in exported]
+    for index, node in enumerate(exported):
+        node.name = f"{_MARK}{index}"
+    return names
+
+
+def _capability(asked: str | None) -> list[int] | None:
+    if asked is None:
+        return None
+    if asked not in CAPABILITIES:
+        raise InvalidArgument(f"capability must be one of {', '.join(map(repr, CAPABILITIES))}: got {asked!r}.")
+    return [int(part) for part in asked.split(".")]
+
+
+def _answer(asked: Mapping[str, Any], folder: Path, path: ModelPath, version: str) -> dict[str, Any]:
+    """What the program found, in a process of its own."""
+    request, answer = folder / "request.json", folder / "answer.json"
+    request.write_text(json.dumps(asked))
+    command = [sys.executable, "-c", _START, str(_PROGRAM), str(request), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"status {done.returncode}"
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise ExportError(f"{os.fspath(path)} must build in TensorRT for RTX {version}: it ended with {how}: {said}")
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
+
+
+def _check(answer: Mapping[str, Any], path: ModelPath, names: Sequence[str]) -> None:
+    """Raises ExportError where the file was not parsed or not built."""
+    where = f"{os.fspath(path)} must {{}} in TensorRT for RTX {answer['version']}: got "
+    if not answer["parsed"]:
+        errors = [f"{op} '{_unmarked(node, names)}': {text}" if op else text for node, op, text in answer["errors"]]
+        raise ExportError(where.format("parse") + ("; ".join(errors) or _logged(answer, names)))
+    if not answer["built"]:
+        raise ExportError(where.format("build") + _logged(answer, names))
+
+
+def _logged(answer: Mapping[str, Any], names: Sequence[str]) -> str:
+    errors = [_unmarked(text, names) for severity, text in answer["log"] if severity == "error"]
+    return "; ".join(errors) or "no reason"
+
+
+def _unmarked(text: str, names: Sequence[str]) -> str:
+    for index in reversed(range(len(names))):  # 12 before 1
+        text = text.replace(f"{_MARK}{index}", names[index])
+    return text
+
+
+def _row(
+    node: onnx.NodeProto, index: int, compiled: list[Operation], wiring: Wiring, capability: str | None
+) -> KernelRow:
+    mark = f"{_MARK}{index}"
+    standing = [each for each in compiled if mark in each.nodes]
+    products = [each for each in standing if each.kind in PRODUCTS]
+    integer = bool(products) and all(_is_integer(each) for each in products)
+    kernel = ", ".join(dict.fromkeys(map(_title, products or standing[:1]))) or "none"
+    return KernelRow(
+        name=node.name or node.output[0],
+        op_type=node.op_type,
+        kernel=kernel,
+        integer=integer,
+        reason=None if integer else reason(node, products, wiring, capability),
+    )
+
+
+def _operands(product: Operation) -> tuple[str, ...]:
+    """What is multiplied: scales and biases come after."""
+    return product.reads[: 3 if product.kind == "_gemm_mha_v2" else 2]
+
+
+def _is_integer(product: Operation) -> bool:
+    return set(_operands(product)) == {"int8"}
+
+
+def _title(operation: Operation) -> str:
+    if operation.kind not in PRODUCTS:
+        return f"{operation.kind} {operation.name}"
+    return f"{PRODUCTS[operation.kind]} {'·'.join(_operands(operation))}"
