@@ -16,6 +16,7 @@ import torch
 from fxquant.backend import reports
 from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
+from tests.one_translation_unit import compile_waiting, compiled_together
 from tests.uncompiled import kernels_write_zeros
 
 
@@ -59,6 +60,20 @@ def torchlib_is_read_once() -> Iterator[None]:
         once = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
         patch.setattr("torch._export.utils._materialize_cpp_cia_ops", once)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled_together() -> Iterator[None]:
+    """A third of the suite's processor time."""
+    with compiled_together():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def all_kernels_are_compiled() -> Iterator[None]:
+    """Those too that the test has not called."""
+    yield
+    compile_waiting()
 
 
 @pytest.fixture

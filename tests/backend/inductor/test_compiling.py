@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache, PyCodeCache
 from torch._inductor.cpp_builder import CppBuilder
 from torch._inductor.graph import GraphLowering
 
 import fxquant
 from fxquant.backend.inductor.compiling import collecting_rarely
+from tests.one_translation_unit import ORIGINAL
 
 
 @pytest.mark.parametrize(("backend", "early"), [("fxquant", True), ("inductor", False)])
@@ -36,6 +38,7 @@ def test_kernels_are_compiled_as_they_are_generated(backend: str, early: bool, m
         built.append(self.get_target_file_path())
         build(self)
 
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", ORIGINAL)
     monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", classmethod(asks))
     monkeypatch.setattr(PyCodeCache, "load_by_key_path", classmethod(reloads))
     monkeypatch.setattr(CppBuilder, "build", builds)
