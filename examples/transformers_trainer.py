@@ -36,9 +36,7 @@ def prepared() -> BertForSequenceClassification:
     config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     model = BertForSequenceClassification(config)
     fxquant.prepare(model, (Parity(2).tokens,))
-    model.compile(
-        backend="fxquant"
-    )  # TrainingArguments(torch_compile_backend=…) takes only names that accelerate lists
+    model.compile(backend=BACKEND)  # TrainingArguments(torch_compile_backend=…) takes only names that accelerate lists
     return model
 
 
@@ -46,7 +44,7 @@ def trainer(folder: str) -> Trainer:
     arguments = TrainingArguments(
         folder, max_steps=20, learning_rate=5e-3, per_device_train_batch_size=32, bf16=True, use_cpu=True,
         activation_checkpointing=True, eval_strategy="steps", eval_steps=10, save_steps=10, load_best_model_at_end=True,
-        report_to=[], disable_tqdm=True,
+        full_determinism=True, report_to=[], disable_tqdm=True,
     )  # fmt: skip
     return Trainer(prepared(), arguments, train_dataset=Parity(640), eval_dataset=Parity(64))
 

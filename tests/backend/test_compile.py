@@ -367,3 +367,21 @@ def test_code_without_parameters_that_calls_operators_by_name(function: Any, bac
     torch._dynamo.reset()
     x = torch.linspace(-6, 6, 7)
     assert torch.equal(torch.compile(function, backend=backend, fullgraph=True)(x), function(x))
+
+
+def test_deterministic_algorithms_are_so_on_several_threads() -> None:
+    """Inductor adds an embedding's gradient by atomic operations, in the order in which threads come, unless told."""
+    model = prepared(nn.Sequential(nn.Embedding(4, 32), nn.Linear(32, 4)), torch.zeros(2, 3, dtype=torch.long))
+    tokens, factors, threads = torch.zeros(64, 32, dtype=torch.long), torch.randn(64, 32, 4), torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        compiled, found = torch.compile(model, backend="fxquant"), []
+        for _ in range(20):
+            model.zero_grad()
+            (compiled(tokens) * factors).sum().backward()
+            found.append(model[0].weight.grad.clone())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[2]) for each in found[2:]), "the first ones found the ranges"
