@@ -76,6 +76,17 @@ def all_kernels_are_compiled() -> Iterator[None]:
     compile_waiting()
 
 
+@pytest.fixture(scope="session")
+def vectors_are_known() -> None:
+    """To processes of ours with a cache of their own: each would try all sorts of vectors, 8 s of g++, as one has."""
+    from torch._inductor import config, cpu_vec_isa  # private; read in 2.13
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        of_the_processor = cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+    if cpu_vec_isa.valid_vec_isa_list() == of_the_processor:
+        os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+
+
 @pytest.fixture
 def cold() -> Iterator[None]:
     """No compiled graph from before, and a part that silently stays float is an error."""

@@ -72,7 +72,7 @@ def copied_package(folder: Path) -> Path:
     return folder
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+def test_a_second_process_compiles_nothing(vectors_are_known: None, tmp_path: Path) -> None:
     cache, package = tmp_path / "cache", copied_package(tmp_path)
     cache.mkdir()
     first, second = (elsewhere(cache, package) for _ in range(2))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves
 
+from fxquant.support.patches import DTYPE_RULES
 from tests.ops.cases import Case
 from tests.ops.oracle import assert_same_bits, hard_values
 
@@ -197,7 +198,8 @@ def test_compiled_gives_the_bits_of_eager(family: str, dtype: torch.dtype, devic
         ]
 
     torch._dynamo.reset()
-    got, code = run_and_get_code(run)
+    with DTYPE_RULES.acting():  # of half the time: Inductor fills them anew for each of 70,000 operations
+        got, code = run_and_get_code(run)
     assert not [line for text in code for line in text.splitlines() if "torch.ops.fxquant" in line]
     expected = [values_and_gradients(case, x) for case, x in zip(cases, inputs, strict=True)]
     for case, one, other in zip(cases, got, expected, strict=True):

@@ -348,7 +348,7 @@ def boom(*_: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_neighbour_compiles_as_in_a_process_without_us() -> None:
+def test_a_neighbour_compiles_as_in_a_process_without_us(vectors_are_known: None) -> None:
     """Byte for byte: cache keys, generated code, gradients; after us, and in another thread while we are at work."""
     runs = [
         subprocess.Popen([sys.executable, "-c", NEIGHBOUR + code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
