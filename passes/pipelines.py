@@ -23,8 +23,7 @@ from fxquant.passes.export.decompose_attention import DecomposeAttention
 from fxquant.passes.export.decompose_linear import DecomposeAddmm, DecomposeLinear
 from fxquant.passes.export.freeze import Freeze
 from fxquant.passes.export.quantize_before_repeats import QuantizeBeforeRepeats
-from fxquant.passes.export.requantize_moved import RequantizeMoved, RequantizeTransposed
-from fxquant.passes.export.scale_operand import ScaleOperand
+from fxquant.passes.export.requantize_moved import RequantizeMoved
 from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu, SeparateSums
 from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
@@ -102,11 +101,9 @@ def export_passes(profile: Profile) -> tuple[Pass, ...]:
         Freeze(),
         DecomposeLinear(bias_apart=profile.bias_apart),
         DecomposeAddmm(bias_apart=profile.bias_apart),
-        RequantizeMoved(pads=profile.float_pads),
+        RequantizeMoved(pads=profile.float_pads, volume_pools=profile.float_volume_pools),
         DecomposeAttention(),
     )
     if profile.bias_apart:
         passes += (SeparateSums(), SeparateRelu(), SeparateFloatWeights())
-    if profile.direct_operands:
-        passes += (ScaleOperand(), RequantizeTransposed())
     return passes

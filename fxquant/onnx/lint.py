@@ -27,12 +27,16 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class LintReport:
-    """What `lint_onnx` found in ``checked`` nodes; true when there is nothing to find."""
+    """What `lint_onnx` found in ``checked`` nodes; true when there is nothing to find.
+
+    ``measured`` are the versions that the target's rules were seen on.
+    """
 
     path: str
     target: str
     findings: tuple[Finding, ...]
     checked: int
+    measured: str = ""
 
     def __bool__(self) -> bool:
         return not self.findings
@@ -44,7 +48,8 @@ class LintReport:
     def __str__(self) -> str:
         head = f"{self.path} for {self.target}: {len(self.findings)} findings in {self.checked} nodes"
         rows = [(f.node, f.message, f.rule) for f in self.findings]
-        return "\n".join([head, table(("node", "finding", "rule"), rows)] if rows else [head])
+        measured = [f"rules measured on {self.measured}"] if self.measured and rows else []
+        return "\n".join([head, *([table(("node", "finding", "rule"), rows)] if rows else []), *measured])
 
 
 def rules(target: str) -> dict[str, str]:
@@ -53,7 +58,8 @@ def rules(target: str) -> dict[str, str]:
 
 
 def _rules(target: Target) -> dict[str, Rule]:
-    return {**COMMON, **target.lint.rules}
+    common = {name: rule for name, rule in COMMON.items() if name not in target.lint.waived}
+    return {**common, **target.lint.rules}
 
 
 def lint_onnx(path: ModelPath, target: str) -> LintReport:
@@ -69,4 +75,10 @@ def lint_onnx(path: ModelPath, target: str) -> LintReport:
         for name, rule in _rules(found).items()
         for node, message in rule(reader)
     ]
-    return LintReport(path=str(path), target=target, findings=tuple(findings), checked=len(reader.nodes))
+    return LintReport(
+        path=str(path),
+        target=target,
+        findings=tuple(findings),
+        checked=len(reader.nodes),
+        measured=found.lint.measured,
+    )

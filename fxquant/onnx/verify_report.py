@@ -117,6 +117,8 @@ class VerifyReport:
                 f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
                 f"{self.cascaded_codes} when differences run on through the net"
             )
+        if get_target(self.target).profile.rounding == "reciprocal":
+            codes += f"; {self.target} multiplies by 1 / scale, and so does training, where onnxruntime divides"
         off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
         lines = [
             *self._kernel_lines(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
+from fxquant.graph.attention import is_attention
 from fxquant.graph.bodies import is_transform
 from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.graph.lift import Operand
@@ -11,6 +13,9 @@ from fxquant.graph.nodes import call_nodes, gives_floats, is_float
 from fxquant.graph.views import BatchNorm
 from fxquant.plan.problem import Problem, names
 from fxquant.plan.weight_groups import matrix_of, why_not_grouped
+
+_HALF = (torch.float16, torch.bfloat16)
+_BESIDE = "the runtime multiplies a weight with scales per group by floats"
 
 
 class Demands:
@@ -48,6 +53,8 @@ class Demands:
             self.declined.append((node, f"recipe {problem.recipe.name!r} leaves {kind.name} out"))
         elif any(operand in problem.changed for operand in operands(node).values()):
             self.declined.append((node, "one operand is changed in place while it is in use"))
+        elif profile.fused_half_attention and is_attention(node, kind) and node.meta["val"].dtype in _HALF:
+            self.declined.append((node, profile.fused_half_attention))
         elif kind.name in profile.hard:
             whole = self._demand(node, kind) and problem.is_wanted(node, "output")
             if whole and kind.name in profile.needs_output and not self._skips(node, "output"):
@@ -78,6 +85,10 @@ class Demands:
             self.declined.append((node, ungrouped))
             return False
         floats = [name for name, operand in operands(node).items() if is_float(operand)]
+        if self.profile.float_beside_groups and any(problem.is_grouped((node, name)) for name in weights):
+            beside = [name for name in floats if name not in weights and problem.is_wanted(node, name)]
+            self.declined += [(node, f"its {name}: {_BESIDE}") for name in beside]
+            floats = weights
         whole = all([self._demand_operand(node, kind, name) for name in floats])
         if not weights and not whole and problem.recipe.activation is None:
             self.declined.append((node, problem.weights_only))
@@ -104,7 +115,7 @@ class Demands:
         axis, dim = kind.weight_axis, weight.meta["val"].dim()
         # The only axis of a vector is the one that the operator sums over; columns of a batch of matrices would want
         # a scale for each column of each matrix.
-        if axis is None or dim < 2 or (axis < 0 and dim > 2) or kind.name in self.profile.one_scale:
+        if axis is None or dim < 2 or (axis < 0 and dim > 2):
             return None
         return axis % dim
 
@@ -113,7 +124,7 @@ class Demands:
         problem, spec = self.problem, self.problem.weight_spec((node, name))
         if spec is None or spec.group_size is None:
             return None
-        why = why_not_grouped(node, name, spec, self.profile)
+        why = why_not_grouped(node, name, spec)
         uses = self.weights.get(problem.view[operands(node)[name]], {})
         others = [edge for edge in uses if problem.is_grouped(edge)]
         if why is None and any(matrix_of(*edge) != matrix_of(node, name) for edge in others):

@@ -156,4 +156,5 @@ class Placing:
             reason += f"; format by {rule}"
         subject = " and ".join(map(str, rules)) or f"recipe {self.recipe.name!r}"
         self.profile.check_format(role, spec, subject)
+        spec = spec if role == "weight" else self.profile.rounded(spec)
         return Placement(role=role, spec=spec, edges=tuple(edges), reason=reason)

@@ -6,7 +6,6 @@ from torch import fx
 
 from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.spec.quant_spec import QuantSpec
-from fxquant.targets.profiles import Profile
 
 _KINDS = frozenset({"linear", "matmul", "embedding"})
 
@@ -24,20 +23,17 @@ def matrix_of(node: fx.Node, name: str) -> tuple[int, int] | None:
     return (axis, int(length)) if isinstance(length, int) else None
 
 
-def why_not_grouped(node: fx.Node, name: str, spec: QuantSpec, profile: Profile) -> str | None:
+def why_not_grouped(node: fx.Node, name: str, spec: QuantSpec) -> str | None:
     """Why an operator's weight cannot have this format, per group; None if it can."""
     kind, weight = kind_of(node), operands(node)[name].meta["val"]
     assert kind is not None
     matrix = matrix_of(node, name)
     if matrix is None:
         return _why_no_matrix(kind, name, weight.dim(), spec)
-    axis, length = matrix
+    _, length = matrix
     assert spec.group_size is not None, "asked of formats per group only"
     if length % spec.group_size:
         return f"groups of {spec.group_size} must divide the {length} values of a channel"
-    channels = weight.shape[axis]
-    if profile.even_groups and channels % 2:
-        return f"{profile.name} packs the codes of two channels in a byte, and its {channels} channels are odd"
     return None
 
 

@@ -49,12 +49,16 @@ class Lint:
 
     Attributes:
         rules: its own, checked after those for every target.
+        waived: names of common rules that it does not hold files to.
+        measured: the versions that its rules were seen on.
         misplaced: ops between a DequantizeLinear and a product that a rule of its own reports, so that the common
             rules look through them: one finding is enough.
         quantizers: its own operators that quantize as the file runs, with the code type of each result.
     """
 
     rules: Mapping[str, Rule] = field(default_factory=Rules)
+    waived: tuple[str, ...] = ()
+    measured: str = ""
     misplaced: tuple[str, ...] = ()
     quantizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -75,6 +79,16 @@ class LintReader(Wiring):
     def nodes(self) -> list[onnx.NodeProto]:
         """All nodes, those of nested graphs too."""
         return list(all_nodes(self.model.graph))
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """Value → ONNX's name of its element type, where the graph tells."""
+        onnx = require("onnx")
+        graph = onnx.shape_inference.infer_shapes(self.model).graph
+        values = [*graph.value_info, *graph.input, *graph.output]
+        found = {value.name: value.type.tensor_type.elem_type for value in values}
+        found |= {name: tensor.data_type for name, tensor in self.initializers.items()}
+        return {name: str(onnx.TensorProto.DataType.Name(kind)) for name, kind in found.items()}
 
     def of(self, *ops: str) -> Iterator[onnx.NodeProto]:
         """Nodes of some operators."""

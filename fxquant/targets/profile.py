@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fxquant.errors import InvalidArgument
+from fxquant.numerics.division import Rounding
 from fxquant.spec.quant_spec import QuantSpec
 
 
@@ -25,17 +26,17 @@ class Profile:
             weight counts as linear.
         zero_based_operands: operands with zero point 0, in codes of either sign.
         float_operands: operand → why it stays in float though its operator is of ``hard``.
-        one_scale: kinds whose weight has one scale, not one per output channel.
         bias_apart: what the runtime would merge into a float product is written apart: a bias is subtracted, a ReLU
             that is read in float is a maximum, and so is what stands after a weight in float.
         integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
-        direct_operands: products read their quantizer directly: what transposes, and the scale of attention, comes
-            before it.
         implied_zero: int8 pairs whose codes are moved may leave out their zero point, see `fxquant.onnx.zero_points`.
         float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
+        float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
-        even_groups: weights per group have an even number of channels.
+        float_beside_groups: a weight per group is multiplied by float activations, never by codes.
+        fused_half_attention: why the products of attention in half types stay float; empty where they need not.
+        rounding: how activations are rounded; None: as their format says.
         refused: kind → why it stays in float.
         opset, highest_opset: the ONNX opset written by default, which is the lowest, and the highest that it loads.
     """
@@ -50,17 +51,18 @@ class Profile:
     symmetric_operands: frozenset[str] = frozenset()
     zero_based_operands: frozenset[str] = frozenset()
     float_operands: dict[str, str] = field(default_factory=dict)
-    one_scale: frozenset[str] = frozenset()
     bias_apart: bool = False
     integer_bias: bool = False
-    direct_operands: bool = False
     implied_zero: bool = False
     float_pads: bool = False
+    float_volume_pools: bool = False
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None
-    even_groups: bool = False
+    float_beside_groups: bool = False
+    fused_half_attention: str = ""
+    rounding: Rounding | None = None
     refused: dict[str, str] = field(default_factory=dict)
     opset: int = 21
     highest_opset: int = 26
@@ -74,6 +76,10 @@ class Profile:
         if not (self.symmetric or needed.intersection(operands)) or (spec.signed and spec.symmetric):
             return spec
         return dataclasses.replace(spec, signed=True, symmetric=True)
+
+    def rounded(self, spec: QuantSpec) -> QuantSpec:
+        """An activation's format with the rounding that this runtime has."""
+        return spec if self.rounding in (None, spec.rounding) else dataclasses.replace(spec, rounding=self.rounding)
 
     def check_format(self, role: str, spec: QuantSpec, subject: str) -> None:
         """Raises InvalidArgument for a width that the runtime has no codes for, or groups of another size."""
@@ -90,7 +96,8 @@ class Profile:
 
     def _check_group_size(self, size: int, subject: str) -> None:
         if self.group_sizes is not None and size not in self.group_sizes:
-            sizes = " or ".join(map(str, self.group_sizes))
+            *first, last = map(str, self.group_sizes)
+            sizes = " or ".join([", ".join(first), last] if first else [last])
             raise InvalidArgument(
                 f"{subject} must have groups of {sizes} for target {self.name!r}: got {size}. "
                 f"Give the weights QuantSpec(group_size={self.group_sizes[0]}, …)."

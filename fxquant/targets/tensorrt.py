@@ -9,39 +9,42 @@ from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, ExpectedKernel,
 from fxquant.targets.lint_reader import Lint
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
 from fxquant.targets.target import Runtime, Target
-from fxquant.targets.tensorrt_rules import FP4_QUANTIZE, MISPLACED, RULES
+from fxquant.targets.tensorrt_rules import FP4_QUANTIZE, MEASURED, RULES, THROUGH, WAIVED
 from fxquant.targets.tensorrt_run import CAPABILITIES, kernel_rows, require_builder, run
 
 _PROFILE = Profile(
     name="tensorrt",
-    hard=PRODUCT_KINDS | {"conv_transpose"},
-    soft=frozenset({"cat", "avg_pool"}),
-    skips=frozenset({"conv", "conv_transpose"}),
+    hard=PRODUCT_KINDS,
+    soft=frozenset({"cat"}),
+    skips=frozenset({"conv"}),
     symmetric=True,
-    # Its sources disagree on the axis of a transposed convolution's scales; one scale is right under both.
-    one_scale=frozenset({"conv_transpose"}),
     float_operands=FLOAT_VALUE,
-    direct_operands=True,
+    fused_half_attention="TensorRT runs attention in half types as one fused kernel, which int8 operands would break",
     implied_zero=True,
+    float_volume_pools=True,
+    rounding="reciprocal",  # it multiplies by 1 / scale, rounded once
     activation_bits=range(8, 9),
     weight_bits=range(4, 9),
     group_bits=range(4, 5),
-    group_sizes=(64, 128),
-    even_groups=True,
-    refused={"embedding": "TensorRT looks tables up in float", **FLOAT_CELLS},
-    highest_opset=24,
+    group_sizes=(16, 32, 64, 128),
+    float_beside_groups=True,
+    refused={
+        "conv_transpose": "TensorRT has no integer transposed convolution",
+        "avg_pool": "TensorRT averages in float",
+        "embedding": "TensorRT looks tables up in float",
+        **FLOAT_CELLS,
+    },
+    highest_opset=25,
 )
 
 _FORECAST = Forecast(
     kernels={
         "conv": ExpectedKernel(name="int8 Convolution"),
-        "conv_transpose": ExpectedKernel(name="int8 Deconvolution"),
         "linear": ExpectedKernel(name="int8 MatrixMultiply"),
         "matmul": ExpectedKernel(name="int8 MatrixMultiply"),
         # Only the operand that comes from elsewhere is quantized: the other never leaves the convolution.
         "add": ExpectedKernel(name="sum inside the int8 Convolution", needs=()),
         "cat": ExpectedKernel(name="int8 Concatenation"),
-        "avg_pool": ExpectedKernel(name="int8 Pooling"),
         "sdpa": ExpectedKernel(name="int8 MatrixMultiply (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },
@@ -56,6 +59,12 @@ _FORECAST = Forecast(
 TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
-    lint=Lint(rules=RULES, misplaced=MISPLACED, quantizers={FP4_QUANTIZE: ("FLOAT4E2M1", "FLOAT8E4M3FN")}),
+    lint=Lint(
+        rules=RULES,
+        waived=WAIVED,
+        measured=MEASURED,
+        misplaced=THROUGH,
+        quantizers={FP4_QUANTIZE: ("FLOAT4E2M1", "FLOAT8E4M3FN")},
+    ),
     runtime=Runtime(require=require_builder, run=run, kernels=kernel_rows, rules_do=True, capabilities=CAPABILITIES),
 )

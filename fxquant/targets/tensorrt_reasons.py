@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fxquant.support.require import require
 from fxquant.targets.document import Wiring
 from fxquant.targets.lint_reader import MOVES, PRODUCTS, attribute, title
 from fxquant.targets.tensorrt_plan import Operation
@@ -12,60 +14,110 @@ from fxquant.targets.tensorrt_plan import Operation
 if TYPE_CHECKING:
     import onnx
 
-# What hands codes on between a DequantizeLinear and a product; a Mul by a constant and a Cast count in.
-CARRIES = (*MOVES, "Slice", "Split", "Gather", "Tile", "DepthToSpace", "SpaceToDepth", "Dropout", "Cast", "Mul")
+# What hands codes on between a DequantizeLinear and a product; see `_carries` for three that do so at times. One Cast
+# may stand there, not one to a narrower type and back.
+CARRIERS = (*MOVES, "Slice", "Split", "Gather", "Tile", "DepthToSpace", "SpaceToDepth", "Dropout", "Cast")
+
+_FLOATS = {"fp8_e4m3": "fp8", "fp4_e2m1": "fp4"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an operand of a product comes from.
+
+    Attributes:
+        pair: the nearest DequantizeLinear upward, before which no other product stands.
+        stopper: the first node between them that computes in float, if one does.
+    """
+
+    pair: onnx.NodeProto | None
+    stopper: onnx.NodeProto | None
+
+
+def origin(wiring: Wiring, node: onnx.NodeProto, index: int) -> Origin:
+    """Of operand ``index`` of a product."""
+    stopper, name, casts = None, node.input[index], 0
+    found = wiring.producer.get(name)
+    while found is not None and found.op_type not in (*PRODUCTS, "DequantizeLinear"):
+        casts += found.op_type == "Cast"
+        if stopper is None and (casts > 1 or not _carries(wiring, found)):
+            stopper = found
+        name = next((i for i in found.input if i and i not in wiring.constants), next(iter(found.input), ""))
+        found = wiring.producer.get(name)
+    return Origin(pair=found if found is not None and found.op_type == "DequantizeLinear" else None, stopper=stopper)
+
+
+def _carries(wiring: Wiring, node: onnx.NodeProto) -> bool:
+    """Whether the node hands codes on as they are."""
+    if node.op_type == "MaxPool":
+        return len(attribute(node, "kernel_shape") or ()) < 3
+    if node.op_type == "Mul":
+        return any(name in wiring.constants for name in node.input)
+    if node.op_type == "Concat":
+        origins = [origin(wiring, node, index) for index in range(len(node.input))]
+        scales = [_one_scale(wiring, each.pair) for each in origins if each.pair is not None and each.stopper is None]
+        return len(scales) == len(origins) and None not in scales and len(set(scales)) == 1
+    return node.op_type in CARRIERS
+
+
+def _one_scale(wiring: Wiring, pair: onnx.NodeProto) -> float | None:
+    scale = wiring.array(pair, 1)
+    return float(scale) if scale is not None and scale.size == 1 else None
+
+
+def obstacles(wiring: Wiring, node: onnx.NodeProto) -> Iterator[str]:
+    """What keeps the integer or fp8 kernel from a product whose operands are quantized."""
+    if node.op_type == "ConvTranspose":
+        yield "TensorRT has no integer transposed convolution"
+        return
+    for index in range(2):
+        found = origin(wiring, node, index)
+        if found.pair is None:
+            continue
+        if found.stopper is not None:
+            yield f"{title(found.stopper)}, which computes in float, stands between operand {index} and its Q/DQ"
+        elif found.pair.input[0] not in wiring.constants and not _takes_scale(wiring, node, found.pair):
+            shape = scale_shape(wiring, found.pair)
+            yield f"the scale of operand {index} must be a scalar: got shape {shape}"
+
+
+def _takes_scale(wiring: Wiring, node: onnx.NodeProto, pair: onnx.NodeProto) -> bool:
+    shape = scale_shape(wiring, pair)
+    return shape == () or (shape == (1,) and node.op_type != "Conv") or attribute(pair, "block_size") not in (None, 0)
+
+
+def scale_shape(wiring: Wiring, pair: onnx.NodeProto) -> tuple[int, ...]:
+    """Of a Q's or DQ's scale; that of a scalar where it is computed."""
+    tensor = wiring.initializers.get(pair.input[1])
+    return () if tensor is None else tuple(tensor.dims)
 
 
 def reason(node: onnx.NodeProto, products: Sequence[Operation], wiring: Wiring, capability: str | None) -> str:
     """The first thing that keeps the node from integers; ``products`` are what it became in the plan."""
-    if node.op_type == "ConvTranspose":
-        return "TensorRT has no integer transposed convolution"
     if not products:
         return "no product of the plan stands for it: it was folded, or is computed inside another kernel"
-    for each in (*_operands(node, wiring), *_weight(node, wiring)):
-        return each
-    if node.op_type == "Conv" and capability == "7.5":
-        return "with compute capability 7.5 TensorRT runs convolutions in float"
-    return "TensorRT chose a float kernel"
+    narrow = [_FLOATS[kind] for each in products for kind in each.reads[:2] if kind in _FLOATS]
+    if len(narrow) == 2 * len(products):
+        return f"it multiplies {narrow[0]} codes"
+    return next(_why_float(node, wiring, capability))
 
 
-def _operands(node: onnx.NodeProto, wiring: Wiring) -> Iterator[str]:
-    """Operands that come without a DequantizeLinear, or not directly out of it."""
+def _why_float(node: onnx.NodeProto, wiring: Wiring, capability: str | None) -> Iterator[str]:
+    yield from obstacles(wiring, node)
     for index in range(min(2, len(node.input))):
-        pair, between = _origin(wiring, node.input[index])
-        stopping = [each for each in between if each.op_type not in CARRIES]
-        if pair is None:
+        if origin(wiring, node, index).pair is None:
             yield f"operand {index} is not quantized"
-        elif stopping:
-            yield f"{title(stopping[0])} stands between it and the DequantizeLinear of operand {index}, no Q/DQ after"
-        elif pair.input[0] not in wiring.constants:
-            shape = _shape(wiring, pair.input[1])
-            if shape and (node.op_type == "Conv" or shape != (1,)):
-                yield f"the scale of operand {index} must be a scalar: got shape {shape}"
+    weight = origin(wiring, node, 1).pair
+    if weight is not None and weight.input[0] in wiring.constants:
+        if attribute(weight, "block_size"):
+            yield "its weight has scales per block: the codes are made floats before the product"
+        if any(size > 1 for size in scale_shape(wiring, weight)):
+            yield f"the scales of its weight may run along another axis than that of its outputs: {_axis(weight)}"
+    if node.op_type == "Conv" and capability == "7.5":
+        yield "with compute capability 7.5 TensorRT runs convolutions in float"
+    yield f"TensorRT for RTX chose a float kernel, as {require('tensorrt_rtx').__version__} does for no known reason"
 
 
-def _weight(node: onnx.NodeProto, wiring: Wiring) -> Iterator[str]:
-    """Scales of the weight that the integer kernel does not take."""
-    pair, _ = _origin(wiring, node.input[1])
-    if pair is None or pair.input[0] not in wiring.constants:
-        return
-    if attribute(pair, "block_size"):
-        yield "its weight has scales per block: the codes are made floats before the product"
-    elif node.op_type == "Conv" and len(_shape(wiring, pair.input[1])) == 1 and attribute(pair, "axis") != 0:
-        yield f"the scales of its weight must run along axis 0: got axis {attribute(pair, 'axis')}"
-
-
-def _origin(wiring: Wiring, name: str) -> tuple[onnx.NodeProto | None, list[onnx.NodeProto]]:
-    """The nearest DequantizeLinear upward, before which no product stands, and what is between."""
-    between: list[onnx.NodeProto] = []
-    node = wiring.producer.get(name)
-    while node is not None and node.op_type not in (*PRODUCTS, "DequantizeLinear"):
-        between.append(node)
-        node = wiring.producer.get(next((i for i in node.input if i and i not in wiring.constants), ""))
-    return (node if node is not None and node.op_type == "DequantizeLinear" else None), between
-
-
-def _shape(wiring: Wiring, name: str) -> tuple[int, ...]:
-    """The shape of a constant; that of a scalar where it is computed."""
-    tensor = wiring.initializers.get(name)
-    return () if tensor is None else tuple(tensor.dims)
+def _axis(pair: onnx.NodeProto) -> str:
+    axis = attribute(pair, "axis")
+    return f"axis {1 if axis is None else axis} of the codes"

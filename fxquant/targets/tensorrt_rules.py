@@ -1,114 +1,152 @@
-"""TensorRT's rules for QuantizeLinear / DequantizeLinear, from its documents and the sources of its ONNX parser.
+"""TensorRT's rules for QuantizeLinear / DequantizeLinear, each measured with its ONNX parser and builder.
 
-Left out, because a graph does not tell: whether float16 or bfloat16 was meant where the tensors and scales are
-float32 (TensorRT 11 runs what is outside Q/DQ in the type that is written), and whether a layer that could run on
-integers was left in float on purpose.
+A finding is a file that does not parse or build, a product whose operands are quantized and that runs in float, or
+numbers that are not ONNX's. `MEASURED` names the versions; what is of documents says so. Where these rules and the
+builder differ, the builder is right: ``tests/targets/test_tensorrt_rules.py`` holds one to the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fxquant.support.require import require
 from fxquant.targets.lint_reader import MOVES, PRODUCTS, QDQ, Breaches, LintReader, Rules, attribute, title
+from fxquant.targets.tensorrt_reasons import CARRIERS, obstacles, origin
 
 if TYPE_CHECKING:
     import onnx
 
 
+MEASURED = "TensorRT for RTX 1.7.1, ONNX parser 2.0.0"
+
 RULES = Rules()
 
-# What the rules on places find between a DequantizeLinear and a product.
-MISPLACED = ("Cast", "Mul")
+# What the common rules look through between a DequantizeLinear and a product: a rule of this file tells the rest.
+THROUGH = (*CARRIERS, "Mul", "Concat", "Relu", "Clip", "AveragePool", "Resize", "Where")
+
+# Common rules that ask for more than its parser and builder do: scales without an axis run along 1, as ONNX says, a
+# tensor may have two quantizers, and BatchNormalization is merged after the integer convolution.
+WAIVED = ("axis-is-given", "one-quantizer-per-tensor", "batch-norm-is-folded")
 
 # TensorRT's operator that quantizes activations to fp4: its results are the codes and their fp8 block scales.
 FP4_QUANTIZE = "TRT_FP4DynamicQuantize"
 
-_THROUGH = (*MOVES, *MISPLACED)
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
-_ACTIVATIONS = ("Relu", "Clip", "BatchNormalization")
-_INTEGER = ("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+# Codes that it knows → of which kind they are in a product.
+_FAMILIES = {"INT8": "integer", "INT4": "integer", "FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "fp4"}
+
+_UNKNOWN = ("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "SoftmaxCrossEntropyLoss")
+_SCATTERS = ("ScatterND", "ScatterElements")
+_FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
+
+# Operators whose operands have one type, as everything is strongly typed from TensorRT 11 on.
+_ONE_TYPE = (*PRODUCTS, "Add", "Sub", "Mul", "Div", "Min", "Max", "Concat", "LayerNormalization")
 
 # What stands between the scores of attention and their softmax.
 _MASKING = ("Mul", "Div", "Add", "Sub", "Where")
 
 
 @RULES.add
+def _operators_are_read(reader: LintReader) -> Breaches:
+    """Integers come in as Q/DQ around float operators, and the parser knows the operators as they are written."""
+    for node in reader.nodes:
+        if node.op_type.startswith("QLinear") or node.op_type in _UNKNOWN:
+            yield node, f"TensorRT does not read {node.op_type}"
+        elif node.op_type in _SCATTERS and attribute(node, "reduction") not in (None, b"none"):
+            yield node, f"TensorRT does not read {node.op_type} with a reduction"
+        elif node.op_type == "MaxPool" and any(size > 1 for size in attribute(node, "dilations") or ()):
+            yield node, "TensorRT does not read MaxPool with dilations"
+
+
+@RULES.add
 def _zero_point_is_zero(reader: LintReader) -> Breaches:
-    """Quantization is symmetric: every zero point is 0."""
+    """Quantization is symmetric: every zero point is 0, and a constant."""
     np = require("numpy")
     for node in reader.of(*QDQ):
         point = reader.array(node, 2)
         if point is not None and np.asarray(point, dtype=np.float32).any():
             yield node, f"its zero point must be 0: got {np.ravel(point)[:3].tolist()}"
+        elif len(node.input) > 2 and node.input[2] and node.input[2] not in reader.constants:
+            yield node, "its zero point must be a constant 0: it is computed at run time"
 
 
 @RULES.add
 def _codes_are_known(reader: LintReader) -> Breaches:
-    """Codes are int8, fp8 e4m3 or fp4; those of weights may be int4."""
+    """Codes are int8, int4, fp8 e4m3 or fp4; of uint8 ones, those above 127 would be lost."""
     for node in reader.of(*QDQ):
         kind = reader.codes(node)
-        allowed = {"INT8", "FLOAT8E4M3FN", "FLOAT4E2M1"} | ({"INT4"} if reader.is_weight(node) else set())
-        if kind is not None and kind not in allowed:
-            what = "an int32 bias must stay float" if kind == "INT32" else "TensorRT has no such codes there"
+        if kind is not None and kind not in _FAMILIES:
+            what = "an int32 bias must stay float" if kind == "INT32" else "TensorRT has no such codes"
             yield node, f"its codes are {kind.lower()}: {what}"
 
 
 @RULES.add
-def _no_integer_operators(reader: LintReader) -> Breaches:
-    """Integers come in as Q/DQ around float operators, never as ONNX's integer operators."""
-    for node in reader.nodes:
-        if node.op_type.startswith("QLinear") or node.op_type in _INTEGER:
-            yield node, f"TensorRT does not read {node.op_type}"
-
-
-@RULES.add
-def _activations_have_one_scale(reader: LintReader) -> Breaches:
-    """Only weights have a scale per channel."""
-    for node in reader.of(*QDQ):
-        shape = reader.shape(node.input[1])
-        if shape is None or reader.is_weight(node) or attribute(node, "block_size"):
+def _blocks_stand_beside_floats(reader: LintReader) -> Breaches:
+    """A weight with scales per block is multiplied by floats: beside codes only the first block's scales are used."""
+    for node in reader.of(*PRODUCTS):
+        activation, weight = (origin(reader, node, index) for index in (0, 1))
+        if activation.pair is None or activation.stopper or weight.pair is None or not reader.is_weight(weight.pair):
             continue
-        if len(shape) == 1 and shape[0] > 1:
-            yield node, f"an activation has {shape[0]} scales: TensorRT takes one"
+        if attribute(weight.pair, "block_size") and not attribute(activation.pair, "block_size"):
+            yield weight.pair, f"its blocks stand beside a quantized activation in {title(node)}"
 
 
 @RULES.add
-def _no_output_dtype(reader: LintReader) -> Breaches:
-    """A DequantizeLinear's result has the type of its scale, and ``output_dtype`` is not given."""
-    for node in reader.of("DequantizeLinear"):
-        if attribute(node, "output_dtype"):
-            yield node, "output_dtype on a DequantizeLinear is not read: give the scale that type"
+def _int4_is_of_matrices(reader: LintReader) -> Breaches:
+    """Convolutions have no int4 weights: the same codes in int8 are right."""
+    for node in reader.of("Conv"):
+        pair = origin(reader, node, 1).pair
+        if pair is not None and reader.codes(pair) == "INT4":
+            yield pair, f"int4 codes are no weight of {title(node)}: write them as int8"
 
 
 @RULES.add
-def _transposed_convolution_has_one_scale(reader: LintReader) -> Breaches:
-    """The axis of a transposed convolution's scales is read in two ways: one scale is right under both."""
-    for node in reader.of("ConvTranspose"):
-        pair = reader.pair(node, 1)
-        shape = None if pair is None else reader.shape(pair.input[1])
-        if shape and shape[0] > 1:
-            yield pair, f"{shape[0]} scales on the weight of {title(node)}"
+def _codes_of_operands_go_together(reader: LintReader) -> Breaches:
+    """Both operands of a product have integer codes, or both fp8, or both fp4."""
+    for node in reader.of(*PRODUCTS):
+        pairs = [origin(reader, node, index).pair for index in (0, 1)]
+        kinds = [_FAMILIES.get(reader.codes(pair) or "") for pair in pairs if pair is not None]
+        if len(kinds) == 2 and None not in kinds and kinds[0] != kinds[1]:
+            yield node, f"it multiplies {kinds[0]} codes by {kinds[1]} codes"
 
 
 @RULES.add
-def _int4_is_in_blocks(reader: LintReader) -> Breaches:
-    """int4 weights have an even last dimension and blocks of 64 or 128."""
-    for node in reader.of("DequantizeLinear"):
-        if reader.codes(node) != "INT4":
-            continue
-        size, shape = attribute(node, "block_size"), reader.shape(node.input[0])
-        if size and size not in (64, 128):
-            yield node, f"its blocks must hold 64 or 128 codes: got {size}"
-        if shape and shape[-1] % 2:
-            yield node, f"int4 codes must have an even last dimension: got shape {shape}"
+def _every_input_is_quantized(reader: LintReader) -> Breaches:
+    """Every input of a product is quantized; beside a weight in int4 or in blocks the activation may be float."""
+    for node in reader.of("Conv", "Gemm", "MatMul"):
+        pairs = [reader.pair(node, index, THROUGH) for index in (0, 1)]
+        for index, pair in enumerate(pairs):
+            if pair is None or pairs[1 - index] is not None or not reader.is_weight(pair):
+                continue
+            if reader.codes(pair) != "INT4" and not attribute(pair, "block_size"):
+                yield node, f"its weight is quantized, its operand {1 - index} is not"
+
+
+@RULES.add
+def _products_run_on_codes(reader: LintReader) -> Breaches:
+    """A product reads its Q/DQ directly, or through what only moves codes; its activations have a scalar scale."""
+    for node in reader.of(*PRODUCTS):
+        pairs = [origin(reader, node, index).pair for index in (0, 1)]
+        meant = [pair for pair in pairs if pair is not None]
+        if len(meant) == 2 or (meant and node.op_type == "ConvTranspose"):
+            for message in obstacles(reader, node):
+                yield node, message
+
+
+@RULES.add
+def _types_go_together(reader: LintReader) -> Breaches:
+    """The operands of an operator have one float type: networks are strongly typed."""
+    for node in reader.of(*_ONE_TYPE):
+        kinds = dict.fromkeys(kind for name in node.input if (kind := reader.types.get(name)) in _FLOATS)
+        if len(kinds) > 1:
+            yield node, f"its operands are {' and '.join(map(str.lower, kinds))}: TensorRT asks for one type"
 
 
 @RULES.add
 def _fp4_is_in_blocks(reader: LintReader) -> Breaches:
-    """fp4 has blocks of 16 along a multiple of 16, with fp8 scales after one float scale; activations get theirs
-    from TensorRT's own quantizer."""
+    """fp4 has blocks of 16 with fp8 scales after one float scale, and activations get theirs from TensorRT's own
+    quantizer (its documents: other forms build, and what they compute was not seen)."""
     for node in reader.of(*QDQ):
         if reader.codes(node) != "FLOAT4E2M1":
             continue
@@ -122,20 +160,8 @@ def _fp4_is_in_blocks(reader: LintReader) -> Breaches:
         scale = reader.source(node, 1)
         if scale is None or scale.op_type != "DequantizeLinear" or reader.codes(scale) != "FLOAT8E4M3FN":
             yield node, "its scales must be fp8 codes after a DequantizeLinear"
-        elif (reader.shape(scale.input[1]) or ()) not in ((), (1,)):
+        elif math.prod(reader.shape(scale.input[1]) or ()) > 1:
             yield scale, "fp8 block scales must have one float scale"
-
-
-@RULES.add
-def _fp8_blocks_hold_32(reader: LintReader) -> Breaches:
-    """fp8 in blocks has blocks of 32 along a multiple of 32."""
-    for node in reader.of(*QDQ):
-        size = attribute(node, "block_size")
-        if not size or reader.codes(node) != "FLOAT8E4M3FN":
-            continue
-        if size != 32:
-            yield node, f"its blocks must hold 32 codes: got {size}"
-        yield from _axis_divides(reader, node, 32)
 
 
 def _axis_divides(reader: LintReader, node: onnx.NodeProto, size: int) -> Breaches:
@@ -146,144 +172,21 @@ def _axis_divides(reader: LintReader, node: onnx.NodeProto, size: int) -> Breach
 
 
 @RULES.add
-def _every_input_is_quantized(reader: LintReader) -> Breaches:
-    """Every input of a product is quantized; beside an int4 weight the activation may be float."""
-    for node in reader.of(*PRODUCTS):
-        pairs = [reader.pair(node, index, _THROUGH) for index in (0, 1)]
-        for index, pair in enumerate(pairs):
-            if pair is None or not reader.is_weight(pair) or reader.codes(pair) == "INT4":
-                continue
-            if pairs[1 - index] is None:
-                yield node, f"its weight is quantized, its operand {1 - index} is not"
-
-
-@RULES.add
-def _results_of_products_stay_float(reader: LintReader) -> Breaches:
-    """A product's result is quantized only for a layer that runs on integers."""
-    for node in reader.of("DequantizeLinear"):
-        head = reader.quantized_from(node)
-        if head is None or head.op_type not in (*PRODUCTS, "Relu", "Clip"):
-            continue
-        if head.op_type in ("Relu", "Clip"):
-            head = reader.source(head, 0)
-        if head is not None and head.op_type in PRODUCTS and not any(_wants_integers(reader, node)):
-            yield reader.source(node, 0), f"it quantizes the result of {title(head)}, which nothing reads as integers"
-
-
-def _wants_integers(reader: LintReader, node: onnx.NodeProto) -> Iterator[bool]:
-    for user in reader.ends(node, MOVES):
-        after = reader.ends(user, ("Relu", "Clip", *MOVES))
-        quantized = user.op_type == "QuantizeLinear" or any(n.op_type == "QuantizeLinear" for n in after)
-        yield quantized or user.op_type in (*PRODUCTS, "Add")
-
-
-@RULES.add
-def _other_layers_have_both_sides(reader: LintReader) -> Breaches:
-    """A layer without a weight runs on integers if a DequantizeLinear is before it and a QuantizeLinear after it."""
-    for node in reader.nodes:
-        if node.op_type in (*PRODUCTS, *QDQ, *MOVES, "Cast") or not node.input:
-            continue
-        read = [index for index, name in enumerate(node.input) if name and name not in reader.constants]
-        if not read or any(reader.pair(node, index) is None for index in read):
-            continue
-        users = [user.op_type for user in reader.ends(node, ("Relu", "Clip", *MOVES))]
-        misplaced = node.op_type == "Mul" and all(user in PRODUCTS for user in users)  # see the rule on those
-        if "QuantizeLinear" not in users and not misplaced:
-            yield node, "what it reads is quantized, its result is not"
-
-
-@RULES.add
-def _skip_is_quantized(reader: LintReader) -> Breaches:
-    """An Add that a quantized convolution ends in reads its other operand dequantized."""
-    for node in reader.of("Add"):
-        if any(name in reader.constants for name in node.input):
-            continue
-        direct = [_is_quantized_convolution(reader, reader.source(node, index)) for index in (0, 1)]
-        if all(direct):
-            yield node, "both operands come out of convolutions: one of them must be quantized"
-        elif any(direct) and reader.pair(node, direct.index(False)) is None:
-            yield node, f"its operand {direct.index(False)} must be quantized: the convolution's Add is float without"
-
-
-@RULES.add
-def _nothing_between_convolution_and_add(reader: LintReader) -> Breaches:
-    """A convolution fuses with the Add after it only without Q/DQ between them: one operand comes directly."""
-    for node in reader.of("Add"):
-        pairs = [reader.pair(node, index, ()) for index in (0, 1)]
-        heads = [_head_of_own_pair(reader, pair) for pair in pairs]
-        if all(pair is not None for pair in pairs) and any(_is_quantized_convolution(reader, h) for h in heads):
-            yield node, "Q/DQ stands between it and the convolution that would fuse with it"
-
-
-@RULES.add
-def _nothing_between_convolution_and_activation(reader: LintReader) -> Breaches:
-    """A convolution fuses with the ReLU or BatchNormalization after it: no Q/DQ stands between them."""
-    for node in reader.of(*_ACTIVATIONS):
-        head = _head_of_own_pair(reader, reader.pair(node, 0, ()))
-        if head is not None and head.op_type in _CONVOLUTIONS:
-            yield node, f"Q/DQ stands between it and {title(head)}"
-
-
-@RULES.add
-def _nothing_between_pad_and_convolution(reader: LintReader) -> Breaches:
-    """Pad and convolution fuse only without Q/DQ between them: quantize before the Pad."""
-    for node in reader.of("Conv"):
-        pad = reader.quantized_from(reader.pair(node, 0, ()))
-        if pad is not None and pad.op_type == "Pad":
-            yield node, f"Q/DQ stands between it and {title(pad)}"
-
-
-def _is_quantized_convolution(reader: LintReader, node: onnx.NodeProto | None) -> bool:
-    return node is not None and node.op_type in _CONVOLUTIONS and reader.pair(node, 1) is not None
-
-
-def _head_of_own_pair(reader: LintReader, pair: onnx.NodeProto | None) -> onnx.NodeProto | None:
-    """What a Q/DQ pair with a single reader stands on: nothing else asks for the pair."""
-    return reader.quantized_from(pair) if pair is not None and len(reader.readers(pair)) == 1 else None
-
-
-@RULES.add
-def _nothing_between_dequantize_and_product(reader: LintReader) -> Breaches:
-    """A product reads its DequantizeLinear directly: Cast, Transpose and Mul stand before the QuantizeLinear. A
-    weight may be transposed."""
-    for node in reader.of(*PRODUCTS):
-        for index in (0, 1):
-            pair, between = reader.origin(node, index, _THROUGH)
-            if pair is None or pair.op_type != "DequantizeLinear":
-                continue
-            stopping = ("Cast", "Mul") if reader.is_weight(pair) else ("Cast", "Mul", "Transpose")
-            for found in between:
-                if found.op_type in stopping:
-                    yield found, f"it stands between {title(pair)} and {title(node)}"
-
-
-@RULES.add
-def _attention_is_scaled_before_the_product(reader: LintReader) -> Breaches:
-    """In quantized attention the scale is applied to a factor, not between the first product and the Softmax."""
-    seen = set()
-    for _, product, between in _attentions(reader):
-        if reader.pair(product, 0) is None or reader.pair(product, 1) is None:
-            continue
-        for node in between:
-            scales = node.op_type in ("Mul", "Div") and any(name in reader.constants for name in node.input)
-            if scales and node.output[0] not in seen:
-                seen.add(node.output[0])
-                yield node, f"it scales the scores of {title(product)}: scale an operand before its QuantizeLinear"
-
-
-@RULES.add
-def _fp8_attention_is_whole(reader: LintReader) -> Breaches:
-    """Where the first product of attention reads fp8, so does the second: the Softmax's result is quantized too."""
+def _attention_stays_whole(reader: LintReader) -> Breaches:
+    """Attention in half types is one fused kernel without Q/DQ, or with fp8 ones on all four operands: int8 ones, and
+    fp8 ones on the first product alone, make it several."""
     for softmax, product, _ in _attentions(reader):
-        if not all(_is_fp8(reader, product, index) for index in (0, 1)):
-            continue
-        for second in reader.ends(softmax, (*MOVES, *QDQ)):
-            if second.op_type == "MatMul" and not all(_is_fp8(reader, second, index) for index in (0, 1)):
-                yield second, f"{title(product)} reads fp8, its own operands are not all fp8"
+        kinds = {reader.codes(pair) for i in (0, 1) if (pair := origin(reader, product, i).pair) is not None}
+        if "FLOAT8E4M3FN" in kinds:
+            for second in reader.ends(softmax, (*MOVES, *QDQ)):
+                if second.op_type == "MatMul" and not all(_is_fp8(reader, second, index) for index in (0, 1)):
+                    yield second, f"{title(product)} reads fp8, its own operands are not all fp8"
+        elif kinds and reader.types.get(product.output[0]) in ("FLOAT16", "BFLOAT16"):
+            yield product, "int8 operands break the fused kernel of attention in half types: leave them float"
 
 
 def _is_fp8(reader: LintReader, node: onnx.NodeProto, index: int) -> bool:
-    pair = reader.pair(node, index)
+    pair = origin(reader, node, index).pair
     return pair is not None and reader.codes(pair) == "FLOAT8E4M3FN"
 
 

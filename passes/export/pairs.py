@@ -99,8 +99,8 @@ def _label(value: fx.Node, pair: Pair) -> str:
     return f"{pair.label}@{value.name}"
 
 
-def quantized_again(value: fx.Node, pair: Pair, factor: float = 1.0) -> fx.Node:
-    """``QDQ(value)`` right after a value that is ``pair``'s, moved and multiplied by ``factor``: the same codes."""
-    grid = (float(pair.scale) * factor, pair.zero_point, *pair.limits, _label(value, pair))
+def quantized_again(value: fx.Node, pair: Pair) -> fx.Node:
+    """``QDQ(value)`` right after a value that is ``pair``'s, moved: the same codes."""
+    grid = (pair.scale, pair.zero_point, *pair.limits, _label(value, pair))
     with value.graph.inserting_after(value):
         return call(value.graph, QUANTIZE_DEQUANTIZE, value, *grid, like=value)

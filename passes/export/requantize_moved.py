@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
-from fxquant.graph.kinds import operands
-from fxquant.graph.moves import PADS, PERMUTING, REPEATING, is_agnostic
+from fxquant.graph.moves import PADS, REPEATING, is_agnostic
 from fxquant.graph.nodes import call_nodes, packet
 from fxquant.passes.base import Pass, PassResult
-from fxquant.passes.export.pairs import CONVOLUTIONS, MATMULS, is_quantized_again, pair_before, quantized_again
+from fxquant.passes.export.pairs import is_quantized_again, pair_before, quantized_again
 from fxquant.passes.stages import EXPORT
 
-_PRODUCTS = MATMULS | CONVOLUTIONS
+_VOLUME_POOLS = (torch.ops.aten.max_pool3d, torch.ops.aten.max_pool3d_with_indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +22,21 @@ class RequantizeMoved(Pass):
     """``expand(QDQ(x))``  →  ``QDQ(expand(QDQ(x)))`` with the same scale, which gives the same codes.
 
     onnxruntime moves no DequantizeLinear across operators that repeat values; across the others it does.
-    ``pads``: after pads as well, for runtimes that pad floats only.
+    ``pads``: after pads as well, for runtimes that pad floats only. ``volume_pools``: after max pools over three
+    dimensions.
     """
 
     stages: ClassVar = (EXPORT,)
 
     pads: bool = False
+    volume_pools: bool = False
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Quantizes after expansions, nearest upsampling and pads."""
         done = 0
         for node in list(call_nodes(gm.graph)):
             stops = packet(node) in REPEATING or (self.pads and packet(node) in PADS and is_agnostic(node))
+            stops |= self.volume_pools and packet(node) in _VOLUME_POOLS
             pair = pair_before(node.all_input_nodes[0]) if stops else None
             if pair is not None and not is_quantized_again(node, pair):
                 users = list(node.users)
@@ -42,29 +45,3 @@ class RequantizeMoved(Pass):
                     user.replace_input_with(node, again)
                 done += 1
         return done
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequantizeTransposed(Pass):
-    """``matmul(q, transpose(QDQ(k)))``  →  ``matmul(q, QDQ(transpose(QDQ(k))))``: the runtime then moves integers."""
-
-    stages: ClassVar = (EXPORT,)
-
-    def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
-        """Quantizes what products read through a transpose."""
-        done = 0
-        for node in list(call_nodes(gm.graph)):
-            for value in dict.fromkeys(operands(node).values()) if packet(node) in _PRODUCTS else ():
-                pair = pair_before(value)
-                if pair is not None and _is_transposed(value):
-                    again = quantized_again(value, pair)
-                    for user in [user for user in value.users if packet(user) in _PRODUCTS]:
-                        user.replace_input_with(value, again)
-                    done += 1
-        return done
-
-
-def _is_transposed(value: fx.Node) -> bool:
-    while is_agnostic(value) and packet(value) not in PERMUTING:
-        value = value.all_input_nodes[0]
-    return packet(value) in PERMUTING

@@ -41,7 +41,7 @@ PER_TENSOR = Recipe(name="per-tensor", weight=QuantSpec(narrow=True, range=Curre
 
 @pytest.mark.parametrize("recipe", ["int8", PER_TENSOR], ids=["per-channel", "per-tensor"])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("target", ["generic", "openvino", "tensorrt"])
+@pytest.mark.parametrize("target", ["generic", "openvino"])  # of TensorRT, whose second layer is float, see its nets
 def test_batch_norm_is_folded(target: str, groups: int, recipe: str | Recipe, tmp_path: Path) -> None:
     """Trained with batch statistics first: the codes are those of the weight that training then quantizes."""
     if target == "openvino":

@@ -111,7 +111,7 @@ node  finding                      rule
 ────  ───────────────────────────  ─────────────
 dq    it has 4 scales and no axis  axis-is-given
 in onnxruntime without optimizations, 3 of 100 codes differ from fxquant_eager (1 at inputs, by 2 at most); 5 when \
-differences run on through the net
+differences run on through the net; tensorrt multiplies by 1 / scale, and so does training, where onnxruntime divides
 site        differ  of  largest
 ──────────  ──────  ──  ───────
 head.input  3       10  2

@@ -25,7 +25,7 @@ from fxquant.passes.stages import CAPTURED, DYNAMO, EXPORT, JOINT, POST_GRAD, St
 from fxquant.spec.recipes import INT8
 from fxquant.targets.profiles import ONNXRUNTIME
 
-PLAIN = replace(ONNXRUNTIME, bias_apart=False, direct_operands=False, float_pads=False)
+PLAIN = replace(ONNXRUNTIME, bias_apart=False, float_pads=False)
 TRAINING = training_passes(INT8, ONNXRUNTIME, stateless=False)
 
 
@@ -44,7 +44,7 @@ DOORS: list[tuple[Stage, Sequence[Pass]]] = [
     (CAPTURED, (*TRAINING, *COMPILED)),
     (JOINT, joint_passes(dict, integers=True)),
     (POST_GRAD, post_grad_passes()),
-    (EXPORT, export_passes(replace(ONNXRUNTIME, bias_apart=True, direct_operands=True))),
+    (EXPORT, export_passes(replace(ONNXRUNTIME, bias_apart=True))),
 ]
 
 
@@ -101,11 +101,11 @@ def test_what_a_target_needs_of_a_file() -> None:
     assert names(export_passes(PLAIN)) == common
     apart = export_passes(replace(PLAIN, bias_apart=True))
     assert names(apart) == [*common, "SeparateSums", "SeparateRelu", "SeparateFloatWeights"]
-    direct = export_passes(replace(PLAIN, direct_operands=True))
-    assert names(direct) == [*common, "ScaleOperand", "RequantizeTransposed"]
     assert [each.bias_apart for each in apart[2:4]] == [True, True]
-    assert [each.bias_apart for each in direct[2:4]] == [False, False]
-    assert [export_passes(replace(PLAIN, float_pads=pads))[4].pads for pads in (False, True)] == [False, True]
+    assert [each.bias_apart for each in export_passes(PLAIN)[2:4]] == [False, False]
+    for flag in (False, True):
+        moved = export_passes(replace(PLAIN, float_pads=flag, float_volume_pools=not flag))[4]
+        assert (moved.pads, moved.volume_pools) == (flag, not flag)
 
 
 def test_options_reach_the_passes_that_have_them() -> None:

@@ -190,7 +190,7 @@ weight s4 axis 0 group 4: linear.weight
 def test_groups_for_some_weights_of_int8() -> None:
     assert_expected_inline(
         golden(
-            ConvNet(), IMAGE, recipe=INT8, rules=(Rule(kind="linear", operand="weight", spec=GROUPS),), profile=TRT_LIKE
+            ConvNet(), IMAGE, recipe=INT8, rules=(Rule(kind="linear", operand="weight", spec=GROUPS),), profile=GENERIC
         ),
         """\
 activation u8: conv2d.input
@@ -201,13 +201,24 @@ weight s4 axis 0 group 4: linear.weight
     )
 
 
-TRT_LIKE = dataclasses.replace(GENERIC, group_sizes=(4, 8), even_groups=True)
+def test_floats_beside_groups_where_the_target_multiplies_no_codes_by_them() -> None:
+    """The other readers of the tensor have its codes."""
+    narrow, wide = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(5, 8))
+    rules = (Rule(kind="linear", operand="weight", spec=QuantSpec(axis=0, range=CurrentTensor())),)
+    beside = dataclasses.replace(GENERIC, float_beside_groups=True)
 
+    def net(x: Tensor, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ narrow.t(), F.linear(x, wide)
 
-def test_odd_channels_where_two_codes_share_a_byte() -> None:
-    w = nn.Parameter(torch.randn(5, 8))
-    found = golden(lambda x, w: F.linear(x, w), TOKENS, w, profile=TRT_LIKE)
-    assert found == "declined linear: generic packs the codes of two channels in a byte, and its 5 channels are odd\n"
+    assert_expected_inline(
+        golden(net, TOKENS, narrow, wide, recipe=W4A8, profile=beside, rules=rules),
+        """\
+weight s4 axis 1 group 4: matmul.rhs
+activation u8: linear.input
+weight s8 axis 0: linear.weight
+declined matmul: its lhs: the runtime multiplies a weight with scales per group by floats
+""",
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,8 +226,8 @@ def test_odd_channels_where_two_codes_share_a_byte() -> None:
     [
         (
             TENSORRT,
-            {},
-            "must have groups of 64 or 128 for target 'tensorrt': got 32. Give the weights QuantSpec(group_s",
+            {"group_size": 8},
+            "must have groups of 16, 32, 64 or 128 for target 'tensorrt': got 8. Give the weights QuantSpec(group_s",
         ),
         (TENSORRT, {"group_size": 64, "bits": 8}, "must have 4 bits for target 'tensorrt': got 8 for groups."),
         (ONNXRUNTIME, {"bits": 8}, "must have 2 to 4 bits for target 'onnxruntime': got 8 for groups."),
@@ -230,7 +241,7 @@ def test_formats_that_a_target_has_not(profile: Profile, fields: dict[str, Any],
         placements(nn.Linear(128, 8), torch.randn(2, 128), recipe=recipe, profile=profile)
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [16, 128])
 def test_the_groups_of_tensorrt(size: int) -> None:
     recipe = dataclasses.replace(WEIGHT_ONLY, weight=dataclasses.replace(GROUPS, group_size=size))
     found = golden(nn.Linear(128, 8), torch.randn(2, 128), recipe=recipe, profile=TENSORRT)

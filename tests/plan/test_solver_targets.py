@@ -177,17 +177,16 @@ weight s8 axis 0: conv2d_1.weight
     )
 
 
-def test_tensorrt_transposed_convolution_has_one_scale() -> None:
+def test_tensorrt_transposed_convolution_is_float() -> None:
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(4, 4, 1))
     assert_expected_inline(
         golden(TENSORRT, net, IMAGE),
         """\
 activation s8: conv2d.input
 weight s8 axis 0: conv2d.weight
-activation s8: conv_transpose2d.input
-weight s8: conv_transpose2d.weight
 activation s8: conv2d_1.input
 weight s8 axis 0: conv2d_1.weight
+declined conv_transpose2d: TensorRT has no integer transposed convolution
 """,
     )
 

@@ -51,8 +51,7 @@ def test_every_kind_of_a_profile_has_a_forecast(target: str) -> None:
 CASES = {  # target → forecast for the convolutions' net, without a graph
     "onnxruntime": {"QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearAveragePool", "MatMulIntegerToFloat"},
     "openvino": {"Convolution u8", "AvgPool u8", "FullyConnected u8"},
-    "tensorrt": {"int8 Convolution", "sum inside the int8 Convolution", "int8 Concatenation", "int8 Pooling"}
-    | {"int8 MatrixMultiply"},
+    "tensorrt": {"int8 Convolution", "sum inside the int8 Convolution", "int8 Concatenation"} | {"int8 MatrixMultiply"},
     "generic": {f"{op} between Q/DQ" for op in ("Conv", "Add", "Concat", "AveragePool", "Gemm")},
 }
 

@@ -20,7 +20,7 @@ U8 = QuantSpec(signed=False, symmetric=False, range=MovingAverage())
 def test_a_profile_puts_each_kind_in_one_place(profile: Profile) -> None:
     assert not profile.hard & profile.soft and not (profile.hard | profile.soft) & profile.refused.keys()
     assert len(profile.group_bits) and set(profile.group_bits) <= set(range(2, 17))
-    assert profile.needs_output | profile.skips | profile.one_scale <= profile.hard
+    assert profile.needs_output | profile.skips <= profile.hard
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,13 @@ def test_a_format_that_fits_is_left_alone() -> None:
     signed = QuantSpec(bits=6, range=MovingAverage(constant=0.5))
     for profile in PROFILES.values():
         assert profile.fit(signed, ("matmul.rhs", "matmul.lhs"), is_positive=False) is signed
+
+
+def test_activations_are_rounded_as_the_target_rounds() -> None:
+    wide = dataclasses.replace(U8, rounding="divide")
+    assert PROFILES["tensorrt"].rounded(wide) == dataclasses.replace(wide, rounding="reciprocal")
+    for name in ("onnxruntime", "openvino", "generic"):
+        assert PROFILES[name].rounded(wide) is wide
 
 
 def test_only_the_codes_of_a_format_change() -> None:
@@ -90,8 +97,8 @@ UNKNOWN: list[tuple[str, str, QuantSpec, str]] = [
     (
         "tensorrt",
         "weight",
-        dataclasses.replace(GROUPS, bits=4, group_size=32),
-        "groups of 64 or 128 for target 'tensorrt': got 32. Give the weights QuantSpec(group_size=64, …).",
+        dataclasses.replace(GROUPS, bits=4, group_size=8),
+        "groups of 16, 32, 64 or 128 for target 'tensorrt': got 8. Give the weights QuantSpec(group_size=16, …).",
     ),
     (
         "onnxruntime",
@@ -110,7 +117,7 @@ def test_unknown_widths(target: str, role: str, spec: QuantSpec, said: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("target", "highest"), [("onnxruntime", 26), ("openvino", 26), ("tensorrt", 24), ("generic", 26)]
+    ("target", "highest"), [("onnxruntime", 26), ("openvino", 26), ("tensorrt", 25), ("generic", 26)]
 )
 def test_opsets(target: str, highest: int) -> None:
     profile = PROFILES[target]

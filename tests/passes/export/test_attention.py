@@ -1,4 +1,4 @@
-"""Attention written out, its scale taken into an operand."""
+"""Attention written out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fxquant.graph.nodes import call_nodes
 from fxquant.passes.export.decompose_attention import DecomposeAttention
-from fxquant.passes.export.pairs import Pair
-from fxquant.passes.export.scale_operand import ScaleOperand
-from tests.passes.export.written import Written, same_numbers
+from tests.passes.export.written import Written
 from tests.passes.graphs import apply, show, untouched
 
 aten = torch.ops.aten
@@ -94,67 +91,3 @@ def test_a_head_of_symbolic_size() -> None:
     gm.graph.find_nodes(op="placeholder")[0].meta["val"] = query
     (decline,) = untouched(DecomposeAttention(), gm).declines
     assert decline.reason == "attention left to the exporter: the head size is symbolic"
-
-
-def scores(
-    *,
-    factor: Any = 0.25,
-    op: Any = aten.mul.Tensor,
-    mask: bool = False,
-    end: Any = aten.softmax.int,
-    quantized: tuple[bool, bool] = (True, True),
-    shared: bool = False,
-    **given: Any,
-) -> fx.GraphModule:
-    """What comes before a softmax, or the like."""
-    g = Written()
-    q, k = g.input(2, 3), g.input(3, 2)
-    left = g.pair(q, 0.1, "q") if quantized[0] else q
-    right = g.pair(k, 0.2, "k") if quantized[1] else k
-    product = g.call(aten.matmul.default, left, right)
-    value = g.call(op, product, factor, **given)
-    if mask:
-        value = g.call(aten.masked_fill.Scalar, value, g.held("m", torch.tensor([[True, False], [False, False]])), -1e9)
-    ends = [g.call(end, value, *((-1,) if end is aten.softmax.int else ()))]
-    return g.done(*ends, *([product] if shared else []))
-
-
-Q, K = torch.tensor([[1.0, -2.0, 0.3], [0.7, 5.0, -1.1]]), torch.tensor([[1.0, 0.2], [-3.0, 2.0], [0.5, 0.4]])
-
-
-@pytest.mark.parametrize(("op", "factor"), [(aten.mul.Tensor, 0.25), (aten.div.Tensor, 4)])
-@pytest.mark.parametrize("mask", [False, True])
-def test_a_scale_goes_into_the_operand(op: Any, factor: float, mask: bool) -> None:
-    """By a power of two, so that the numbers are the same to the bit."""
-    gm = scores(op=op, factor=factor, mask=mask)
-    assert same_numbers(ScaleOperand(), gm, Q, K).rewrites == 1
-    found = {pair.label: pair.scale for node in call_nodes(gm.graph) if (pair := Pair.of(node)) is not None}
-    assert found == {"q": 0.1, "q@mul_tensor" if op is aten.div.Tensor else "q@mul_tensor_1": 0.025, "k": 0.2}
-
-
-def test_operands_by_keyword_are_operands() -> None:
-    gm = scores()
-    for node in call_nodes(gm.graph):
-        if node.target in (aten.matmul.default, aten.mul.Tensor):
-            node.args, node.kwargs = (node.args[0],), {"other": node.args[1]}
-    gm.recompile()
-    assert same_numbers(ScaleOperand(), gm, Q, K).rewrites == 1
-
-
-@pytest.mark.parametrize(
-    "gm",
-    [
-        scores(factor=-0.25),
-        scores(factor=0.0),
-        scores(factor=float("inf")),
-        scores(end=aten.relu.default),
-        scores(quantized=(False, True)),
-        scores(quantized=(True, False)),
-        scores(shared=True),
-        scores(op=aten.div.Tensor_mode, rounding_mode="floor"),
-        scores(op=aten.add.Tensor),
-    ],
-    ids=["negative", "zero", "infinite", "no softmax", "float", "float key", "read twice", "rounded", "a sum"],
-)
-def test_scales_that_stay(gm: fx.GraphModule) -> None:
-    untouched(ScaleOperand(), gm)

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxquant.graph.nodes import call_nodes
 from fxquant.passes.export.pairs import Pair
-from fxquant.passes.export.requantize_moved import RequantizeMoved, RequantizeTransposed
+from fxquant.passes.export.requantize_moved import RequantizeMoved
 from tests.passes.export.written import Written, same_numbers
 from tests.passes.graphs import show, untouched
 
@@ -69,6 +69,16 @@ def test_pads_where_the_target_pads_floats() -> None:
     untouched(RequantizeMoved(pads=True), moved(aten.constant_pad_nd.default, [1, 1], 2.0))  # which the format may lack
 
 
+def test_max_pools_over_three_dimensions_where_the_target_runs_them_in_float() -> None:
+    volume = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    pool = moved(aten.max_pool3d.default, [2, 2, 2], sizes=(1, 2, 4, 4, 4))
+    untouched(RequantizeMoved(), pad := moved(aten.constant_pad_nd.default, [1, 1]))
+    untouched(RequantizeMoved(pads=True), pool)
+    untouched(RequantizeMoved(volume_pools=True), pad)
+    assert same_numbers(RequantizeMoved(volume_pools=True), pool, volume).rewrites == 1
+    assert [label for _, _, label in pairs(pool)] == ["in", "in@max_pool3d_default"]
+
+
 @pytest.mark.parametrize(
     "gm",
     [
@@ -81,45 +91,3 @@ def test_pads_where_the_target_pads_floats() -> None:
 )
 def test_the_runtime_moves_the_others_itself(gm: fx.GraphModule) -> None:
     untouched(RequantizeMoved(pads=True), gm)
-
-
-def product(*moves: tuple[Any, ...], reads_it_too: bool = False) -> fx.GraphModule:
-    g = Written()
-    q, k = g.input(2, 3), g.input(2, 3)
-    value = g.pair(k, 0.2, "k")
-    for op, *args in moves:
-        value = g.call(op, value, *args)
-    results = [g.call(aten.matmul.default, g.pair(q, 0.1, "q"), value)]
-    return g.done(*results, *([g.call(aten.relu.default, value)] if reads_it_too else []))
-
-
-def test_transposed_operands_are_quantized_for_their_products_alone() -> None:
-    gm = product((aten.t.default,), reads_it_too=True)
-    assert same_numbers(RequantizeTransposed(), gm, torch.randn(2, 3), torch.randn(2, 3)).rewrites == 1
-    assert_expected_inline(
-        show(gm),
-        """\
-quantize_dequantize_default = quantize_dequantize(x1, 0.2, 3, -128, 127, k)
-t_default = t(quantize_dequantize_default)
-quantize_dequantize_default_2 = quantize_dequantize(t_default, 0.2, 3, -128, 127, k@t_default)
-quantize_dequantize_default_1 = quantize_dequantize(x, 0.1, 3, -128, 127, q)
-matmul_default = matmul(quantize_dequantize_default_1, quantize_dequantize_default_2)
-relu_default = relu(t_default)
-return [matmul_default, relu_default]
-""",
-    )
-
-
-@pytest.mark.parametrize(
-    ("moves", "count"),
-    [
-        (((aten.transpose.int, 0, 1),), 1),
-        (((aten.permute.default, [1, 0]), (aten.reshape.default, [3, 2])), 1),
-        (((aten.reshape.default, [3, 2]),), 0),
-        (((aten.t.default,), (aten.mul.Tensor, 2.0)), 0),
-    ],
-    ids=["transpose", "reshaped after", "reshape", "arithmetic after"],
-)
-def test_what_counts_as_transposed(moves: tuple[tuple[Any, ...], ...], count: int) -> None:
-    gm = product(*moves)
-    assert same_numbers(RequantizeTransposed(), gm, torch.randn(2, 3), torch.randn(2, 3)).rewrites == count
