@@ -198,18 +198,34 @@ def test_torch_s_own_average(use_buffers: bool) -> None:
     assert torch.compile(average.eval(), backend=EAGER)(X).isfinite().all()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
-@pytest.mark.parametrize("name", ["ModelEmaV2", "ModelEmaV3"])
-def test_timm_s_averages(name: str) -> None:
-    utils = pytest.importorskip("timm.utils")
+def by_library(name: str, model: nn.Module) -> tuple[Any, nn.Module]:
+    """A library's average with the factor 0.5 from its first update on, and the copy of the model that it averages."""
+    library, _, kind = name.partition(".")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}")
+    if library == "timm":
+        average = getattr(importlib.import_module("timm.utils"), kind)(model, decay=0.5)
+        return average, average.module
+    average = getattr(importlib.import_module("ultralytics.utils.torch_utils"), kind)(model, decay=0.5, tau=1e-3)
+    return average, average.ema
+
+
+@pytest.mark.parametrize("name", ["timm.ModelEmaV2", "timm.ModelEmaV3", "ultralytics.ModelEMA"])
+def test_an_average_of_a_library_s(name: str) -> None:
     model = net()
-    average = getattr(utils, name)(model, decay=0.5)
-    compiled = torch.compile(model, backend=EAGER)
-    for factor in (1.0, 2.0):
+    average, averaged = by_library(name, model)
+    compiled, expected = torch.compile(model, backend=EAGER), dict.fromkeys(ranges(model), (0.0, 0.0))
+    for factor in (1.0, 2.0, 0.5):
         step(compiled, factor * X)
         average.update(model)
-    assert all(value.isfinite().all() for value in average.state_dict().values())
-    net().load_state_dict(average.module.state_dict())
+        for key, (low, high) in ranges(model).items():
+            expected[key] = (expected[key][0] + low) / 2, (expected[key][1] + high) / 2
+    for key, found in ranges(averaged).items():
+        assert found == pytest.approx(expected[key], rel=1e-6, abs=1e-30)
+    torch.testing.assert_close(torch.compile(averaged, backend=EAGER)(X), averaged(X), atol=0.2, rtol=0)
+    fresh = net()
+    fresh.load_state_dict(averaged.state_dict())
+    assert not unset(fresh)
 
 
 # Unset
