@@ -1,4 +1,4 @@
-"""Any model in TensorRT: every entry of a model zoo exported, then parsed and built by NVIDIA's own libraries, on a CPU.
+"""Any model in TensorRT: every entry of a model zoo exported, then parsed and built by NVIDIA's libraries, on a CPU.
 
     python bench/bench_tensorrt.py path/to/zoo.py [--dtypes float32,float16,bfloat16] [--only NAME,...]
                                    [--without labels] [--out bench/results/tensorrt.jsonl]

@@ -157,7 +157,7 @@ def _finish(
         imply_zero_points(model.graph)
     if edges is not None:
         edges.narrow(model.graph)
-    notes = pack_int4(model, only_blocks=weight_storage != "int4")
+    notes = pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
     return notes if edges is None else [*notes, NOTE]
 
 

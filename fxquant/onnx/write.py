@@ -102,12 +102,15 @@ def save(program: Any, destination: Path, check: Callable[[Path], None] | None =
     return total
 
 
-def pack_int4(model: Any, *, only_blocks: bool) -> list[str]:
-    """Codes in −8…7 as ONNX int4, with their zero points; ``only_blocks``: those of weights per group."""
+def pack_int4(model: Any, *, only_blocks: bool, convolutions: bool = True) -> list[str]:
+    """Codes in −8…7 as ONNX int4, with their zero points; ``only_blocks``: those of weights per group.
+
+    ``convolutions``: those of convolutions too.
+    """
     import ml_dtypes
     import onnx_ir as ir
 
-    packed = 0
+    packed = left = 0
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear":
             continue
@@ -119,6 +122,9 @@ def pack_int4(model: Any, *, only_blocks: bool) -> list[str]:
             continue
         array = codes.const_value.numpy()
         if array.min() < -8 or array.max() > 7:
+            continue
+        if not convolutions and any(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
+            left += 1
             continue
         for index, value in ((0, codes), (2, zero_point)):
             name = f"{value.name}_int4"
@@ -133,4 +139,5 @@ def pack_int4(model: Any, *, only_blocks: bool) -> list[str]:
         packed += 1
     for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
         del model.graph.initializers[name]
-    return [f"{packed} weights stored as int4"] if packed or not only_blocks else []
+    notes = [f"{packed} weights stored as int4"] if packed or not only_blocks else []
+    return notes + ([f"{left} weights of convolutions stay int8: the runtime has no int4 ones"] if left else [])

@@ -34,6 +34,7 @@ class Profile:
         float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
+        int4_convolutions: convolutions take weights that are stored as int4.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
         fused_half_attention: why the products of attention in half types stay float; empty where they need not.
         rounding: how activations are rounded; None: as their format says.
@@ -60,6 +61,7 @@ class Profile:
     weight_bits: range = range(2, 17)
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None
+    int4_convolutions: bool = True
     float_beside_groups: bool = False
     fused_half_attention: str = ""
     rounding: Rounding | None = None

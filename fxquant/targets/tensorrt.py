@@ -27,6 +27,7 @@ _PROFILE = Profile(
     weight_bits=range(4, 9),
     group_bits=range(4, 5),
     group_sizes=(16, 32, 64, 128),
+    int4_convolutions=False,
     float_beside_groups=True,
     refused={
         "conv_transpose": "TensorRT has no integer transposed convolution",

@@ -15,8 +15,10 @@ import torch
 
 import fxquant
 from fxquant.errors import ExportError, MissingDependency, UnsupportedModel
+from fxquant.onnx import lint_onnx
 from fxquant.prepared.root import plan_of
 from fxquant.probe.visitor import Use, visiting
+from fxquant.spec.recipes import get_recipe
 from fxquant.targets import tensorrt_run
 from fxquant.targets.tensorrt_run import kernel_rows
 from tests.onnx.agreement import assert_codes_agree
@@ -98,6 +100,37 @@ def test_without_the_package_the_rules_are_the_proof(tmp_path: Path, without_bui
     assert 'its kernels are not known without `pip install "fxquant[tensorrt]"`' in str(report)
     with pytest.raises(MissingDependency, match=r'pip install "fxquant\[tensorrt\]"`. It needs no GPU'):
         fxquant.verify_onnx(model, (x,), path, runtime="tensorrt")
+
+
+@built
+def test_int4_codes_of_convolutions_stay_int8(tmp_path: Path) -> None:
+    """A build error otherwise. Both products are integer ones: of the matrix, the codes are widened as it runs."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 8))
+    x = torch.randn(3, 4, 4, 4)
+    model = calibrated(net, x, target="tensorrt", recipe="w4a8")
+    report = fxquant.export_onnx(model, (x,), tmp_path / "net.onnx", weight_storage="int4")
+    assert report.notes[-2:] == (
+        "1 weights stored as int4",
+        "1 weights of convolutions stay int8: the runtime has no int4 ones",
+    )
+    verified = fxquant.verify_onnx(model, (x,), tmp_path / "net.onnx")
+    assert verified.integer_share == 1.0 and verified.lint, str(verified)
+
+
+@built
+def test_activations_beside_blocks_are_float(tmp_path: Path) -> None:
+    """TensorRT would use the first block's scales alone, without a word."""
+    recipe = fxquant.Recipe(name="blocks", weight=get_recipe("int4_weight_only").weight)
+    x = torch.randn(3, 64)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 64))
+    model = calibrated(net, x, target="tensorrt", recipe=recipe)
+    assert [site.key for site in plan_of(model).sites] == ["0.weight", "2.weight"]
+    assert {declined.reason for declined in plan_of(model).declined} == {
+        "its input: the runtime multiplies a weight with scales per group by floats"
+    }
+    fxquant.export_onnx(model, (x,), tmp_path / "net.onnx")
+    assert lint_onnx(tmp_path / "net.onnx", "tensorrt")
+    assert [row.kernel for row in kernel_rows(tmp_path / "net.onnx")] == ["matrix product float·float"] * 2
 
 
 class Long(torch.nn.Module):
