@@ -94,14 +94,17 @@ def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:
     return (LowerFakeQuantize(decompositions=decompositions, where="post-grad"), MaterializeShared(), ObserveInRows())
 
 
-def export_passes(profile: Profile) -> tuple[Pass, ...]:
-    """On the evaluation graph with its sites, after the training passes: integers, in the forms that a target fuses."""
+def export_passes(profile: Profile, *, float_pools: bool = False) -> tuple[Pass, ...]:
+    """On the evaluation graph with its sites, after the training passes: integers, in the forms that a target fuses.
+
+    ``float_pools``: the runtime takes maxima in float, in the type that the file will have.
+    """
     passes: tuple[Pass, ...] = (
         QuantizeBeforeRepeats(),
         Freeze(),
         DecomposeLinear(bias_apart=profile.bias_apart),
         DecomposeAddmm(bias_apart=profile.bias_apart),
-        RequantizeMoved(pads=profile.float_pads, volume_pools=profile.float_volume_pools),
+        RequantizeMoved(pads=profile.float_pads, volume_pools=profile.float_volume_pools, pools=float_pools),
         DecomposeAttention(),
     )
     if profile.bias_apart:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxquant.backend.lost_sites import is_cut, warn_of_checkpointed, warn_of_lost
 from fxquant.backend.options import Options
 from fxquant.backend.reports import report
-from fxquant.capture.dynamo import capture
+from fxquant.capture.dynamo import autocast_of, capture
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, UnsupportedModel
 from fxquant.graph.bodies import execution_order
 from fxquant.graph.nodes import packet
@@ -23,7 +23,7 @@ from fxquant.passes.pipelines import training_passes
 from fxquant.passes.stages import DYNAMO, enter, operators
 from fxquant.plan.site_lists import target_of
 from fxquant.prepared.live import of_prepared_model
-from fxquant.prepared.root import warn_of_replaced
+from fxquant.prepared.root import note_autocast, warn_of_replaced
 from fxquant.targets.profiles import get_profile
 
 
@@ -48,6 +48,9 @@ def quantize_graph(
     warn_of_lost(captured, is_cut(gm))
     if prepared:
         warn_of_replaced(example_inputs)
+        trained = autocast_of(gm) if torch.is_grad_enabled() else None
+        if trained is not None:
+            note_autocast(example_inputs, trained)
         warn_of_checkpointed(captured)
     if chosen.recipe is None:
         result = PassResult(declines=[left_alone(captured, "recipe=None places nothing")])

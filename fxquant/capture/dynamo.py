@@ -23,6 +23,7 @@ from torch.fx.experimental import proxy_tensor
 from fxquant.capture.aside import compiled_aside
 from fxquant.capture.sharded import SHARDED, is_sharded
 from fxquant.errors import UnsupportedModel
+from fxquant.graph.bodies import execution_order
 from fxquant.graph.edit import copied, without_dead_nodes
 from fxquant.graph.meta import REGION, SOURCE, STATE
 from fxquant.graph.static_inputs import is_of_dynamo, keep_sources, sources_of, stand_for
@@ -30,6 +31,19 @@ from fxquant.passes.captured.silence_bodies import SilenceBodies
 from fxquant.passes.dynamo.outline_transforms import OutlineTransforms, has_transforms
 from fxquant.passes.stages import CAPTURED, DYNAMO
 from fxquant.plan.positions import tell_calls_apart
+
+
+def autocast_of(gm: fx.GraphModule) -> torch.dtype | None:
+    """The type that autocast gives products in a graph of Dynamo's, around the call or within; None without one."""
+    for node in execution_order(gm):
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            given: tuple[Any, ...] = (*node.args, None, True)
+            if given[2]:
+                return given[1] or torch.get_autocast_dtype(given[0])
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
 
 
 class _Retrace(fx.Interpreter):

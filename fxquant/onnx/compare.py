@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Mapping, Set
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from fxquant.capture.aside import untouched
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize
-from fxquant.onnx.export import ABSORBED
+from fxquant.onnx.export import ABSORBED, FLOAT_DTYPE
 from fxquant.onnx.feeds import arrays, feeds_of, tensors_of
 from fxquant.onnx.verify_report import CodeRow
 from fxquant.passes.export.constants import held_name
+from fxquant.prepared.root import trained_autocast
 from fxquant.probe.recording import named
 from fxquant.probe.visitor import Run, Use, visiting
 from fxquant.support.require import require
@@ -71,7 +73,7 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list
     theirs = run_codes(case.path, feeds, also=keys)
     quantized = {label.partition("@")[0] for label in theirs} & {*keys}
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
-    with visiting(case.model, "verify_onnx") as run:
+    with _as_trained(case), visiting(case.model, "verify_onnx") as run:
         cascaded, outputs = _compare(case, run, theirs, follow=False)
         _check_sites(case.path, cascaded.unknown - absorbed.keys())
         compared, _ = _compare(case, run, theirs, follow=True)
@@ -83,6 +85,15 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list
             "model takes another way than the one that was exported: see fxquant.explain."
         )
     return compared, cascaded, arrays(outputs)
+
+
+def _as_trained(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """The autocast that the model was trained under, where that is what the file's float parts are."""
+    found = next((p.value for p in load_model(case.path).metadata_props if p.key == FLOAT_DTYPE), "")
+    trained = trained_autocast(case.model)
+    if trained is None or str(trained) != f"torch.{found}":
+        return contextlib.nullcontext()
+    return torch.autocast(next(case.model.parameters()).device.type, trained)
 
 
 def _absorbed_codes(path: ModelPath) -> dict[str, np.ndarray | None]:

@@ -24,6 +24,8 @@ from fxquant.graph.dependence import written_attributes
 from fxquant.graph.edit import copied
 from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.file_check import FileCheck, Inputs
+from fxquant.onnx.precision import Precision, choose_precision
+from fxquant.onnx.typed import type_floats
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.onnx.zero_points import imply_zero_points
 from fxquant.passes.base import run_all
@@ -41,12 +43,20 @@ from fxquant.support.table import megabytes
 from fxquant.targets.profiles import Profile, get_profile
 
 ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
+FLOAT_DTYPE = "fxquant.float_dtype"  # there too: the half type of a file's float parts
 WeightStorage = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was written. ``float_bytes`` is what the same parameters take in float32."""
+    """What was written.
+
+    Attributes:
+        float_bytes: what the same parameters take in float32.
+        float_dtype: the type of the file's float parts.
+        typed_difference: how far the outputs of a file of a half type are from those in float32 on the given inputs:
+            the largest distance, as a part of the output's spread (greatest less least); None where not measured.
+    """
 
     path: str
     target: str
@@ -57,6 +67,8 @@ class ExportReport:
     file_bytes: int
     float_bytes: int
     notes: tuple[str, ...]
+    float_dtype: str = "float32"
+    typed_difference: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -64,10 +76,16 @@ class ExportReport:
 
     def __str__(self) -> str:
         batch = "dynamic batch" if self.dynamic_batch else "fixed batch"
+        typed = "" if self.float_dtype == "float32" else f", {self.float_dtype}"
         lines = [
-            f"{self.path}: ONNX opset {self.opset} for {self.target}, {batch}",
+            f"{self.path}: ONNX opset {self.opset} for {self.target}, {batch}{typed}",
             f"  {len(self.activations)} quantized activations, {len(self.weights)} integer weights",
             f"  {megabytes(self.file_bytes)} on disk, {megabytes(self.float_bytes)} of parameters in float32",
+            *(
+                [f"  outputs are within {self.typed_difference:.2%} of the spread of those in float32"]
+                if self.typed_difference is not None
+                else []
+            ),
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -82,6 +100,8 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     opset: int | None = None,
+    float_dtype: torch.dtype | None = None,
+    io_dtype: torch.dtype | None = None,
     weight_storage: WeightStorage = "int8",
     verify: bool = True,
 ) -> ExportReport:
@@ -94,7 +114,14 @@ def export_onnx(
     Args:
         path: where the file goes; its folder must exist.
         dynamic_batch: leave dimension 0 of every input tensor open. ``dynamic_shapes`` (torch.export's) overrides.
-        opset: ONNX opset, the target's default if None.
+        opset: ONNX opset, the target's default if None; 23 for a file of a half type.
+        float_dtype: the type of all that is float in the file but for scales: ``torch.float32``, ``torch.float16`` or
+            ``torch.bfloat16``. None is what the model was trained in, where the target computes in it beside integer
+            products: the type of its parameters; for tensorrt, which runs float parts in the type that they have,
+            also that of the autocast that a compiled training step ran under in this process. Else float32.
+            `docs/numerics.md` says what stays float32 in a half file, and how close it is.
+        io_dtype: the type of the graph's float inputs and outputs. None: as the model's are, but bfloat16 ones are
+            float32, since numpy has no such type. Where it is not the type of the rest, a Cast stands there.
         weight_storage: ``"int4"`` packs codes of at most 4 bits as ONNX int4 (half the size; onnxruntime then runs
             them in float). Those of weights per group always are.
         verify: hold the file to the evaluated graph on the given inputs before it takes its place: one run, in
@@ -102,7 +129,8 @@ def export_onnx(
             run there is a note. `verify_onnx` is the whole proof.
 
     Raises:
-        InvalidArgument: not prepared, unusable path or opset.
+        InvalidArgument: not prepared, unusable path or opset; a ``float_dtype`` or ``io_dtype`` that is none, that the
+            target or the opset does not have, or in which a tensor overflows on the given inputs: it is named.
         RangeNotSet: no activation range has been set. Of some that no data reached, what the evaluated graph has
             stays float, with a warning.
         ExportError: torch.export or the exporter failed on the model, or the file computes another thing; the first
@@ -114,7 +142,7 @@ def export_onnx(
         require(name)
     plain, profile = unwrap(model), get_profile(plan.target)
     _check_storage(weight_storage)
-    opset = profile.check_opset(opset)
+    precision = choose_precision(plain, profile, float_dtype, io_dtype, opset)
     destination = _check_path(path)
     told = check_ranges(plain)
     named: dict[str, Any] = dict(kwargs or {})
@@ -127,42 +155,58 @@ def export_onnx(
     edges = Edges.of(plain, args, named)
     with in_float32(plain):
         wide: Inputs = widened((args, named))
-        gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan)
-        program = to_onnx(gm, *wide, sizes, opset)
-        notes = [*told, *frozen.notes, *_finish(program.model, frozen, profile, edges, weight_storage)]
-        check = FileCheck(evaluated, (args, named), wide, frozen.labels) if verify else None
+        float_pools = precision.name in profile.float_pools
+        gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, float_pools=float_pools)
+        program = to_onnx(gm, *wide, sizes, precision.opset)
+        notes = [*told, *frozen.notes, *_finish(program.model, frozen, profile, weight_storage)]
+        notes += _set_types(program.model, edges, precision, profile)
+        half = precision.compute if precision.is_half else None
+        check = FileCheck(evaluated, (args, named), wide, frozen.labels, half, precision.io) if verify else None
         size = save(program, destination, check)
     notes += [] if check is None else check.notes
     return ExportReport(
         path=os.fspath(path),
         target=plan.target,
-        opset=opset,
+        opset=precision.opset,
         activations=tuple(frozen.activations),
         weights=tuple(frozen.weights),
         dynamic_batch=any(not isinstance(d, int) for i in program.model.graph.inputs for d in (i.shape or [])[:1]),
         file_bytes=size,
         float_bytes=4 * sum(p.numel() for p in plain.parameters()),
         notes=tuple(notes),
+        float_dtype=precision.name,
+        typed_difference=None if check is None else check.difference,
     )
 
 
-def _finish(
-    model: Any, frozen: Frozen, profile: Profile, edges: Edges | None, weight_storage: WeightStorage
-) -> list[str]:
+def _finish(model: Any, frozen: Frozen, profile: Profile, weight_storage: WeightStorage) -> list[str]:
     """What the exporter's model lacks of the file; notes."""
     written = {value.name for node in model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     if profile.implied_zero:
         imply_zero_points(model.graph)
-    if edges is not None:
-        edges.narrow(model.graph)
-    notes = pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
-    return notes if edges is None else [*notes, NOTE]
+    return pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
+
+
+def _set_types(model: Any, edges: Edges | None, precision: Precision, profile: Profile) -> list[str]:
+    """The types of the edges and of what is float between them; notes."""
+    if edges is not None or precision.io is not None:
+        (edges or Edges.single(model.graph)).narrow(model.graph, precision.io)
+    if not precision.is_half:
+        return [] if edges is None else [NOTE]
+    model.metadata_props[FLOAT_DTYPE] = precision.name
+    return type_floats(model, precision.compute, precision.opset, profile.without.get(precision.name, ()))
 
 
 def quantized_graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OpenSizes | None, plan: Plan
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sizes: OpenSizes | None,
+    plan: Plan,
+    *,
+    float_pools: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule, Frozen]:
     """The evaluation graph in its target's form, through the passes that compile uses and those of export.
 
@@ -179,7 +223,7 @@ def quantized_graph(
     profile, written = get_profile(plan.target), written_attributes(gm.graph)
     trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
     evaluated = copied(gm)
-    exported = run_all(export_passes(profile), gm, EXPORT)
+    exported = run_all(export_passes(profile, float_pools=float_pools), gm, EXPORT)
     frozen = exported.product(Frozen)
     frozen.notes += [f"forward writes {name}: each run of the file begins with its value of now" for name in written]
     frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InvalidArgument
-from fxquant.targets.document import Feeds, ModelPath
+from fxquant.targets.document import Feeds, ModelPath, as_declared, load_model
 from fxquant.targets.session import input_names
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def tensors_of(*values: Any) -> list[Tensor]:
 def feeds_of(path: ModelPath, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Feeds:
     """The file's inputs by name: keywords by theirs, in whatever order they come, all else in order.
 
+    Floats have the file's type, but bfloat16 ones are float32: numpy has no such type.
+
     Raises InvalidArgument where the file has another number of them.
     """
     names = input_names(path)
@@ -35,7 +37,7 @@ def feeds_of(path: ModelPath, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             f"got {len(found) + len(others)} tensors."
         )
     found |= dict(zip([name for name in names if name not in found], others, strict=True))
-    return {name: _array(found[name]) for name in names}
+    return as_declared(load_model(path), {name: _array(found[name]) for name in names})
 
 
 def arrays(outputs: Any) -> list[np.ndarray]:

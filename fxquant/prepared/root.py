@@ -32,6 +32,7 @@ class Root:
     FROZEN = f"{ATTRIBUTE}_frozen"
     copied_compiled: bool = False
     told_replaced: bool = False
+    autocast: torch.dtype | None = None  # that a compiled training graph of the module ran under
     KEY_OF_0_1 = f"{ATTRIBUTE}.plan"  # held the plan as a str
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
@@ -216,6 +217,20 @@ def warn_of_replaced(inputs: Iterable[object]) -> None:
                 NotQuantizedWarning,
                 stacklevel=2,
             )
+
+
+def note_autocast(inputs: Iterable[object], dtype: torch.dtype) -> None:
+    """Remembers, on each model of whose parameters some are inputs of a graph, the autocast that it trains under."""
+    given = set(map(id, inputs))
+    for root in [part for part in LIVE if isinstance(part, Root)]:
+        if not given.isdisjoint(map(id, root.module.parameters())):
+            root.autocast = dtype
+
+
+def trained_autocast(model: nn.Module) -> torch.dtype | None:
+    """The autocast that a prepared model was trained under in this process, or before it was pickled or copied."""
+    root = model.__dict__.get(Root.SLOT)
+    return root.autocast if isinstance(root, Root) else None
 
 
 def _names(keys: list[str]) -> str:

@@ -109,5 +109,23 @@ class Wiring:
         return str(names(dtype)) if dtype else "UINT8" if len(node.input) < 3 else None
 
 
+_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # by TensorProto's number of the type
+
+
+def as_declared(model: onnx.ModelProto, feeds: Feeds) -> Feeds:
+    """Floats in the types of a graph's inputs; those of bfloat16, which numpy has not, are rounded to it in float32."""
+    kinds = {value.name: _FLOATS.get(value.type.tensor_type.elem_type) for value in model.graph.input}
+    return {
+        name: _as_type(array, kinds[name]) if array.dtype.kind == "f" and kinds.get(name) else array
+        for name, array in feeds.items()
+    }
+
+
+def _as_type(array: np.ndarray, kind: str | None) -> np.ndarray:
+    if kind != "bfloat16":
+        return array.astype(kind, copy=False)
+    return array.astype(require("ml_dtypes").bfloat16).astype("float32")
+
+
 def folder_of(path: ModelPath) -> str:
     return str(Path(path).absolute().parent)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fxquant.errors import MissingDependency
 from fxquant.support.require import require
-from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
+from fxquant.targets.document import Feeds, ModelPath, Wiring, as_declared, folder_of, load_model
+from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
 from fxquant.targets.session import data_folder, run_session, session
 
 if TYPE_CHECKING:
@@ -32,19 +33,22 @@ class Evaluated:
 def evaluate(path: ModelPath, inputs: Sequence[np.ndarray], labels: Collection[str]) -> Evaluated:
     """One run: in onnxruntime without optimizations, or, where it is not installed, in onnx's own evaluator.
 
+    A file of a half type that onnxruntime has no kernels for runs as `rounded`, in float32 with each result rounded.
+
     ``inputs`` are in the graph's order. ``labels`` are results of QuantizeLinear nodes; those that the file lacks are
     left out. Raises what the runtime raises, ExportError where onnxruntime does not load or run the file, ValueError
     for another number of inputs.
     """
     model = load_model(path)
     outputs = [output.name for output in model.graph.output]
-    feeds = dict(zip([value.name for value in model.graph.input], inputs, strict=True))
+    feeds = as_declared(model, dict(zip([value.name for value in model.graph.input], inputs, strict=True)))
     pairs = _pairs(Wiring(model=model, folder=folder_of(path)), labels)
+    model = rounded(model, folder_of(path)) if is_beyond_onnxruntime(model) else model
     wanted = dict.fromkeys(name for pair in pairs.values() for name in pair if name not in feeds)
     shown = [*outputs, *(name for name in wanted if name not in outputs)]
     for name in shown[len(outputs) :]:
         model.graph.output.append(require("onnx").ValueInfoProto(name=name))
-    found = feeds | dict(zip(shown, _run(model, path, shown, feeds), strict=True))
+    found = {**feeds} | dict(zip(shown, _run(model, path, shown, feeds), strict=True))
     return Evaluated(
         outputs={name: found[name] for name in outputs},
         pairs={label: (found[read], found[given]) for label, (read, given) in pairs.items()},
@@ -67,6 +71,7 @@ def _run(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds
         require("onnxruntime")
     except MissingDependency:
         require("onnx").load_external_data_for_model(model, folder_of(path))
-        return list(require("onnx.reference").ReferenceEvaluator(model).run(names, dict(feeds)))
+        given = as_declared(model, feeds)  # the model may be a rounded one
+        return list(require("onnx.reference").ReferenceEvaluator(model).run(names, dict(given)))
     built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
     return run_session(built, names, feeds)

@@ -38,6 +38,10 @@ class Profile:
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
         fused_half_attention: why the products of attention in half types stay float; empty where they need not.
         rounding: how activations are rounded; None: as their format says.
+        float_pools: float types in which a maximum over a window runs in float, so that it is quantized again after.
+        half_types: half types of the float parts beside which its products run on integers.
+        without: half type → ONNX operators that it does not run in it, which stay float32.
+        strongly_typed: what is float runs in the type that the file has: half is faster than float32.
         refused: kind → why it stays in float.
         opset, highest_opset: the ONNX opset written by default, which is the lowest, and the highest that it loads.
     """
@@ -65,6 +69,10 @@ class Profile:
     float_beside_groups: bool = False
     fused_half_attention: str = ""
     rounding: Rounding | None = None
+    float_pools: tuple[str, ...] = ()
+    half_types: tuple[str, ...] = ("float16", "bfloat16")
+    without: dict[str, frozenset[str]] = field(default_factory=dict)
+    strongly_typed: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     opset: int = 21
     highest_opset: int = 26

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
+from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +40,8 @@ def session(
 
     ``threads`` is the size of the pool inside a node, ``None`` for onnxruntime's choice. ``optimized_path``
     receives the graph that will run. ``config`` holds further session entries: a model in bytes finds its
-    external data through ``data_folder``. Raises ``ExportError`` where onnxruntime refuses the model.
+    external data through ``data_folder``. Unoptimized, a file of a half type that it has no kernels for runs as
+    `rounded`. Raises ``ExportError`` where onnxruntime refuses the model.
     """
     ort = require("onnxruntime")
     options = ort.SessionOptions()
@@ -53,6 +55,9 @@ def session(
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     source = model if isinstance(model, bytes) else os.fspath(model)
+    if not optimize and not isinstance(model, bytes):
+        read = load_model(model)
+        source = rounded(read, folder_of(model)).SerializeToString() if is_beyond_onnxruntime(read) else source
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -88,6 +93,7 @@ def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> d
     """
     onnx = require("onnx")
     model = load_model(path)
+    model = rounded(model, folder_of(path)) if is_beyond_onnxruntime(model) else model
     wiring = Wiring(model=model, folder=folder_of(path))
     shown = {output.name for output in model.graph.output}
     names: dict[str, str] = {}
@@ -128,12 +134,13 @@ def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, t
     for built in sessions.values():
         for _ in range(3):
             run_session(built, None, feeds)
+    given = {key: _as_declared(built, feeds) for key, built in sessions.items()}
     seconds: dict[str, list[float]] = {key: [] for key in sessions}
     order = list(sessions)
     for _ in range(rounds):
         for key in order:
             start = time.perf_counter()
-            sessions[key].run(None, feeds)
+            sessions[key].run(None, given[key])
             seconds[key].append(time.perf_counter() - start)
         order = order[1:] + order[:1]
     return {key: statistics.median(values) for key, values in seconds.items()}
@@ -148,6 +155,16 @@ def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
     }
 
 
+def _as_declared(built: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, np.ndarray]:
+    """Floats in the type that the session's inputs have: that of a file's edges is its exporter's choice."""
+    kinds = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(double)": "float64"}
+    wanted = {value.name: kinds.get(value.type) for value in built.get_inputs()}
+    return {
+        name: array.astype(wanted[name], copy=False) if array.dtype.kind == "f" and wanted[name] else array
+        for name, array in feeds.items()
+    }
+
+
 def run_session(built: onnxruntime.InferenceSession, names: Sequence[str] | None, feeds: Feeds) -> list[np.ndarray]:
     """Values by name, the outputs for None. Raises ``ExportError`` and ``InvalidArgument`` as ``run_outputs``."""
     wanted = [value.name for value in built.get_inputs()]
@@ -156,6 +173,6 @@ def run_session(built: onnxruntime.InferenceSession, names: Sequence[str] | None
     options = require("onnxruntime").RunOptions()
     options.log_severity_level = 4
     try:
-        return list(built.run(names, dict(feeds), options))
+        return list(built.run(names, _as_declared(built, feeds), options))
     except Exception as error:  # as in session
         raise ExportError(f"The model must run in onnxruntime: got {error}") from error

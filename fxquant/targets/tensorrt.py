@@ -35,6 +35,10 @@ _PROFILE = Profile(
         "embedding": "TensorRT looks tables up in float",
         **FLOAT_CELLS,
     },
+    float_pools=("bfloat16",),
+    # TensorRT for RTX 1.7.1: build error, parse error.
+    without={"bfloat16": frozenset({"ConvTranspose", "GRU", "LSTM"})},
+    strongly_typed=True,
     highest_opset=25,
 )
 

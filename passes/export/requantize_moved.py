@@ -14,6 +14,7 @@ from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.export.pairs import is_quantized_again, pair_before, quantized_again
 from fxquant.passes.stages import EXPORT
 
+_POOLS = (torch.ops.aten.max_pool1d, torch.ops.aten.max_pool2d, torch.ops.aten.max_pool3d)
 _VOLUME_POOLS = (torch.ops.aten.max_pool3d, torch.ops.aten.max_pool3d_with_indices)
 
 
@@ -23,13 +24,14 @@ class RequantizeMoved(Pass):
 
     onnxruntime moves no DequantizeLinear across operators that repeat values; across the others it does.
     ``pads``: after pads as well, for runtimes that pad floats only. ``volume_pools``: after max pools over three
-    dimensions.
+    dimensions, ``pools`` after all.
     """
 
     stages: ClassVar = (EXPORT,)
 
     pads: bool = False
     volume_pools: bool = False
+    pools: bool = False
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Quantizes after expansions, nearest upsampling and pads."""
@@ -37,6 +39,7 @@ class RequantizeMoved(Pass):
         for node in list(call_nodes(gm.graph)):
             stops = packet(node) in REPEATING or (self.pads and packet(node) in PADS and is_agnostic(node))
             stops |= self.volume_pools and packet(node) in _VOLUME_POOLS
+            stops |= self.pools and packet(node) in _POOLS
             pair = pair_before(node.all_input_nodes[0]) if stops else None
             if pair is not None and not is_quantized_again(node, pair):
                 users = list(node.users)

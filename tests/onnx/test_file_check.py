@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import ExportError
 from fxquant.onnx.file_check import FileCheck
-from tests.onnx.graphs import FLOAT16, Graph
+from tests.onnx.graphs import Graph
 from tests.passes.export.test_freeze import quantized_input
 from tests.passes.export.written import Written
 
@@ -121,10 +121,7 @@ def test_dropout_that_is_off_is_not_random(tmp_path: Path) -> None:
 
 
 def test_a_file_that_the_runtime_refuses_is_a_note(tmp_path: Path) -> None:
-    g = Graph()
-    x = g.input(3, 4, dtype=FLOAT16)
-    path = g.save(tmp_path, g.qdq(x, np.float16(SCALE), 3, name="second"))
-    (note,) = check(path, *evaluated(double))
+    (note,) = check(written(tmp_path, doubled(2.0)), *evaluated(double), X[:2])
     assert note.startswith("not checked against the evaluated graph: ExportError: The model must run in onnxruntime")
 
 
