@@ -78,8 +78,9 @@ def _operations(text: str) -> Iterator[Operation]:
         elif name:
             prefix = ("input_args", "output_args") if kind == "function" else ("input", "output")
             reads, writes = (_listed(fields, key, types) for key in prefix)
-            layers = tuple(_LAYER.findall(fields))
-            yield Operation(kind=kind, name=name[1] or name[2], reads=reads, writes=writes, nodes=layers)
+            layers, called = tuple(_LAYER.findall(fields)), name[1] or name[2]
+            kind = called if kind == "function" and called in PRODUCTS else kind  # fused attention is called like one
+            yield Operation(kind=kind, name=called, reads=reads, writes=writes, nodes=layers)
 
 
 def _listed(fields: str, key: str, types: Mapping[str, str]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _START = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 _PROGRAM = Path(__file__).with_name("tensorrt_build.py")
 _MARK = "fxquant_product_"
+_NO_OPERANDS = ("bool", "int32", "int64")
 
 
 def require_builder() -> ModuleType:
@@ -151,8 +152,10 @@ def _row(
 
 
 def _operands(product: Operation) -> tuple[str, ...]:
-    """What is multiplied: scales and biases come after."""
-    return product.reads[: 3 if product.kind == "_gemm_mha_v2" else 2]
+    """What is multiplied: scales and biases come after; of a fused attention, masks and sizes are left out."""
+    if product.kind != "_gemm_mha_v2":
+        return product.reads[:2]
+    return tuple(kind for kind in product.reads if kind not in _NO_OPERANDS)[:3]
 
 
 def _is_integer(product: Operation) -> bool:
