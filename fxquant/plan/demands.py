@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxquant.graph.attention import is_attention
 from fxquant.graph.bodies import is_transform
 from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.graph.lift import Operand
@@ -53,7 +52,7 @@ class Demands:
             self.declined.append((node, f"recipe {problem.recipe.name!r} leaves {kind.name} out"))
         elif any(operand in problem.changed for operand in operands(node).values()):
             self.declined.append((node, "one operand is changed in place while it is in use"))
-        elif profile.fused_half_attention and is_attention(node, kind) and node.meta["val"].dtype in _HALF:
+        elif profile.fused_half_attention and kind.name == "sdpa" and node.meta["val"].dtype in _HALF:
             self.declined.append((node, profile.fused_half_attention))
         elif kind.name in profile.hard:
             whole = self._demand(node, kind) and problem.is_wanted(node, "output")

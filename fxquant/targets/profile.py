@@ -36,7 +36,7 @@ class Profile:
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
         int4_convolutions: convolutions take weights that are stored as int4.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
-        fused_half_attention: why the products of attention in half types stay float; empty where they need not.
+        fused_half_attention: why ``scaled_dot_product_attention`` stays float in half types; empty where it need not.
         rounding: how activations are rounded; None: as their format says.
         float_pools: float types in which a maximum over a window runs in float, so that it is quantized again after.
         half_types: half types of the float parts beside which its products run on integers.

@@ -173,21 +173,22 @@ def _axis_divides(reader: LintReader, node: onnx.NodeProto, size: int) -> Breach
 
 @RULES.add
 def _attention_stays_whole(reader: LintReader) -> Breaches:
-    """Attention in half types is one fused kernel without Q/DQ, or with fp8 ones on all four operands: int8 ones, and
-    fp8 ones on the first product alone, make it several."""
+    """Attention is one kernel where all of query, key, probabilities and value have int8 codes, or in half types fp8
+    ones, or in half types none: Q/DQ on some of them make it several, of which some are float."""
     for softmax, product, _ in _attentions(reader):
-        kinds = {reader.codes(pair) for i in (0, 1) if (pair := origin(reader, product, i).pair) is not None}
-        if "FLOAT8E4M3FN" in kinds:
-            for second in reader.ends(softmax, (*MOVES, *QDQ)):
-                if second.op_type == "MatMul" and not all(_is_fp8(reader, second, index) for index in (0, 1)):
-                    yield second, f"{title(product)} reads fp8, its own operands are not all fp8"
-        elif kinds and reader.types.get(product.output[0]) in ("FLOAT16", "BFLOAT16"):
-            yield product, "int8 operands break the fused kernel of attention in half types: leave them float"
+        seconds = [user for user in reader.ends(softmax, (*MOVES, *QDQ)) if user.op_type == "MatMul"]
+        kinds = {_kind(reader, product, index) for index in (0, 1)}
+        for second in seconds:
+            whole = kinds | {_kind(reader, second, index) for index in (0, 1)}
+            if kinds == {"FLOAT8E4M3FN"} and len(whole) > 1:
+                yield second, f"{title(product)} reads fp8, its own operands are not all fp8"
+            elif len(whole) > 1 and reader.types.get(product.output[0]) in ("FLOAT16", "BFLOAT16"):
+                yield product, f"attention in half types has codes in a part of its operands: {title(second)} is float"
 
 
-def _is_fp8(reader: LintReader, node: onnx.NodeProto, index: int) -> bool:
-    pair = origin(reader, node, index).pair
-    return pair is not None and reader.codes(pair) == "FLOAT8E4M3FN"
+def _kind(reader: LintReader, product: onnx.NodeProto, index: int) -> str | None:
+    pair = origin(reader, product, index).pair
+    return None if pair is None else reader.codes(pair)
 
 
 def _attentions(reader: LintReader) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, list[onnx.NodeProto]]]:

@@ -152,10 +152,11 @@ def _row(
 
 
 def _operands(product: Operation) -> tuple[str, ...]:
-    """What is multiplied: scales and biases come after; of a fused attention, masks and sizes are left out."""
+    """What is multiplied: scales and biases come after; a fused attention reads masks and sizes too, in any order."""
     if product.kind != "_gemm_mha_v2":
         return product.reads[:2]
-    return tuple(kind for kind in product.reads if kind not in _NO_OPERANDS)[:3]
+    floats = [kind for kind in product.reads if kind not in _NO_OPERANDS]
+    return tuple(sorted(floats, key=floats.count, reverse=True)[:3])  # a float mask is one of four
 
 
 def _is_integer(product: Operation) -> bool:

@@ -228,7 +228,7 @@ def _scores(scaled: str) -> Callable[[Graph], str]:
 
 
 def _attention(quantized: str, dtype: Any = np.int8, half: bool = False) -> Callable[[Graph], str]:
-    """``quantized`` names the operands that have Q/DQ: q, k, v and p, the probabilities."""
+    """``quantized`` names what has Q/DQ: q, k, v, p, the probabilities, and r, the result."""
 
     def build(g: Graph) -> str:
         def operand(name: str, x: str) -> str:
@@ -237,10 +237,10 @@ def _attention(quantized: str, dtype: Any = np.int8, half: bool = False) -> Call
         def place(name: str, x: str) -> str:
             return operand(name, x) if name in quantized else x
 
-        inputs = {name: g.input(2, 2, 8, 16, dtype=FLOAT16 if half else FLOAT, name=name) for name in "qkv"}
+        inputs = {name: g.input(2, 2, 16, 64, dtype=FLOAT16 if half else FLOAT, name=name) for name in "qkv"}
         q, k, v = (place(name, x) for name, x in inputs.items())
         scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
-        return g.op("MatMul", place("p", g.op("Softmax", scores)), v)
+        return place("r", g.op("MatMul", place("p", g.op("Softmax", scores)), v))
 
     return build
 
@@ -269,5 +269,10 @@ def places() -> Iterator[Case]:
     yield Case("attention-int8-whole", _attention("qkvp"))
     yield Case("attention-fp8-whole", _attention("qkvp", FP8))
     yield Case("attention-fp8-q-k", _attention("qk", FP8), "float", "attention-stays-whole", "are not all fp8")
-    yield Case("attention-half-int8", _attention("qk", half=True), "float", "attention-stays-whole", "fused", 23)
+    whole, said = "attention-stays-whole", "has codes in a part of its operands: MatMul '.*' is float"
+    yield Case("attention-half-int8-q-k", _attention("qk", half=True), "float", whole, said, 23)
+    yield Case("attention-half", _attention("", half=True), "as meant", opset=23)
+    yield Case("attention-half-int8-whole", _attention("qkvp", half=True), opset=23)
+    yield Case("attention-half-int8-whole-and-its-result", _attention("qkvpr", half=True), opset=23)
+    yield Case("attention-int8-whole-and-its-result", _attention("qkvpr"))
     yield Case("attention-half-fp8-whole", _attention("qkvp", FP8, half=True), opset=23)

@@ -174,24 +174,38 @@ def test_codes_are_those_of_a_scale_s_reciprocal() -> None:
     assert (codes != divided).any() and np.abs(codes.astype(int) - divided).max() == 1
 
 
-def test_attention_in_a_half_type_stays_whole() -> None:
-    class Attend(torch.nn.Module):
-        def __init__(self, written: bool) -> None:
-            super().__init__()
-            self.layer, self.written = torch.nn.Linear(8, 8), written
+class Attend(torch.nn.Module):
+    """By the operator, or written out, so that its probabilities are quantized too."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q = self.layer(x)
-            if self.written:
-                return torch.softmax(q @ q.transpose(-1, -2) / 3 + 1, -1) @ q
-            return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.layer, self.out, self.written = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), written
 
-    for written in (False, True):
-        for dtype, whole in ((torch.float32, False), (torch.bfloat16, True)):
-            model = fxquant.prepare(Attend(written).to(dtype), (torch.randn(2, 4, 8, dtype=dtype),), target="tensorrt")
-            reasons = [declined.reason for declined in plan_of(model).declined]
-            assert any("one fused kernel, which int8 operands would break" in reason for reason in reasons) == whole
-            assert any(site.key.startswith(("sdpa", "matmul")) for site in plan_of(model).sites) != whole
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.layer(x).unflatten(-1, (2, 32)).transpose(1, 2)
+        if self.written:
+            y = torch.softmax(q @ q.transpose(-1, -2) / 3, -1) @ q
+        else:
+            y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("dtype", "whole"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_attention_in_a_half_type_stays_whole(dtype: torch.dtype, whole: bool) -> None:
+    model = fxquant.prepare(Attend(False).to(dtype), (torch.randn(2, 16, 64, dtype=dtype),), target="tensorrt")
+    reasons = [declined.reason for declined in plan_of(model).declined]
+    assert any("as one kernel, which codes of q and k would break" in reason for reason in reasons) == whole
+    assert any(site.key.startswith("sdpa") for site in plan_of(model).sites) != whole
+
+
+@built
+def test_attention_that_is_written_out_is_one_integer_kernel(tmp_path: Path) -> None:
+    x = torch.randn(2, 16, 64)
+    model = calibrated(Attend(True), x, target="tensorrt")
+    fxquant.export_onnx(model, (x,), tmp_path / "net.onnx")
+    rows = kernel_rows(tmp_path / "net.onnx")
+    assert [row.kernel for row in rows if row.kernel.startswith("fused")] == ["fused attention int8·int8·int8"] * 2
+    assert len(rows) == 4 and all(row.integer for row in rows)
 
 
 def test_tensorrt_report_holds_the_findings(tmp_path: Path, without_builder: None) -> None:

@@ -49,6 +49,23 @@ def test_the_builder_agrees(case: Case, tmp_path: Path) -> None:
     assert case.clean == (case.outcome in ("codes", "as meant"))
 
 
+@built
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("attention-half", "fused attention half·half·half"),
+        ("attention-half-fp8-whole", "fused attention fp8_e4m3·fp8_e4m3·fp8_e4m3"),
+        ("attention-half-int8-whole-and-its-result", "fused attention int8·int8·int8"),
+        ("attention-int8-whole-and-its-result", "fused attention int8·int8·int8"),
+        ("attention-int8-whole", "matrix product int8·int8"),
+        ("attention-fp8-whole", "matrix product fp8_e4m3·fp8_e4m3"),
+    ],
+)
+def test_which_attention_is_one_kernel(name: str, kernel: str, tmp_path: Path) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    assert {row.kernel for row in kernel_rows(case.save(tmp_path))} == {kernel}
+
+
 def test_there_are_enough() -> None:
     assert len(CASES) >= 80 and len({case.name for case in CASES}) == len(CASES)
     assert sum(case.clean for case in CASES) >= 40 and sum(not case.clean for case in CASES) >= 30
