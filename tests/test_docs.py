@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def test_the_placement_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     (printed,) = re.findall(r"```\n(recipe .*?)```", guide, re.DOTALL)
     assert printed.splitlines()[:2] == shown.splitlines()[:2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+def test_the_tensorrt_guide_s_example_prints_what_it_shows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (shown,) = re.findall(r"```\n(model.onnx in TensorRT .*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "tensorrt.md", "exec"), {"__name__": "tensorrt"})
+    assert capsys.readouterr().out.startswith(shown)
 
 
 def test_the_cost_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) -> None:

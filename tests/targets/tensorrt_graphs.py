@@ -237,7 +237,7 @@ def _attention(quantized: str, dtype: Any = np.int8, half: bool = False) -> Call
         def place(name: str, x: str) -> str:
             return operand(name, x) if name in quantized else x
 
-        inputs = {name: g.input(2, 2, 16, 64, dtype=FLOAT16 if half else FLOAT, name=name) for name in "qkv"}
+        inputs = {name: g.input(2, 4, 128, 64, dtype=FLOAT16 if half else FLOAT, name=name) for name in "qkv"}
         q, k, v = (place(name, x) for name, x in inputs.items())
         scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
         return place("r", g.op("MatMul", place("p", g.op("Softmax", scores)), v))
