@@ -76,19 +76,25 @@ _LIBRARIES = (str(Path(inspect.getfile(torch)).parent), str(Path(__file__).paren
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the innermost code that made the node and is neither torch's nor ours; else empty."""
     own = [line for line in _lines(node) if not line[0].startswith(_LIBRARIES)]
-    return "{}:{}".format(*own[-1]) if own else ""
+    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
 
 
 def own_line(node: fx.Node) -> str:
-    """`user_line` of what such code calls itself, not by a module of torch's: ``file:line``, without folders."""
+    """`user_line` of what such code calls itself, not by a module of torch's: ``file:line``, without folders.
+
+    In a function that a module's ``forward`` calls, the line in forward stands before it, since that is all that
+    torch.export keeps of the calls that lead to an operator: ``"net.py:20 heads.py:7"``.
+    """
     lines = _lines(node)
     while lines and lines[-1][0].endswith(_FUNCTIONS):
         lines.pop()
     if not lines or lines[-1][0].startswith(_LIBRARIES):
         return ""
-    return f"{Path(lines[-1][0]).name}:{lines[-1][1]}"
+    forwards = [line for line in lines if line[2] == "forward" and not line[0].startswith(_LIBRARIES)]
+    told = dict.fromkeys((*forwards[-1:], lines[-1]))
+    return " ".join(f"{Path(file).name}:{number}" for file, number, _ in told)
 
 
-def _lines(node: fx.Node) -> list[tuple[str, str]]:
-    """File and line of each call that a node stands in, innermost last."""
-    return re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+def _lines(node: fx.Node) -> list[tuple[str, str, str]]:
+    """File, line and function of each call that a node stands in, innermost last."""
+    return re.findall(r'File "([^"]+)", line (\d+)(?:, in (\S+))?', node.meta.get("stack_trace") or "")

@@ -29,8 +29,9 @@ class Edge:
         kind: operator kind, as in `fxquant.graph.kinds.KINDS`.
         ordinal: which of the operators of that kind that the module itself runs, in execution order.
         operand: name of the operand; "output" for the operator's own result.
-        lines: where each of these operators is written, "" for those that a module of torch's calls. Where a graph has
-            another number of them, as in evaluation, they tell which is which. No part of a plan's identity.
+        lines: where each of these operators is written (`fxquant.graph.frames.own_line`), "" for those that a module
+            of torch's calls. Where a graph has another number of them, as in evaluation, they tell which is which. No
+            part of a plan's identity.
     """
 
     path: str

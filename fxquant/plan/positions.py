@@ -165,9 +165,9 @@ class Positions:
         """
         if self.find(call, edge) is not None:
             return False
-        lines = self._lines.get((call, edge.path, edge.kind), ())
+        there, here = _comparable(edge.lines, self._lines.get((call, edge.path, edge.kind), ()))
         others = PRODUCT_KINDS - planned if edge.kind in PRODUCT_KINDS else ()
-        return any(line and line not in edge.lines for line in lines) or any(
+        return any(line and line not in there for line in here) or any(
             (call, edge.path, kind) in self.runs for kind in others
         )
 
@@ -182,9 +182,16 @@ def matching(planned: tuple[str, ...], found: tuple[str, ...]) -> dict[int, int]
     same = {number: number for number in range(len(found))}
     if not (any(planned) and any(found)):
         return same
-    numbered = _numbered(found)
-    by_line = {number: numbered[line] for number, line in enumerate(_numbered(planned)) if line in numbered}
+    there, here = map(_numbered, _comparable(planned, found))
+    by_line = {number: here[line] for number, line in enumerate(there) if line in here}
     return same if len(planned) == len(found) and by_line.items() <= same.items() else by_line
+
+
+def _comparable(planned: tuple[str, ...], found: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The lines as both graphs know them: an exported one has the calls in forward, not what the callees run."""
+    part = -1 if any(" " in line for line in found) else 0
+    there, here = ([line.split(" ")[part] for line in lines] for lines in (planned, found))
+    return tuple(there), tuple(here)
 
 
 def _numbered(lines: tuple[str, ...]) -> dict[tuple[str, int], int]:

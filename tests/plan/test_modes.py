@@ -61,6 +61,23 @@ class Fused(Plain):
         return F.scaled_dot_product_attention(q, k, k, scale=1.0)
 
 
+class Helpers(Plain):
+    """Runs its products in functions that forward calls, as detection heads do; evaluation decodes what they give."""
+
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = F.linear(F.relu(x), self.b)
+        return first, F.linear(first, self.c)
+
+    def decoded(self, first: Tensor, second: Tensor) -> Tensor:
+        return F.linear(first + second, self.a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            x = self.decoded(x, x)
+        first, second = self.products(x)
+        return first + second
+
+
 class Branches(Plain):
     """Writes the same product twice."""
 
@@ -92,6 +109,17 @@ def test_evaluation_and_export_give_each_operator_its_own_range(tmp_path: Path) 
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), evaluated(model), rtol=0, atol=1e-5)
+
+
+def test_functions_that_forward_calls_are_told_apart_in_the_file(tmp_path: Path) -> None:
+    model = prepared(Helpers(), X)
+    fxquant.calibrate(model, [X], progress=False)
+    expected = evaluated(model)
+    assert not torch.equal(expected, model(X).detach()), "evaluation is quantized"
+    fxquant.export_onnx(model, (X,), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
 def test_an_operator_that_evaluation_runs_instead_is_named() -> None:
@@ -130,6 +158,12 @@ def test_one_operator_on_two_lines_is_one() -> None:
         (("a", "b"), ("",), {0: 0}),
         (("", ""), ("",), {0: 0}),
         ((), ("a",), {0: 0}),
+        (("f a", "f b"), ("f a", "f b", "g c"), {0: 0, 1: 1}),
+        (("f a", "f b"), ("g c", "f b"), {0: 0, 1: 1}),
+        (("f a", "f b"), ("g c", "f b", "f a"), {0: 2, 1: 1}),
+        (("f a", "f b"), ("f", "f", "g"), {0: 0, 1: 1}),  # as exported
+        (("f a", "f b", "h"), ("g", "f", "f", "h"), {0: 1, 1: 2, 2: 3}),
+        (("a",), ("f a", "g"), {0: 0}),
     ],
 )
 def test_matching(planned: tuple[str, ...], found: tuple[str, ...], expected: dict[int, int]) -> None:
