@@ -30,6 +30,8 @@ def load_model(path: ModelPath) -> onnx.ModelProto:
         model: onnx.ModelProto = require("onnx").load(os.fspath(path), load_external_data=False)
     except Exception as error:  # protobuf's parse error has no public name
         raise ExportError(f"{os.fspath(path)} must be an ONNX model: got {error}") from error
+    if not model.HasField("graph"):
+        raise ExportError(f"{os.fspath(path)} must be an ONNX model: got one without a graph.")
     if model.functions:
         model = require("onnx.inliner").inline_local_functions(model)
     return model
@@ -39,9 +41,21 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Every node of the graph in order, each followed by those of its branches and loop bodies."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for body in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from all_nodes(body)
+        for body in _bodies(node):
+            yield from all_nodes(body)
+
+
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and those of its branches and loop bodies."""
+    yield graph
+    for node in graph.node:
+        for body in _bodies(node):
+            yield from all_graphs(body)
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        yield from [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,12 @@ class Wiring:
         return {name: node for node in all_nodes(self.model.graph) for name in node.output if name}
 
     @cached_property
+    def scopes(self) -> dict[str, int]:
+        """Value → a number of the graph, branch or loop body that makes it."""
+        graphs = enumerate(all_graphs(self.model.graph))
+        return {name: number for number, graph in graphs for node in graph.node for name in node.output if name}
+
+    @cached_property
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
         found: dict[str, list[onnx.NodeProto]] = {}
         for node in all_nodes(self.model.graph):
@@ -68,7 +88,7 @@ class Wiring:
 
     @cached_property
     def initializers(self) -> dict[str, onnx.TensorProto]:
-        found = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        found = {tensor.name: tensor for graph in all_graphs(self.model.graph) for tensor in graph.initializer}
         for name, node in self.producer.items():
             if node.op_type == "Constant":
                 found.update((name, a.t) for a in node.attribute if a.name == "value")
@@ -77,9 +97,10 @@ class Wiring:
     @cached_property
     def constants(self) -> frozenset[str]:
         """Values that no graph input reaches."""
-        found = set(self.initializers) | {tensor.values.name for tensor in self.model.graph.sparse_initializer}
-        for node in self.model.graph.node:  # in topological order, as the standard asks
-            if all(name in found for name in node.input if name) and not any(a.HasField("g") for a in node.attribute):
+        graphs = all_graphs(self.model.graph)
+        found = set(self.initializers) | {tensor.values.name for graph in graphs for tensor in graph.sparse_initializer}
+        for node in all_nodes(self.model.graph):  # in topological order, as the standard asks
+            if all(name in found for name in node.input if name) and not any(_bodies(node)):
                 found.update(node.output)
         return frozenset(found)
 
@@ -88,9 +109,20 @@ class Wiring:
         return frozenset(output.name for output in self.model.graph.output)
 
     def array(self, node: onnx.NodeProto, index: int) -> Any:
-        """The numpy array fed to ``node`` at ``index``, ``None`` where there is none or it is computed."""
+        """The numpy array fed to ``node`` at ``index``, ``None`` where there is none or it is computed.
+
+        Raises ``ExportError`` where the file beside the model that holds it cannot be read.
+        """
         tensor = self.initializers.get(node.input[index]) if index < len(node.input) else None
-        return None if tensor is None else require("onnx.numpy_helper").to_array(tensor, base_dir=self.folder)
+        if tensor is None:
+            return None
+        try:
+            return require("onnx.numpy_helper").to_array(tensor, base_dir=self.folder)
+        except Exception as error:  # the checker's error has no public base
+            if not tensor.external_data:
+                raise
+            told = f"the data of {tensor.name!r} must be readable in {self.folder}"
+            raise ExportError(f"{told}: got {error}. Keep the file of its weights beside the model.") from error
 
     def code_type(self, node: onnx.NodeProto) -> str | None:
         """ONNX's name (``"UINT8"``) for the codes that a QuantizeLinear writes or a DequantizeLinear reads.

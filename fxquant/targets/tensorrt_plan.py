@@ -24,10 +24,11 @@ PRODUCTS = {
 }
 
 _GRAPH = b"\ndescriptors {"
-_LINE = re.compile(r'^  (\w+)=\{ ((?:[^"\n]|"[^"]*")*)\}$', re.MULTILINE)
-_NAME = re.compile(r'\bname=(?:"([^"]*)"|(\S+))')
-_TYPE = re.compile(r"\btype=(\w+)")
-_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_QUOTED = r'"(?:[^"\\]|\\.)*"'  # names may hold whatever the file's do: brackets and line breaks too
+_LINE = re.compile(rf'^  (\w+)=\{{ ((?:[^"\n]|{_QUOTED})*)\}}$', re.MULTILINE | re.DOTALL)
+_FIELD = re.compile(rf"(\w+)=(\{{(?:[^\"{{}}]|{_QUOTED})*\}}|{_QUOTED}|\S+)", re.DOTALL)
+# A node of a branch is followed by what it stands in: ``[ONNX Layer: node | graph (then_branch) | choose (If)]``.
+_LAYER = re.compile(r"\[ONNX Layer: ([^\]|]*?)(?: \| [^\]]*)?\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +71,21 @@ def _graphs(plan: mmap.mmap) -> Iterator[str]:
 def _operations(text: str) -> Iterator[Operation]:
     types: dict[str, str] = {}
     for line in _LINE.finditer(text):
-        kind, fields = line[1], line[2]
-        name = _NAME.search(fields)
-        of = _TYPE.search(fields)
-        if kind.endswith("tensor") and name and of:
-            types[name[1] or name[2]] = of[1]
+        kind, fields = line[1], dict(reversed(_FIELD.findall(line[2])))  # of two alike the first
+        name = _unquoted(fields.get("name", ""))
+        if kind.endswith("tensor") and name and "type" in fields:
+            types[name] = fields["type"]
         elif name:
             prefix = ("input_args", "output_args") if kind == "function" else ("input", "output")
-            reads, writes = (_listed(fields, key, types) for key in prefix)
-            layers, called = tuple(_LAYER.findall(fields)), name[1] or name[2]
-            kind = called if kind == "function" and called in PRODUCTS else kind  # fused attention is called like one
-            yield Operation(kind=kind, name=called, reads=reads, writes=writes, nodes=layers)
+            reads, writes = (_listed(fields.get(key, ""), types) for key in prefix)
+            layers = tuple(_LAYER.findall(fields.get("layers", "")))
+            kind = name if kind == "function" and name in PRODUCTS else kind  # fused attention is called like one
+            yield Operation(kind=kind, name=name, reads=reads, writes=writes, nodes=layers)
 
 
-def _listed(fields: str, key: str, types: Mapping[str, str]) -> tuple[str, ...]:
-    given = re.search(rf"\b{key}=\{{([^}}]*)\}}", fields)
-    names = re.findall(r'"([^"]*)"', given[1]) if given else ()
-    return tuple(types.get(name, "unknown") for name in names)
+def _listed(names: str, types: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(types.get(_unquoted(name), "unknown") for name in re.findall(_QUOTED, names, re.DOTALL))
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1] if name.startswith('"') else name

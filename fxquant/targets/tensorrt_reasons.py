@@ -76,7 +76,11 @@ def obstacles(wiring: Wiring, node: onnx.NodeProto) -> Iterator[str]:
             continue
         if found.stopper is not None:
             yield f"{title(found.stopper)}, which computes in float, stands between operand {index} and its Q/DQ"
-        elif found.pair.input[0] not in wiring.constants and not _takes_scale(wiring, node, found.pair):
+        elif found.pair.input[0] in wiring.constants:
+            continue
+        elif wiring.scopes[found.pair.output[0]] != wiring.scopes[node.output[0]]:
+            yield f"the Q/DQ of operand {index} must stand in the same branch or loop body as the product"
+        elif not _takes_scale(wiring, node, found.pair):
             shape = scale_shape(wiring, found.pair)
             yield f"the scale of operand {index} must be a scalar: got shape {shape}"
 
@@ -96,6 +100,8 @@ def reason(node: onnx.NodeProto, products: Sequence[Operation], wiring: Wiring, 
     """The first thing that keeps the node from integers; ``products`` are what it became in the plan."""
     if not products:
         return "no product of the plan stands for it: it was folded, or is computed inside another kernel"
+    if any("unknown" in each.reads[:2] for each in products):
+        return "the types that it reads cannot be read from the plan"
     narrow = [_FLOATS[kind] for each in products for kind in each.reads[:2] if kind in _FLOATS]
     if len(narrow) == 2 * len(products):
         return f"it multiplies {narrow[0]} codes"
@@ -104,6 +110,8 @@ def reason(node: onnx.NodeProto, products: Sequence[Operation], wiring: Wiring, 
 
 def _why_float(node: onnx.NodeProto, wiring: Wiring, capability: str | None) -> Iterator[str]:
     yield from obstacles(wiring, node)
+    if wiring.constants.issuperset(node.input[:2]):
+        yield "both its operands are constants"
     for index in range(min(2, len(node.input))):
         if origin(wiring, node, index).pair is None:
             yield f"operand {index} is not quantized"
@@ -111,11 +119,21 @@ def _why_float(node: onnx.NodeProto, wiring: Wiring, capability: str | None) -> 
     if weight is not None and weight.input[0] in wiring.constants:
         if attribute(weight, "block_size"):
             yield "its weight has scales per block: the codes are made floats before the product"
-        if any(size > 1 for size in scale_shape(wiring, weight)):
+        if any(size > 1 for size in scale_shape(wiring, weight)) and not _along_outputs(wiring, node, weight):
             yield f"the scales of its weight may run along another axis than that of its outputs: {_axis(weight)}"
     if node.op_type == "Conv" and capability == "7.5":
         yield "with compute capability 7.5 TensorRT runs convolutions in float"
     yield f"TensorRT for RTX chose a float kernel, as {require('tensorrt_rtx').__version__} does for no known reason"
+
+
+def _along_outputs(wiring: Wiring, node: onnx.NodeProto, pair: onnx.NodeProto) -> bool:
+    """Whether scales are known to run along the product's outputs: the weight goes into it as it is."""
+    axis, codes = attribute(pair, "axis"), wiring.initializers.get(pair.input[0])
+    if codes is None or pair.output[0] != node.input[1]:
+        return False
+    last = len(codes.dims) - 1
+    outputs = {"Conv": 0, "Gemm": 0 if attribute(node, "transB") else 1, "MatMul": last}[node.op_type]
+    return (1 if axis is None else axis) % len(codes.dims) == outputs
 
 
 def _axis(pair: onnx.NodeProto) -> str:

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 # Compute capabilities that the builder can be asked for.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
-# A folder on sys.path could hide the package; run_path adds none.
-_START = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+# A folder on sys.path could hide the package or a module of Python: run_path adds none, and the one that -c adds goes.
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path); sys.argv = sys.argv[1:]; "
+    "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 _PROGRAM = Path(__file__).with_name("tensorrt_build.py")
 _MARK = "fxquant_product_"
 _NO_OPERANDS = ("bool", "int32", "int64")
@@ -78,7 +81,8 @@ def _build(
             "shapes": shapes,
             "capability": _capability(capability),
         }
-        _check(_answer(asked, Path(folder), path, version), path, names)
+        guessed = _guessed(model, shapes)
+        _check(_answer(asked, Path(folder), path, version), path, names, guessed)
         compiled = operations(plan)
     return version, tuple(_row(node, index, compiled, wiring, capability) for index, node in enumerate(exported))
 
@@ -89,6 +93,16 @@ def _mark(exported: list[onnx.NodeProto]) -> list[str]:
     for index, node in enumerate(exported):
         node.name = f"{_MARK}{index}"
     return names
+
+
+def _guessed(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> str:
+    """What a failed build may be due to: inputs whose sizes the builder was not told."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    given = [value for value in model.graph.input if value.name not in {*shapes, *constants}]
+    sizes = {value.name: [size for size in value.type.tensor_type.shape.dim if not size.dim_value] for value in given}
+    told = "; ".join(f"{name}: {', '.join(s.dim_param or '?' for s in sizes[name])}" for name in sizes if sizes[name])
+    verified = "fxquant.verify_onnx builds it for the sizes of its inputs"
+    return told and f". Its open sizes ({told}) were taken as 1 to 8: {verified}."
 
 
 def _capability(asked: str | None) -> list[int] | None:
@@ -113,14 +127,14 @@ def _answer(asked: Mapping[str, Any], folder: Path, path: ModelPath, version: st
     return found
 
 
-def _check(answer: Mapping[str, Any], path: ModelPath, names: Sequence[str]) -> None:
+def _check(answer: Mapping[str, Any], path: ModelPath, names: Sequence[str], guessed: str) -> None:
     """Raises ExportError where the file was not parsed or not built."""
     where = f"{os.fspath(path)} must {{}} in TensorRT for RTX {answer['version']}: got "
     if not answer["parsed"]:
         errors = [f"{op} '{_unmarked(node, names)}': {text}" if op else text for node, op, text in answer["errors"]]
         raise ExportError(where.format("parse") + ("; ".join(errors) or _logged(answer, names)))
     if not answer["built"]:
-        raise ExportError(where.format("build") + _logged(answer, names))
+        raise ExportError(where.format("build") + _logged(answer, names) + guessed)
 
 
 def _logged(answer: Mapping[str, Any], names: Sequence[str]) -> str:

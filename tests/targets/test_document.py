@@ -88,6 +88,9 @@ def test_arrays_in_a_file_beside_the_model(tmp_path: Path) -> None:
     assert (tmp_path / "far.bin").is_file()
     found = Wiring(model=load_model(path), folder=folder_of(path))
     np.testing.assert_array_equal(found.array(found.producer["add"], 1), values)
+    (tmp_path / "far.bin").unlink()
+    with pytest.raises(ExportError, match=r"the data of 'held' must be readable in .*: got .*far\.bin"):
+        found.array(found.producer["add"], 1)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,26 @@ def test_codes_that_come_from_elsewhere_have_no_known_type(tmp_path: Path) -> No
     assert found.code_type(found.producer["dq"]) is None
 
 
-@pytest.mark.parametrize("content", [None, b"not a protobuf"], ids=["absent", "junk"])
+def test_constants_of_a_branch_are_constants(tmp_path: Path) -> None:
+    g = Graph()
+    held = g.input(2, name="held")
+    found = wiring(g, tmp_path, branching(g, held))
+    assert "inner_const" in found.constants and "inner_relu" not in found.constants
+    inner = Graph()
+    y = inner.op("Add", "held", inner.op("Neg", inner.const(np.ones(2, np.float32), "own"), name="folded"), name="add")
+    end = helper.make_tensor_value_info(y, FLOAT, [2])
+    body = helper.make_graph(inner.nodes, "branch", [], [end], inner.constants)
+    other = helper.make_graph([helper.make_node("Identity", ["held"], ["same"])], "other", [], [end])
+    other.output[0].name = "same"
+    g = Graph()
+    g.input(2, name="held")
+    y = g.op("If", g.input(1, dtype=BOOL, name="choice"), name="choose", then_branch=body, else_branch=other)
+    found = wiring(g, tmp_path, y)
+    assert found.constants == {"own", "folded"} and set(found.initializers) == {"own"}
+    np.testing.assert_array_equal(found.array(found.producer["folded"], 0), np.ones(2, np.float32))
+
+
+@pytest.mark.parametrize("content", [None, b"not a protobuf", b""], ids=["absent", "junk", "empty"])
 def test_what_is_no_model_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     if content is not None:
