@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fxquant.errors import ExportError, InvalidArgument
+from fxquant.errors import ExportError, InvalidArgument, MissingDependency
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, all_nodes, folder_of, load_model
 from fxquant.targets.target import WEIGHTED, KernelRow, Ran
@@ -33,16 +33,24 @@ _START = (
 )
 _PROGRAM = Path(__file__).with_name("tensorrt_build.py")
 _MARK = "fxquant_product_"
+_OLDEST = (1, 7)  # 1.4 to 1.6 end int8 convolutions in a build error
 _NO_OPERANDS = ("bool", "int32", "int64")
 
 
 def require_builder() -> ModuleType:
-    """NVIDIA's package. Raises MissingDependency, with the command that installs it."""
-    return require(
+    """NVIDIA's package. Raises MissingDependency, with the command that installs it, where it is absent or too old."""
+    found = require(
         "tensorrt_rtx",
         "tensorrt_rtx must be installed to build a model for target 'tensorrt': it is not. "
         'Run `pip install "fxquant[tensorrt]"`. It needs no GPU.',
     )
+    version = str(found.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise MissingDependency(
+            f"tensorrt_rtx must be 1.7 or newer to build a model for target 'tensorrt': got {version}, whose builder "
+            'has no int8 convolutions. Run `pip install --upgrade "fxquant[tensorrt]"`.'
+        )
+    return found
 
 
 def run(path: ModelPath, feeds: Feeds, *, capability: str | None = None) -> Ran:

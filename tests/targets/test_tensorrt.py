@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,14 @@ def test_activations_beside_blocks_are_float(tmp_path: Path) -> None:
     fxquant.export_onnx(model, (x,), tmp_path / "net.onnx")
     assert lint_onnx(tmp_path / "net.onnx", "tensorrt")
     assert [row.kernel for row in kernel_rows(tmp_path / "net.onnx")] == ["matrix product float·float"] * 2
+
+
+def test_an_old_builder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = types.ModuleType("tensorrt_rtx")
+    old.__version__ = "1.6.1.120"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", old)
+    with pytest.raises(MissingDependency, match=r"must be 1\.7 or newer .* got 1\.6\.1\.120, .*pip install --upgrade"):
+        kernel_rows(tmp_path / "net.onnx")
 
 
 class Long(torch.nn.Module):
