@@ -117,7 +117,7 @@ def pack_int4(model: Any, *, only_blocks: bool, convolutions: bool = True) -> li
         block = node.attributes.get("block_size")  # the exporter writes its default too, 0 for no blocks
         if only_blocks and (block is None or block.as_int() == 0):
             continue
-        codes, _, zero_point = node.inputs
+        codes, zero_point = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
         if codes is None or codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8:
             continue
         array = codes.const_value.numpy()
@@ -127,6 +127,8 @@ def pack_int4(model: Any, *, only_blocks: bool, convolutions: bool = True) -> li
             left += 1
             continue
         for index, value in ((0, codes), (2, zero_point)):
+            if value is None:  # of int4 codes it is 0
+                continue
             name = f"{value.name}_int4"
             if name not in model.graph.initializers:
                 small = value.const_value.numpy().astype(ml_dtypes.int4)

@@ -105,13 +105,15 @@ def test_without_the_package_the_rules_are_the_proof(tmp_path: Path, without_bui
 
 @built
 def test_int4_codes_of_convolutions_stay_int8(tmp_path: Path) -> None:
-    """A build error otherwise. Both products are integer ones: of the matrix, the codes are widened as it runs."""
-    net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 8))
+    """A build error otherwise. All products are integer ones: of matrices, the codes are widened as they run."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Linear(8, 8)
+    )
     x = torch.randn(3, 4, 4, 4)
     model = calibrated(net, x, target="tensorrt", recipe="w4a8")
     report = fxquant.export_onnx(model, (x,), tmp_path / "net.onnx", weight_storage="int4")
     assert report.notes[-2:] == (
-        "1 weights stored as int4",
+        "2 weights stored as int4",
         "1 weights of convolutions stay int8: the runtime has no int4 ones",
     )
     verified = fxquant.verify_onnx(model, (x,), tmp_path / "net.onnx")
