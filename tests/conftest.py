@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,12 @@ from tests.uncompiled import kernels_write_zeros
 
 
 def pytest_configure() -> None:
-    """Workers share the processors: as many threads in all as there are, not as many in each, which wait in turns."""
+    """Workers share the processors: as many threads in all as there are, not as many in each, which wait in turns.
+
+    pytest 9.2 hangs a handler on each logger that does not propagate. One of torch, once it has one, prints all graphs
+    of a compile: a twentieth of the Python.
+    """
+    logging.getLogger("torch.__trace").propagate = True
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,11 +23,6 @@ pytestmark = [
     pytest.mark.usefixtures("cold"),
     pytest.mark.skipif(bool(multiplies_exactly("conv", "cpu", False)), reason="no exact integer kernels here"),
 ]
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "mlp": (lambda: Mlp(16), (4, 6, 16), 2),
-    "convnet": (lambda: ConvNet(8), (2, 3, 8, 8), 3),
-    "attention": (lambda: Attention(16), (2, 5, 16), 3),
-}
 
 
 class Checkpointed(nn.Module):
@@ -38,20 +34,28 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(self.body, x, use_reentrant=False))
 
 
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "mlp": (lambda: Mlp(16), (4, 6, 16), 2),
+    "convnet": (lambda: ConvNet(8), (2, 3, 8, 8), 3),
+    "attention": (lambda: Attention(16), (2, 5, 16), 3),
+    "checkpointed": (Checkpointed, (4, 16), 3),
+}
+
+
 def made(make: Callable[[], nn.Module], shape: tuple[int, ...], **keywords: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = make(), torch.randn(shape)
     return fxquant.prepare(model, (x,), **keywords), x
 
 
-def run(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], backend: str, integers: Any, **keywords: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+@functools.cache
+def run(net: str, backend: str, integers: bool, recipe: str = "int8") -> tuple[Tensor, dict[str, Tensor], int]:
+    """A training step of its own compile: the result, the gradients, how many products are of codes."""
     torch._dynamo.reset()
-    model, x = made(make, shape, **keywords)
+    model, x = made(*NETS[net][:2], recipe=recipe)
     with torch._inductor.config.patch(force_disable_caches=True):
         out = step(torch.compile(model, backend=backend, options={"integer_matmul": integers}), x)
-    return out, grads(model)
+    return out, grads(model), compile_reports()[-1].integer
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4) -> None:
@@ -60,26 +64,22 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: flo
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * value.abs().max().item())
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", ["mlp", "convnet", "attention"])
 def test_compiled_eager_and_float(net: str) -> None:
-    make, shape, count = NETS[net]
-    eager, eager_grads = run(make, shape, "fxquant_eager", True)
-    assert compile_reports()[-1].integer == count
-    compiled, compiled_grads = run(make, shape, "fxquant", True)
-    assert compile_reports()[-1].integer == count
+    eager, eager_grads, of_eager = run(net, "fxquant_eager", True)
+    compiled, compiled_grads, of_compiled = run(net, "fxquant", True)
+    floating, float_grads, of_floating = run(net, "fxquant", False)
+    assert (of_eager, of_compiled, of_floating) == (NETS[net][2], NETS[net][2], 0)
     # What lies between products (softmax, batch statistics) is summed in another order.
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
     assert_near(compiled_grads, eager_grads)
-    floating, float_grads = run(make, shape, "fxquant", False)
-    assert compile_reports()[-1].integer == 0
     torch.testing.assert_close(compiled, floating, rtol=1e-5, atol=1e-5)
     assert_near(compiled_grads, float_grads)
 
 
 def test_an_exact_chain_has_the_same_bits_compiled() -> None:
     """Linear, ReLU, linear: nothing but exact sums and single roundings."""
-    (eager, _), (compiled, _) = (run(*NETS["mlp"][:2], backend, True) for backend in ("fxquant_eager", "fxquant"))
-    assert torch.equal(eager, compiled)
+    assert torch.equal(run("mlp", "fxquant_eager", True)[0], run("mlp", "fxquant", True)[0])
 
 
 def test_gradients_are_those_of_the_same_values() -> None:
@@ -175,10 +175,9 @@ def test_bfloat16_gradients_are_as_near_to_float64_as_those_of_float_products() 
 
 
 def test_four_bit_weights() -> None:
-    make, shape, count = NETS["mlp"]
-    found, _ = run(make, shape, "fxquant", True, recipe="w4a8")
-    assert compile_reports()[-1].integer == count
-    expected, _ = run(make, shape, "fxquant", False, recipe="w4a8")
+    found, _, integers = run("mlp", "fxquant", True, recipe="w4a8")
+    expected, _, none = run("mlp", "fxquant", False, recipe="w4a8")
+    assert (integers, none) == (NETS["mlp"][2], 0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -189,18 +188,18 @@ def saved_bytes(make: Callable[[], nn.Module], shape: tuple[int, ...], integers:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("net", [*NETS, "checkpointed"])
+@pytest.mark.parametrize("net", NETS)
 def test_no_more_is_saved_for_backward(net: str) -> None:
-    make, shape, _ = NETS.get(net, (Checkpointed, (64, 16), 3))
+    make, shape, _ = NETS[net]
     # In a region the scales of weights are: what computes their codes is not recomputed.
     scales = 4 * sum(p.shape[0] for p in make().parameters() if p.dim() > 1) if net == "checkpointed" else 0
     assert saved_bytes(make, (64, *shape[1:]), True) <= saved_bytes(make, (64, *shape[1:]), False) + scales
 
 
 def test_a_checkpointed_region() -> None:
-    found, found_grads = run(Checkpointed, (4, 16), "fxquant", True)
-    assert compile_reports()[-1].integer == 3
-    expected, expected_grads = run(Checkpointed, (4, 16), "fxquant", False)
+    found, found_grads, integers = run("checkpointed", "fxquant", True)
+    assert integers == 3
+    expected, expected_grads, _ = run("checkpointed", "fxquant", False)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert_near(found_grads, expected_grads)
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import Fixed, MovingAverage
 from fxquant.spec.recipes import INT8, W4A8
+from tests.processes import under_another_hash_seed
 
 INPUT = LocalSite(
     name="input",
@@ -113,13 +112,7 @@ def test_digest_tells_site_lists_apart() -> None:
 
 def test_digest_is_the_same_in_every_process() -> None:
     code = "from tests.plan.test_plan import *; print(digest((INPUT, WEIGHT), 'generic'))"
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True, text=True
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert found == {digest((INPUT, WEIGHT), "generic")}
+    assert under_another_hash_seed(code).strip() == digest((INPUT, WEIGHT), "generic")
 
 
 def test_modes_are_numbers_that_graphs_may_hold() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +20,7 @@ from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import INT8, Recipe
 from fxquant.targets.profiles import ONNXRUNTIME
 from tests.passes.graphs import captured
+from tests.processes import under_another_hash_seed
 
 IMAGE = torch.randn(2, 4, 8, 8)
 TOKENS = torch.randn(2, 5, 8)
@@ -390,15 +389,10 @@ def test_work_grows_with_the_graph() -> None:
     assert large < 10 * small, f"{small} → {large} for a graph 8 times as large"
 
 
+def places_of_three() -> str:
+    return golden(Residual(), IMAGE) + golden(Block(), TOKENS) + golden(Inverted(), IMAGE)
+
+
 def test_same_places_in_every_process() -> None:
-    code = (
-        "from tests.plan.test_solver import *\n"
-        "print(golden(Residual(), IMAGE), golden(Block(), TOKENS), golden(Inverted(), IMAGE))"
-    )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True, text=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(found) == 1 and "output" in found.pop()
+    found = under_another_hash_seed("from tests.plan.test_solver import *; print(places_of_three(), end='')")
+    assert found == places_of_three() and "output" in found

@@ -174,7 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> list[dict[str, Any]]:
+def both(vectors_are_known: None, folder: Path) -> list[dict[str, Any]]:
     code = "import sys; from tests.prepared.test_distributed_ranges import main; main(int(sys.argv[1]), *sys.argv[2:])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,8 @@ def net() -> nn.Module:
     return prepared(ConvNet(), X)
 
 
-def trained() -> nn.Module:
-    """One step, ranges and statistics frozen, another step."""
+@functools.cache
+def trained_once() -> nn.Module:
     model = net()
     compiled = torch.compile(model, backend=EAGER)
     step(compiled, X)
@@ -35,6 +36,11 @@ def trained() -> nn.Module:
     fxquant.freeze_batch_norm(model)
     step(compiled, 3 * X)
     return model
+
+
+def trained() -> nn.Module:
+    """One step, ranges and statistics frozen, another step."""
+    return copy.deepcopy(trained_once())
 
 
 def by_safetensors(model: nn.Module, folder: Path) -> dict[str, Any]:

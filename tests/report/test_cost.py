@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import sys
@@ -77,6 +78,13 @@ def net(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     return copy.deepcopy(model), fxquant.prepare(model, (x,)), x
 
 
+@functools.cache
+def cost_of(name: str, batch: int, **options: bool) -> Cost:
+    """Of a net that nothing has run before."""
+    torch._dynamo.reset()
+    return cost(net(name)[1], (NETS[name][1](batch),), **options)
+
+
 def compiled_step(model: nn.Module, x: Tensor, **options: Any) -> tuple[int, int]:
     """Bytes saved for backward, and bytes moved as Inductor counts them, of a step that really ran.
 
@@ -130,7 +138,7 @@ def cold() -> Iterator[None]:
 def test_bytes_are_those_of_a_compiled_step(name: str, bf16: bool) -> None:
     plain, model, x = net(name)
     with amp(bf16):
-        found = cost(model, (x,))
+        found = cost(model, (x,)) if bf16 else cost_of(name, 3)
         assert (found.plain.saved, found.plain.moved) == compiled_step(plain, x)
         assert (found.total.saved, found.total.moved) == compiled_step(model, x, backend="fxquant")
 
@@ -170,14 +178,13 @@ def test_frozen_ranges_move_less() -> None:
 
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
 def test_an_open_batch_gives_the_numbers_of_every_batch(name: str) -> None:
-    _, model, x = net(name)
-    found = cost(model, (x,), dynamic_batch=True)
+    found = cost_of(name, 3, dynamic_batch=True)
     assert found.batch == 3
     for size in (found.total.read, found.total.written, found.total.saved, found.plain.saved):
         assert isinstance(size, sympy.Expr) and size.free_symbols == {BATCH}
         assert sympy.Poly(size, BATCH).degree() == 1
     for batch in (3, 7):
-        shown, fixed = found.at(batch), cost(model, (NETS[name][1](batch),))
+        shown, fixed = found.at(batch), cost_of(name, batch)
         assert (shown.plain, shown.plain_saved) == (fixed.plain, fixed.plain_saved)
         assert (shown.total.saved, shown.saved) == (fixed.total.saved, fixed.saved)
         # Inductor fuses a few loops otherwise where a size is open: 1.6 % was seen.
@@ -203,8 +210,7 @@ def test_a_linear_layer_by_hand() -> None:
 
 
 def test_the_parts_are_the_whole() -> None:
-    _, model, x = net("cnn")
-    found = cost(model, (x,), dynamic_batch=True)
+    found = cost_of("cnn", 3, dynamic_batch=True)
     assert sum((site.bytes for site in found.sites), found.rest) == found.total
     for saved, part in ((found.saved, found.total), (found.plain_saved, found.plain)):
         assert sympy.expand(sum(one.size for one in saved)) == part.saved
@@ -347,7 +353,7 @@ def test_a_model_in_eval_mode_is_counted_as_it_is() -> None:
     assert not found.training and str(found).startswith("one eval-mode step")
 
 
-def test_the_shell_prints_what_python_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shell_prints_what_python_does(report: Cost, capsys: pytest.CaptureFixture[str]) -> None:
     module: Any = types.ModuleType("cost_models")
     module.Mlp = Mlp
     sys.modules["cost_models"] = module
@@ -356,9 +362,7 @@ def test_the_shell_prints_what_python_does(capsys: pytest.CaptureFixture[str]) -
     finally:
         del sys.modules["cost_models"]
     found = json.loads(capsys.readouterr().out)
-    torch._dynamo.reset()
-    model = fxquant.prepare(Mlp(), (tokens(),))
-    again = cost(model, (tokens(),), dynamic_batch=True).to_dict()
+    again = report.to_dict()
     assert (found["total"], found["plain"], found["sites"]) == (again["total"], again["plain"], again["sites"])
 
 
