@@ -242,7 +242,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
     ),
     (
         "fxquant/passes/captured/across_ranks.py",
-        "tests/passes/captured/test_batch_range_updates.py",
+        "tests/spec/test_range_nodes.py tests/prepared/test_distributed_ranges.py",
         {"return [call(aten.neg.default, part) for part in parts[:count]]": "return [part for part in parts[:count]]"},
     ),
     (
