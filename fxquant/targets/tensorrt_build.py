@@ -50,7 +50,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     answer["parsed"] = parser.parse(Path(request["model"]).read_bytes(), request["location"])
     if not answer["parsed"]:
         found = [parser.get_error(index) for index in range(parser.num_errors)]
-        answer["errors"] = [(error.node_name(), error.node_operator(), error.desc()) for error in found]
+        answer["errors"] = [(error.node_name(), error.node_operator(), _said(error.desc())) for error in found]
         return answer
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the plan then names the file's nodes
@@ -64,6 +64,10 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         answer["built"] = True
         Path(request["plan"]).write_bytes(plan)
     return answer
+
+
+def _said(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if _NO_DEVICE not in line)
 
 
 def _set_sizes(builder: Any, network: Any, config: Any, shapes: dict[str, list[int]]) -> None:

@@ -38,7 +38,7 @@ def origin(wiring: Wiring, node: onnx.NodeProto, index: int) -> Origin:
     """Of operand ``index`` of a product."""
     stopper, name, casts = None, node.input[index], 0
     found = wiring.producer.get(name)
-    while found is not None and found.op_type not in (*PRODUCTS, "DequantizeLinear"):
+    while found is not None and found.op_type not in (*PRODUCTS, "Einsum", "DequantizeLinear"):
         casts += found.op_type == "Cast"
         if stopper is None and (casts > 1 or not _carries(wiring, found)):
             stopper = found
@@ -110,6 +110,8 @@ def reason(node: onnx.NodeProto, products: Sequence[Operation], wiring: Wiring, 
 
 def _why_float(node: onnx.NodeProto, wiring: Wiring, capability: str | None) -> Iterator[str]:
     yield from obstacles(wiring, node)
+    if node.op_type == "Einsum" and len(node.input) > 2:
+        yield f"it is several products, of {len(node.input)} operands: what they make is multiplied in float"
     if wiring.constants.issuperset(node.input[:2]):
         yield "both its operands are constants"
     for index in range(min(2, len(node.input))):
@@ -132,7 +134,7 @@ def _along_outputs(wiring: Wiring, node: onnx.NodeProto, pair: onnx.NodeProto) -
     if codes is None or pair.output[0] != node.input[1]:
         return False
     last = len(codes.dims) - 1
-    outputs = {"Conv": 0, "Gemm": 0 if attribute(node, "transB") else 1, "MatMul": last}[node.op_type]
+    outputs = {"Conv": 0, "Gemm": 0 if attribute(node, "transB") else 1, "MatMul": last}.get(node.op_type)
     return (1 if axis is None else axis) % len(codes.dims) == outputs
 
 

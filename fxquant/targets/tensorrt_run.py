@@ -75,7 +75,7 @@ def _build(
     version = str(require_builder().__version__)
     model = load_model(path)
     wiring = Wiring(model=model, folder=folder_of(path))
-    exported = [node for node in all_nodes(model.graph) if node.op_type in WEIGHTED]
+    exported = [node for node in all_nodes(model.graph) if _multiplies(node)]
     with tempfile.TemporaryDirectory() as folder:
         marked, plan = Path(folder) / "marked.onnx", Path(folder) / "model.plan"
         names = _mark(exported)
@@ -93,6 +93,10 @@ def _build(
         _check(_answer(asked, Path(folder), path, version), path, names, guessed)
         compiled = operations(plan)
     return version, tuple(_row(node, index, compiled, wiring, capability) for index, node in enumerate(exported))
+
+
+def _multiplies(node: onnx.NodeProto) -> bool:
+    return node.op_type in WEIGHTED or (node.op_type == "Einsum" and len(node.input) > 1)
 
 
 def _mark(exported: list[onnx.NodeProto]) -> list[str]:

@@ -44,7 +44,7 @@ def test_onnxruntime_makes_of_the_file_what_is_expected(net: type[nn.Module], x:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kind_of_a_profile_has_a_forecast(target: str) -> None:
     profile, kernels = TARGETS[target].profile, TARGETS[target].forecast.kernels
-    assert profile.hard | profile.soft <= kernels.keys() | ({"einsum"} if target == "tensorrt" else set())
+    assert profile.hard | profile.soft <= kernels.keys()
     assert not kernels.keys() & profile.refused.keys() - {"add"}
 
 

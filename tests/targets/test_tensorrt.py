@@ -111,6 +111,7 @@ def test_int4_codes_of_convolutions_stay_int8(tmp_path: Path) -> None:
     )
     x = torch.randn(3, 4, 4, 4)
     model = calibrated(net, x, target="tensorrt", recipe="w4a8")
+    assert all(row.kernels[0].startswith("int8 ") for row in fxquant.explain(model, (x,)).rows)
     report = fxquant.export_onnx(model, (x,), tmp_path / "net.onnx", weight_storage="int4")
     assert report.notes[-2:] == (
         "2 weights stored as int4",

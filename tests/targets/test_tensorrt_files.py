@@ -126,3 +126,24 @@ def test_where_open_sizes_are_guessed_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="build") as raised:
         run(path, {"x": np.zeros((2, 31), np.float32)})
     assert "open sizes" not in str(raised.value)
+
+
+def test_an_einsum_is_a_product(tmp_path: Path) -> None:
+    g = Graph()
+    x = g.input(4, 8, 32)
+    y = g.op("Einsum", pair(g, x), g.weight(32, 16, axis=1), equation="bik,kn->bin", name="weighted")
+    z = g.op("Einsum", pair(g, y), pair(g, y), equation="bik,bjk->bij", name="of both")
+    first, codes = pair(g, z), pair(g, g.input(4, 8, 8, name="other"))
+    several = g.op("Einsum", first, codes, pair(g, z), equation="bij,bjk,bkl->bil", name="several")
+    rows = kernel_rows(g.save(tmp_path, several))
+    assert [(row.name, row.integer) for row in rows] == [("weighted", True), ("of both", True), ("several", False)]
+    assert rows[-1].reason == "it is several products, of 3 operands: what they make is multiplied in float"
+
+
+def test_a_file_that_is_refused_is_not_said_to_lack_a_driver(tmp_path: Path) -> None:
+    g = Graph()
+    bias = g.op("DequantizeLinear", g.const(np.ones(16, np.int32)), g.const(np.float32(0.1)), name="int32")
+    path = g.save(tmp_path, g.op("Add", pair(g, g.input(4, 16)), bias))
+    with pytest.raises(ExportError, match=r"(?s)must parse .*DequantizeLinear 'int32': .*has type Int32") as raised:
+        kernel_rows(path)
+    assert "cuda" not in str(raised.value).lower()
