@@ -80,6 +80,7 @@ def verify_onnx(
         cascaded_codes=sum(row.differing for row in cascaded.rows),
         max_output_difference=largest_difference(unoptimized, trained),
         output_spread=float(max((value.std() for value in trained), default=0.0)),
+        roundings=tuple(sorted({str(s.local.spec.rounding) for s in plan.sites if s.local.role != "weight"})),
         **vars(_in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)),
     )
 

@@ -51,6 +51,7 @@ class VerifyReport:
         output_spread: standard deviation of the reference's outputs, to judge those two by.
         latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
         integer_dot: None, or why integer speed is not to be expected on this CPU.
+        roundings: how training rounds activations, ``"divide"`` or ``"reciprocal"``; by the plan, of any version.
     """
 
     path: str
@@ -69,6 +70,7 @@ class VerifyReport:
     float_latency: float
     integer_dot: str | None
     not_compared: tuple[str, ...] = ()
+    roundings: tuple[str, ...] = ()
 
     @property
     def integer_share(self) -> float:
@@ -117,8 +119,11 @@ class VerifyReport:
                 f"({self.input_differing_codes} at inputs, by {self.largest_code_difference} at most); "
                 f"{self.cascaded_codes} when differences run on through the net"
             )
-        if get_target(self.target).profile.rounding == "reciprocal":
-            codes += f"; {self.target} multiplies by 1 / scale, and so does training, where onnxruntime divides"
+        if get_target(self.target).profile.rounding == "reciprocal" and self.roundings:
+            trained = ", and so does training, where onnxruntime divides"
+            if "divide" in self.roundings:
+                trained = ", where training and onnxruntime divide: it may differ by a code"
+            codes += f"; {self.target} multiplies by 1 / scale{trained}"
         off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
         lines = [
             *self._kernel_lines(),

@@ -110,8 +110,8 @@ def expected_kernel(operation: Operation, operand: str, target: str) -> str:
     found, kind = get_target(target), operation.place[1]
     forecast = found.forecast
     kernel = forecast.kernels.get(f"{kind}.{operand}") or forecast.kernels.get(kind)
-    if kernel is None:
-        return UNKNOWN
+    if kernel is None:  # a plan of an older version may quantize what the target's profile refuses by now
+        return f"{FLOAT}{found.profile.refused[kind]}" if kind in found.profile.refused else UNKNOWN
     if kernel.never:
         return f"{FLOAT}{kernel.never}"
     special = _of_weight(operation, forecast.weight_only)

@@ -50,6 +50,7 @@ NOWHERE = dataclasses.replace(
     optimized_output_difference=math.nan,
     outputs_within_code=math.nan,
     integer_dot=None,
+    roundings=("reciprocal",),
 )
 
 
@@ -99,6 +100,23 @@ outputs differ by 0.125 in onnxruntime without optimizations, OpenVINO 2026.1's 
 99.88 % of them by an 8-bit code at most
 No dots."""
     )
+
+
+@pytest.mark.parametrize(
+    ("roundings", "said"),
+    [
+        (("reciprocal",), "tensorrt multiplies by 1 / scale, and so does training, where onnxruntime divides"),
+        (
+            ("divide",),
+            "tensorrt multiplies by 1 / scale, where training and onnxruntime divide: it may differ by a code",
+        ),
+        ((), ""),
+    ],
+)
+def test_how_training_rounds_is_the_plan_s(roundings: tuple[str, ...], said: str) -> None:
+    """A plan of an older version divides; one without activations does neither."""
+    text = str(dataclasses.replace(NOWHERE, roundings=roundings))
+    assert said in text and ("1 / scale" in text) == bool(said)
 
 
 def test_where_it_is_not_compared() -> None:

@@ -194,7 +194,13 @@ CASES = {
     "an operator that never is": Case(
         kind="einsum", specs={"operand0": U8}, expected="float: onnxruntime has no integer Einsum"
     ),
-    "an operator nobody looked at": Case(kind="conv_transpose", specs=BOTH, expected="not known"),
+    "an operator nobody looked at": Case(kind="made_up", specs={"input": U8}, expected="not known"),
+    "an operator that is quantized no more": Case(
+        kind="conv_transpose",
+        specs=BOTH,
+        target="tensorrt",
+        expected="float: TensorRT has no integer transposed convolution",
+    ),
     "query": Case(
         kind="sdpa", specs=ATTENTION, why_float={"value": "a rule"}, expected="MatMulIntegerToFloat (query·key)"
     ),
