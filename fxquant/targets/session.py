@@ -54,15 +54,21 @@ def session(
         options.optimized_model_filepath = os.fspath(optimized_path)
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
-    source = model if isinstance(model, bytes) else os.fspath(model)
-    if not optimize and not isinstance(model, bytes):
-        read = load_model(model)
-        source = rounded(read, folder_of(model)).SerializeToString() if is_beyond_onnxruntime(read) else source
+    source = model if isinstance(model, bytes) else os.fspath(model) if optimize else _readable(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         subject = "The model" if isinstance(model, bytes) else os.fspath(model)
         raise ExportError(f"{subject} must load in onnxruntime {ort.__version__}: got {error}") from error
+
+
+def _readable(path: ModelPath) -> str | bytes:
+    """The path, or the model in types that onnxruntime has; what is no model onnxruntime may say itself."""
+    try:
+        model = load_model(path)
+    except ExportError:
+        return os.fspath(path)
+    return rounded(model, folder_of(path)).SerializeToString() if is_beyond_onnxruntime(model) else os.fspath(path)
 
 
 def data_folder(path: ModelPath) -> dict[str, str]:
