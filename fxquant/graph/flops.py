@@ -25,6 +25,8 @@ _OTHERS = frozenset(
     }
 )
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
 
 def is_product(node: fx.Node) -> bool:
     """Whether the node is an operator whose work `flops` or `attention_flops` counts."""
@@ -41,7 +43,12 @@ def flops(node: fx.Node) -> int:
 
     Sizes are those of the example inputs. One that depends on the data counts as 1.
     """
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _sized(n.meta["val"]))
+    values = [one.meta["val"] for one in node.all_input_nodes]
+    mixed = len({value.dtype for value in values if _is_float(value)}) > 1  # autocast casts them to one type as it runs
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs),
+        lambda n: _sized(n.meta["val"]).float() if mixed and _is_float(n.meta["val"]) else _sized(n.meta["val"]),
+    )
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_COUNTS) as counter:
         assert callable(node.target)
         node.target(*args, **kwargs)
@@ -65,6 +72,10 @@ def _sized(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return _size(value)
     return type(value)(map(_sized, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in _FLOATS
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:

@@ -63,6 +63,15 @@ def test_what_multiplies_nothing_is_none() -> None:
     assert not is_flex_attention(graph.call(aten.relu.default, x))
 
 
+def test_operands_that_autocast_would_cast_to_one_type() -> None:
+    """Probabilities of a softmax in float32 times values in bfloat16."""
+    graph = ByHand()
+    probabilities, values = graph.input("p", 7, 2, 3), graph.input("v", 7, 3, 5)
+    product = graph.call(aten.bmm.default, probabilities, values)
+    values.meta["val"] = values.meta["val"].to(torch.bfloat16)
+    assert flops(product) == 2 * 7 * 2 * 3 * 5
+
+
 def test_attention() -> None:
     batch, heads, rows, columns, depth, width = 2, 4, 8, 6, 16, 5
     graph = ByHand()
