@@ -350,6 +350,7 @@ def trained_under(dtype: torch.dtype | None, target: str, where: str) -> nn.Modu
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None and where == "within"):
                 return self.out(F.relu(self.fc(x)))
 
+    torch._dynamo.reset()  # the forwards of all these are one code object, which Dynamo compiles eight times at most
     torch.manual_seed(0)
     model = fxquant.prepare(Net(), (TOKENS,), target=target)
     step = torch.compile(model, backend="fxquant_eager")
