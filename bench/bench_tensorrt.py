@@ -32,7 +32,8 @@ import fxquant
 from fxquant.targets.tensorrt_run import kernel_rows
 
 Row = dict[str, Any]
-NOT_MEANT = "is not quantized"  # ends the reason of a product that the plan leaves in float
+# Ends of the reason of a product that the plan leaves in float.
+NOT_MEANT = ("is not quantized", "TensorRT has no integer transposed convolution")
 LIMIT = 1200
 
 
@@ -60,8 +61,8 @@ def quantized(entry: Any, args: Any, kwargs: Any, dtype: str, folder: Path) -> R
     with noted(row, "build"):
         torch.manual_seed(0)
         model = fxquant.prepare(entry.build(), args, kwargs=kwargs, target="tensorrt")
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        fxquant.calibrate(model, [bound.arguments if not bound.args else bound.args], progress=False)
+        bound = inspect.signature(model.forward).bind_partial(*args).arguments
+        fxquant.calibrate(model, [{**bound, **kwargs} if kwargs else args], progress=False)
         path, kind = folder / f"{dtype}.onnx", getattr(torch, dtype)
         typed = {} if dtype == "float32" else {"float_dtype": kind}
         report = fxquant.export_onnx(model.eval(), args, path, kwargs=kwargs, **typed)
