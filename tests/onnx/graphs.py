@@ -83,6 +83,18 @@ class Graph:
         onnx.checker.check_model(model, full_check=True)
         return model
 
+    def write(self, path: Path, output: str, *, opset: int, checked: bool) -> Path:
+        """A file that may hold TensorRT's operators, and unless it is ``checked`` what onnx refuses."""
+        domains = [helper.make_opsetid("", opset), helper.make_opsetid("trt", 1)]
+        graph = helper.make_graph(self.nodes, "graph", self.inputs, [], self.constants)
+        model = helper.make_model(graph, opset_imports=domains, ir_version=11)
+        types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+        model.graph.output.append(types.get(output) or helper.make_tensor_value_info(output, FLOAT, None))
+        if checked:
+            onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
+        return path
+
     def save(self, folder: Path, *outputs: str, opset: int = 21) -> Path:
         path = folder / "model.onnx"
         onnx.save(self.model(*outputs, opset=opset), path)

@@ -17,7 +17,8 @@ import fxquant
 from fxquant.targets.document import as_declared
 from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
 from fxquant.targets.session import run_codes, run_outputs
-from tests.onnx.test_typed import HALVES, net, trained_under
+from tests.onnx.test_typed import HALVES, net
+from tests.onnx.test_typed_choice import trained_under
 
 
 def ran(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ def net() -> nn.Module:
 
 
 class Power:
-    """The file behind it takes so many bytes; then the process is killed, as by ``kill -9``."""
+    """Its file takes so many bytes; then the process is killed, as by ``kill -9``."""
 
     def __init__(self, file: BinaryIO, left: int) -> None:
         self.file, self.left = file, left

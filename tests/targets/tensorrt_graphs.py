@@ -10,7 +10,6 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import helper
 
 from tests.onnx.graphs import FLOAT, FLOAT16, Graph
 
@@ -42,16 +41,7 @@ class Case:
         """Writes the graph as a file."""
         graph = Graph()
         output = self.build(graph)
-        domains = [helper.make_opsetid("", self.opset), helper.make_opsetid("trt", 1)]
-        body = helper.make_graph(graph.nodes, "graph", graph.inputs, [], graph.constants)
-        model = helper.make_model(body, opset_imports=domains, ir_version=11)
-        types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
-        model.graph.output.append(types.get(output) or helper.make_tensor_value_info(output, FLOAT, None))
-        if self.checked:
-            onnx.checker.check_model(model, full_check=True)
-        path = folder / "net.onnx"
-        onnx.save(model, path)
-        return path
+        return graph.write(folder / "net.onnx", output, opset=self.opset, checked=self.checked)
 
 
 # ---------------------------------------------------------------- parts

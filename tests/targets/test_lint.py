@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.onnx import LintReport, lint_onnx
@@ -39,15 +38,8 @@ def lint(case: Case, broken: bool, folder: Path) -> LintReport:
     graph = Graph()
     output = case.build(graph, broken)
     opset = case.broken_opset if broken and case.broken_opset else case.opset
-    domains = [helper.make_opsetid("", opset), helper.make_opsetid("trt", 1)]
-    body = helper.make_graph(graph.nodes, "graph", graph.inputs, [], graph.constants)
-    model = helper.make_model(body, opset_imports=domains, ir_version=11)
-    types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    model.graph.output.append(types.get(output) or helper.make_tensor_value_info(output, FLOAT, None))
-    if case.checked:
-        onnx.checker.check_model(model, full_check=True)
     path = folder / f"{'broken' if broken else 'sound'}.onnx"
-    onnx.save(model, path)
+    graph.write(path, output, opset=opset, checked=case.checked)
     return lint_onnx(path, case.target)
 
 
