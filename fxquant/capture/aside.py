@@ -78,15 +78,18 @@ def compiled_aside(model: Any, backend: Callable[..., Any], **options: Any) -> I
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not before torch 2.13
         options["isolate_recompiles"] = True
     limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
-    # Private; tried on 2.13 and 2.15: the wrapper's, which passes what is set on it to the model.
-    mark = "_is_torch_compile"
-    marked = mark in vars(model)
-    try:
-        with torch._dynamo.config.patch(limits), uncompiled(model):
-            yield torch.compile(model, backend=backend, **options)
-    finally:
-        if not marked:
-            vars(model).pop(mark, None)
+    with torch._dynamo.config.patch(limits), uncompiled(model):
+        # A module's wrapper passes what is set on it to the module: torch sets a mark, and the torch.compile that
+        # Lightning puts in the place of torch's its arguments, over those of the user's own compile.
+        before = dict(vars(model))
+        compiled = torch.compile(model, backend=backend, **options)
+        told = [name for name, value in vars(model).items() if name not in before or before[name] is not value]
+        try:
+            yield compiled
+        finally:
+            for name in told:
+                vars(model).pop(name, None)
+            vars(model).update({name: before[name] for name in told if name in before})
 
 
 def own_code(function: Callable[..., Any], name: str) -> types.FunctionType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,6 +116,28 @@ def test_a_mark_of_the_users_stays() -> None:
     with compiled_aside(model, run_backend):
         pass
     assert vars(model)["_is_torch_compile"] is True
+
+
+def test_a_replaced_compile_leaves_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning puts such a one in the place of torch.compile, and reads what it kept when it compiles anew."""
+    plain = torch.compile
+
+    @functools.wraps(plain)
+    def keeping(model: nn.Module, **kwargs: Any) -> Any:
+        compiled: Any = plain(model, **kwargs)
+        compiled._compile_kwargs = kwargs
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", keeping)
+    model, users = nn.Linear(2, 2), nn.Linear(2, 2)
+    own = keeping(users, dynamic=False)
+    before = set(vars(model))
+    for each in (model, users):
+        with pytest.raises(KeyError), compiled_aside(each, run_backend) as compiled:
+            compiled(torch.ones(1, 2))
+            raise KeyError
+    assert set(vars(model)) == before
+    assert own._compile_kwargs == {"dynamic": False}
 
 
 def test_recompiles_aside_do_not_use_up_the_limit() -> None:
