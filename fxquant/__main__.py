@@ -52,6 +52,7 @@ def _add_kernels(commands: Any) -> None:
     kernels.add_argument("path", help="an ONNX file")
     kernels.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
     kernels.add_argument("--capability", help="compute capability to build for, such as 8.9; tensorrt alone")
+    kernels.add_argument("--timeout", type=float, help="seconds after which a build is ended; tensorrt alone")
     kernels.add_argument("--json", action="store_true", help="print JSON")
     kernels.set_defaults(run=_kernels)
 
@@ -95,10 +96,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _kernels(given: argparse.Namespace) -> int:
     from fxquant.support.table import table
-    from fxquant.targets.registry import for_capability, get_target
+    from fxquant.targets.registry import configured, get_target
 
     target = get_target(given.target)
-    runtime = target.runtime if given.capability is None else for_capability(target, given.capability)
+    runtime = configured(target, capability=given.capability, timeout=given.timeout)
     if runtime is None:
         raise fxquant.errors.InvalidArgument(
             f"target must be one that runs here: got {target.name!r}, which has rules alone. Check those: "

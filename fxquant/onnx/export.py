@@ -41,6 +41,7 @@ from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
 from fxquant.targets.profiles import Profile, get_profile
+from fxquant.targets.session import REFERENCE
 
 ABSORBED = "fxquant.absorbed"  # in a file's metadata: sites that have no QuantizeLinear of their own there
 FLOAT_DTYPE = "fxquant.float_dtype"  # there too: the half type of a file's float parts
@@ -125,16 +126,17 @@ def export_onnx(
         weight_storage: ``"int4"`` packs codes of at most 4 bits as ONNX int4 (half the size; onnxruntime then runs
             them in float). Those of weights per group always are.
         verify: hold the file to the evaluated graph on the given inputs before it takes its place: one run, in
-            onnxruntime without optimizations or, where that is not installed, in onnx's own evaluator. What cannot be
-            run there is a note. `verify_onnx` is the whole proof.
+            onnxruntime without optimizations or, where none that knows the opset is installed, in onnx's own
+            evaluator. What cannot be run there is a note, of a file for onnxruntime an error. `verify_onnx` is the
+            whole proof.
 
     Raises:
         InvalidArgument: not prepared, unusable path or opset; a ``float_dtype`` or ``io_dtype`` that is none, that the
             target or the opset does not have, or in which a tensor overflows on the given inputs: it is named.
         RangeNotSet: no activation range has been set. Of some that no data reached, what the evaluated graph has
             stays float, with a warning.
-        ExportError: torch.export or the exporter failed on the model, or the file computes another thing; the first
-            tensor that is off is named, and an earlier file stays.
+        ExportError: torch.export or the exporter failed on the model, the target is onnxruntime and refuses the file,
+            or the file computes another thing; the first tensor that is off is named. An earlier file stays.
         MissingDependency: onnx or onnxscript is not installed.
     """
     plan = require_plan(model, "export_onnx")
@@ -161,7 +163,11 @@ def export_onnx(
         notes = [*told, *frozen.notes, *_finish(program.model, frozen, profile, weight_storage)]
         notes += _set_types(program.model, edges, precision, profile)
         half = precision.compute if precision.is_half else None
-        check = FileCheck(evaluated, (args, named), wide, frozen.labels, half, precision.io) if verify else None
+        check = None
+        if verify:
+            check = FileCheck(
+                evaluated, (args, named), wide, frozen.labels, half, precision.io, plan.target == REFERENCE
+            )
         size = save(program, destination, check)
     notes += [] if check is None else check.notes
     return ExportReport(

@@ -28,7 +28,7 @@ from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import unset_in_float
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath
-from fxquant.targets.registry import for_capability, get_target
+from fxquant.targets.registry import configured, get_target
 from fxquant.targets.session import REFERENCE, run_outputs
 from fxquant.targets.target import KernelRow, Runtime, Target
 
@@ -45,6 +45,7 @@ def verify_onnx(
     rounds: int = 30,
     runtime: str | None = None,
     capability: str | None = None,
+    timeout: float | None = None,
 ) -> VerifyReport:
     """Loads the exported file and holds it to the prepared model on the given inputs.
 
@@ -59,14 +60,16 @@ def verify_onnx(
         runtime: a target's name, to run the file in another runtime than its own's; named, it must be installed.
         capability: the compute capability to build for, such as ``"8.9"``; None: one that the builder chooses. For
             TensorRT alone.
+        timeout: seconds after which a build is ended; None: an hour. For TensorRT alone.
 
     Raises InvalidArgument (not prepared, no such file, inputs of another kind, a runtime or capability that is not
-    known), ExportError (the file does not load, build or run; it quantizes activations and the model's run came by
-    none of them), MissingDependency (onnx, onnxruntime, the target's runtime).
+    known), ExportError (the file does not load, build or run, or not in time; it quantizes activations and the
+    model's run came by none of them), MissingDependency (onnx, onnxruntime, the target's runtime).
     """
     plan = require_plan(model, "verify_onnx")
     target = get_target(plan.target if runtime is None else runtime)
-    run = _runtime(target, path, named=runtime is not None, capability=capability)
+    asked = configured(target, capability=capability, timeout=timeout)
+    run = _runtime(target, asked, path, named=runtime is not None)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
     with unset_in_float(case.model), scaled_tables(case.model):
         compared, cascaded, trained = compare_codes(case, [site.key for site in plan.sites])
@@ -85,11 +88,10 @@ def verify_onnx(
     )
 
 
-def _runtime(target: Target, path: ModelPath, *, named: bool, capability: str | None) -> Runtime | None:
+def _runtime(target: Target, found: Runtime | None, path: ModelPath, *, named: bool) -> Runtime | None:
     """What the file is run in; None where its rules are all there is. Raises what `verify_onnx` does."""
     for name in ("onnx", "onnxruntime"):
         require(name)
-    found = target.runtime
     if found is None and named:
         raise InvalidArgument(f"runtime must be one that runs here: got {target.name!r}, which has rules alone.")
     if found is not None:
@@ -101,7 +103,7 @@ def _runtime(target: Target, path: ModelPath, *, named: bool, capability: str | 
             found = None
     if not Path(path).is_file():
         raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
-    return found if capability is None else for_capability(target, capability)
+    return found
 
 
 @dataclass(kw_only=True)

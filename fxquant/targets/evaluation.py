@@ -10,7 +10,7 @@ from fxquant.errors import MissingDependency
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, as_declared, folder_of, load_model
 from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
-from fxquant.targets.session import data_folder, run_session, session
+from fxquant.targets.session import data_folder, is_newer_than_onnxruntime, run_session, session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,14 +24,17 @@ class Evaluated:
     Attributes:
         outputs: the graph's, by name, in order.
         pairs: QuantizeLinear's result → what it read, and what the DequantizeLinear after it gave.
+        too_new: why the installed onnxruntime did not run it, empty where it did or is not installed.
     """
 
     outputs: Mapping[str, np.ndarray]
     pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    too_new: str = ""
 
 
 def evaluate(path: ModelPath, inputs: Sequence[np.ndarray], labels: Collection[str]) -> Evaluated:
-    """One run: in onnxruntime without optimizations, or, where it is not installed, in onnx's own evaluator.
+    """One run: in onnxruntime without optimizations, or, where none that knows the opset is installed, in onnx's own
+    evaluator.
 
     A file of a half type that onnxruntime has no kernels for runs as `rounded`, in float32 with each result rounded.
 
@@ -48,10 +51,13 @@ def evaluate(path: ModelPath, inputs: Sequence[np.ndarray], labels: Collection[s
     shown = [*outputs, *(name for name in wanted if name not in outputs)]
     for name in shown[len(outputs) :]:
         model.graph.output.append(require("onnx").ValueInfoProto(name=name))
-    found = {**feeds} | dict(zip(shown, _run(model, path, shown, feeds), strict=True))
+    too_new = _too_new(model)
+    run = _run_by_standard if too_new is None or too_new else _run
+    found = {**feeds} | dict(zip(shown, run(model, path, shown, feeds), strict=True))
     return Evaluated(
         outputs={name: found[name] for name in outputs},
         pairs={label: (found[read], found[given]) for label, (read, given) in pairs.items()},
+        too_new=too_new or "",
     )
 
 
@@ -66,12 +72,24 @@ def _pairs(wiring: Wiring, labels: Collection[str]) -> dict[str, tuple[str, str]
     return found
 
 
-def _run(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds) -> list[np.ndarray]:
+def _too_new(model: onnx.ModelProto) -> str | None:
+    """How the installed onnxruntime is older than the model, empty where it is not; None where none is installed."""
     try:
-        require("onnxruntime")
+        ort = require("onnxruntime")
     except MissingDependency:
-        require("onnx").load_external_data_for_model(model, folder_of(path))
-        given = as_declared(model, feeds)  # the model may be a rounded one
-        return list(require("onnx.reference").ReferenceEvaluator(model).run(names, dict(given)))
+        return None
+    if not is_newer_than_onnxruntime(model):
+        return ""
+    opset = next((each.version for each in model.opset_import if not each.domain), None)
+    return f"onnxruntime {ort.__version__} is older than the file's opset {opset} or format {model.ir_version}"
+
+
+def _run_by_standard(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds) -> list[np.ndarray]:
+    require("onnx").load_external_data_for_model(model, folder_of(path))
+    given = as_declared(model, feeds)  # the model may be a rounded one
+    return list(require("onnx.reference").ReferenceEvaluator(model).run(names, dict(given)))
+
+
+def _run(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds) -> list[np.ndarray]:
     built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
     return run_session(built, names, feeds)

@@ -23,14 +23,26 @@ def get_target(name: str) -> Target:
     return TARGETS[name]
 
 
-def for_capability(target: Target, capability: str) -> Runtime:
-    """The target's runtime, compiling for one compute capability. Raises InvalidArgument where it does not know it."""
-    known = () if target.runtime is None else target.runtime.capabilities
-    if capability not in known or target.runtime is None:
+def configured(target: Target, *, capability: str | None = None, timeout: float | None = None) -> Runtime | None:
+    """The target's runtime, compiling for one compute capability and within some seconds, where they are given.
+
+    Raises InvalidArgument where it does not know them.
+    """
+    found, given = target.runtime, {"capability": capability, "timeout": timeout}
+    known = () if found is None else found.capabilities
+    if capability is not None and capability not in known:
         what = f"one of {', '.join(map(repr, known))}" if known else "left out"
         raise InvalidArgument(f"capability must be {what} for {target.name}: got {capability!r}.")
+    if timeout is not None:
+        if found is None or not found.has_timeout:
+            raise InvalidArgument(f"timeout must be left out for {target.name}, which builds nothing: got {timeout!r}.")
+        if not timeout > 0:
+            raise InvalidArgument(f"timeout must be seconds, above 0: got {timeout!r}.")
+    options = {name: value for name, value in given.items() if value is not None}
+    if found is None or not options:
+        return found
     return dataclasses.replace(
-        target.runtime,
-        run=functools.partial(target.runtime.run, capability=capability),
-        kernels=functools.partial(target.runtime.kernels, capability=capability),
+        found,
+        run=functools.partial(found.run, **options),
+        kernels=functools.partial(found.kernels, **options),
     )

@@ -20,6 +20,7 @@ from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     import onnxruntime
 
 REFERENCE = "onnxruntime"
@@ -60,6 +61,21 @@ def session(
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         subject = "The model" if isinstance(model, bytes) else os.fspath(model)
         raise ExportError(f"{subject} must load in onnxruntime {ort.__version__}: got {error}") from error
+
+
+def is_newer_than_onnxruntime(model: onnx.ModelProto) -> bool:
+    """Whether the installed onnxruntime refuses any file of the model's opsets, or of its format."""
+    ort, onnx = require("onnxruntime"), require("onnx")
+    value = onnx.helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([], "empty", [value], [value])
+    empty = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        ort.InferenceSession(empty.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:  # as above
+        return True
+    return False
 
 
 def _readable(path: ModelPath) -> str | bytes:

@@ -70,6 +70,7 @@ class Runtime:
         rules_do: where the package is not installed, the target's rules are verified by instead, unless the runtime
             was asked for by name.
         capabilities: of devices that a file can be compiled for: ``run`` and ``kernels`` then take ``capability``.
+        has_timeout: they compile in a process of their own and take ``timeout``, the seconds after which it is ended.
     """
 
     require: Callable[[], ModuleType]
@@ -78,6 +79,7 @@ class Runtime:
     latency: Latency | None = None
     rules_do: bool = False
     capabilities: tuple[str, ...] = ()
+    has_timeout: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

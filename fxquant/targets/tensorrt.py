@@ -72,5 +72,12 @@ TARGET = Target(
         misplaced=THROUGH,
         quantizers={FP4_QUANTIZE: ("FLOAT4E2M1", "FLOAT8E4M3FN")},
     ),
-    runtime=Runtime(require=require_builder, run=run, kernels=kernel_rows, rules_do=True, capabilities=CAPABILITIES),
+    runtime=Runtime(
+        require=require_builder,
+        run=run,
+        kernels=kernel_rows,
+        rules_do=True,
+        capabilities=CAPABILITIES,
+        has_timeout=True,
+    ),
 )

@@ -34,6 +34,7 @@ _START = (
 _PROGRAM = Path(__file__).with_name("tensorrt_build.py")
 _MARK = "fxquant_product_"
 _OLDEST = (1, 7)  # 1.4 to 1.6 end int8 convolutions in a build error
+TIMEOUT = 3600.0  # seconds of a build: twelve layers of a transformer take 8 on two busy cores
 _NO_OPERANDS = ("bool", "int32", "int64")
 
 
@@ -53,24 +54,24 @@ def require_builder() -> ModuleType:
     return found
 
 
-def run(path: ModelPath, feeds: Feeds, *, capability: str | None = None) -> Ran:
+def run(path: ModelPath, feeds: Feeds, *, capability: str | None = None, timeout: float = TIMEOUT) -> Ran:
     """Parses and builds the file for the inputs' sizes; no kernel runs.
 
-    Raises ExportError where the file does not parse or build, with NVIDIA's own words; InvalidArgument for an unknown
-    ``capability``; MissingDependency without tensorrt_rtx.
+    Raises ExportError where the file does not parse or build, with NVIDIA's own words, or not within ``timeout``
+    seconds; InvalidArgument for an unknown ``capability``; MissingDependency without tensorrt_rtx.
     """
     shapes = {name: list(array.shape) for name, array in feeds.items()}
-    version, rows = _build(path, shapes, capability)
+    version, rows = _build(path, shapes, capability, timeout)
     return Ran(runtime=f"TensorRT for RTX {version}", rows=rows, outputs=None)
 
 
-def kernel_rows(path: ModelPath, *, capability: str | None = None) -> tuple[KernelRow, ...]:
+def kernel_rows(path: ModelPath, *, capability: str | None = None, timeout: float = TIMEOUT) -> tuple[KernelRow, ...]:
     """A row per product of the file, open sizes taken as 1 to 8. Raises as `run`."""
-    return _build(path, {}, capability)[1]
+    return _build(path, {}, capability, timeout)[1]
 
 
 def _build(
-    path: ModelPath, shapes: Mapping[str, Sequence[int]], capability: str | None
+    path: ModelPath, shapes: Mapping[str, Sequence[int]], capability: str | None, timeout: float
 ) -> tuple[str, tuple[KernelRow, ...]]:
     version = str(require_builder().__version__)
     model = load_model(path)
@@ -90,7 +91,12 @@ def _build(
             "capability": _capability(capability),
         }
         guessed = _guessed(model, shapes)
-        _check(_answer(asked, Path(folder), path, version), path, names, guessed)
+        _check(
+            _answer(asked, Path(folder), f"{os.fspath(path)} must build in TensorRT for RTX {version}", timeout),
+            path,
+            names,
+            guessed,
+        )
         compiled = operations(plan)
     return version, tuple(_row(node, index, compiled, wiring, capability) for index, node in enumerate(exported))
 
@@ -125,16 +131,23 @@ def _capability(asked: str | None) -> list[int] | None:
     return [int(part) for part in asked.split(".")]
 
 
-def _answer(asked: Mapping[str, Any], folder: Path, path: ModelPath, version: str) -> dict[str, Any]:
-    """What the program found, in a process of its own."""
+def _answer(asked: Mapping[str, Any], folder: Path, rule: str, timeout: float) -> dict[str, Any]:
+    """What the program found, in a process of its own; ``rule`` begins the error where it found nothing."""
     request, answer = folder / "request.json", folder / "answer.json"
     request.write_text(json.dumps(asked))
     command = [sys.executable, "-c", _START, str(_PROGRAM), str(request), str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise ExportError(
+            f"{rule} within {timeout:g} s: it had not ended by then. Give a longer timeout, or a smaller model."
+        ) from None
     if done.returncode:
         how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"status {done.returncode}"
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise ExportError(f"{os.fspath(path)} must build in TensorRT for RTX {version}: it ended with {how}: {said}")
+        raise ExportError(f"{rule}: it ended with {how}: {said}")
     found: dict[str, Any] = json.loads(answer.read_text())
     return found
 

@@ -252,6 +252,30 @@ class TestRefusals:
         self.refused(model, tmp_path / "m.onnx", MissingDependency, match)
 
 
+class Chosen(nn.Module):
+    """A choice of int16, for which onnxruntime has no kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        steps = y.round().to(torch.int16)
+        return y + torch.where(steps > 0, steps, -steps)
+
+
+def test_a_file_that_its_runtime_does_not_load_is_none(tmp_path):
+    path, x = tmp_path / "m.onnx", torch.randn(3, 4)
+    model = calibrated(Chosen(), x)
+    with pytest.raises(ExportError, match=r"must load in onnxruntime .*Where.*verify=False\) writes"):
+        fxquant.export_onnx(model, (x,), path)
+    assert not path.exists()
+    assert fxquant.export_onnx(model, (x,), path, verify=False).notes == ()
+    (note,) = fxquant.export_onnx(calibrated(Chosen(), x, target="openvino"), (x,), path).notes
+    assert note.startswith("not checked against the evaluated graph: ExportError: The model must load in onnxruntime")
+
+
 def test_a_disabled_site_is_left_out(tmp_path):
     model = calibrated(ConvNet(), torch.randn(6, 3, 8, 8))
     dict(quantizers(model))["head.input"].enabled = False

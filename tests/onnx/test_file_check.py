@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx
@@ -36,8 +38,10 @@ def written(folder: Path, between: Callable[[Graph, str], str], second: float = 
     return g.save(folder, g.qdq(between(g, x), second, 3, name="second"))
 
 
-def check(path: Path, gm: fx.GraphModule, labels: dict[str, str], x: Tensor = X) -> list[str]:
-    held = FileCheck(gm, ((x,), {}), ((x,), {}), labels)
+def check(
+    path: Path, gm: fx.GraphModule, labels: dict[str, str], x: Tensor = X, *, must_run: bool = False
+) -> list[str]:
+    held = FileCheck(gm, ((x,), {}), ((x,), {}), labels, must_run=must_run)
     held(path)
     return held.notes
 
@@ -120,9 +124,28 @@ def test_dropout_that_is_off_is_not_random(tmp_path: Path) -> None:
     assert check(written(tmp_path, doubled(2.0)), *evaluated(dropped)) == []
 
 
-def test_a_file_that_the_runtime_refuses_is_a_note(tmp_path: Path) -> None:
-    (note,) = check(written(tmp_path, doubled(2.0)), *evaluated(double), X[:2])
+def test_a_file_that_the_runtime_refuses_is_a_note_or_an_error(tmp_path: Path) -> None:
+    refused = written(tmp_path, doubled(2.0)), *evaluated(double), X[:2]
+    (note,) = check(*refused)
     assert note.startswith("not checked against the evaluated graph: ExportError: The model must run in onnxruntime")
+    with pytest.raises(
+        ExportError, match=r"^The model must run in onnxruntime: .* export_onnx\(…, verify=False\) writes"
+    ):
+        check(*refused, must_run=True)
+
+
+def test_a_file_of_an_opset_after_the_runtime_s_is_checked_all_the_same(tmp_path: Path) -> None:
+    path = written(tmp_path, doubled(2.0))
+    newer = onnx.load(path)
+    newer.opset_import[0].version = onnx.defs.onnx_opset_version()
+    onnx.save(newer, path)
+    (note,) = check(path, *evaluated(double), must_run=True)
+    told = (
+        rf"onnxruntime [\d.]+ is older than the file's opset {newer.opset_import[0].version} or format \d+: checked in"
+    )
+    assert re.match(told, note)
+    with pytest.raises(ExportError, match="another second: "):
+        check(path, *evaluated(lambda g, x: g.call(aten.mul.Tensor, x, 2.1)), must_run=True)
 
 
 def test_a_buffer_that_the_graph_writes_stays_as_it_was(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.errors import ExportError, MissingDependency, UnsupportedModel
+from fxquant.__main__ import main
+from fxquant.errors import ExportError, InvalidArgument, MissingDependency, UnsupportedModel
 from fxquant.onnx import lint_onnx
 from fxquant.prepared.root import plan_of
 from fxquant.probe.visitor import Use, visiting
@@ -92,6 +94,32 @@ def test_a_builder_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tensorrt_run, "_PROGRAM", program)
     with pytest.raises(ExportError, match=r"must build in TensorRT for RTX 1\.[\d.]+: it ended with SIGSEGV"):
         kernel_rows(path)
+
+
+@built
+def test_a_builder_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, path = exported("mlp", "tensorrt", tmp_path)
+    program, started = tmp_path / "program.py", tmp_path / "started"
+    program.write_text(
+        f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(99)"
+    )
+    monkeypatch.setattr(tensorrt_run, "_PROGRAM", program)
+    match = r"net\.onnx must build in TensorRT for RTX 1\.[\d.]+ within 2 s: it had not ended by then. Give a longer"
+    with pytest.raises(ExportError, match=match):
+        fxquant.verify_onnx(model, (x,), path, timeout=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    assert main(["kernels", str(path), "--target", "tensorrt", "--timeout", "1"]) == 1
+
+
+def test_a_time_limit_is_seconds_of_a_build(tmp_path: Path) -> None:
+    model, x, path = exported("mlp", "tensorrt", tmp_path)
+    with pytest.raises(InvalidArgument, match=r"^timeout must be seconds, above 0: got 0\.$"):
+        fxquant.verify_onnx(model, (x,), path, timeout=0)
+    with pytest.raises(
+        InvalidArgument, match=r"^timeout must be left out for onnxruntime, which builds nothing: got 9\.$"
+    ):
+        fxquant.verify_onnx(model, (x,), path, runtime="onnxruntime", timeout=9)
 
 
 def test_without_the_package_the_rules_are_the_proof(tmp_path: Path, without_builder: None) -> None:
