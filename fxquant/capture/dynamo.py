@@ -21,8 +21,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 
 from fxquant.capture.aside import compiled_aside
-from fxquant.capture.sharded import SHARDED, is_sharded
-from fxquant.errors import UnsupportedModel
+from fxquant.capture.sharded import refuse_sharded
 from fxquant.graph.bodies import execution_order
 from fxquant.graph.edit import copied, without_dead_nodes
 from fxquant.graph.meta import REGION, SOURCE, STATE
@@ -184,8 +183,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], *, inline_checkpo
 
 def _refuse_sharded(example_inputs: Sequence[Any]) -> None:
     """Raises UnsupportedModel for DTensors: they have neither proxies of make_fx, nor rules for our operators."""
-    if any(map(is_sharded, example_inputs)):
-        raise UnsupportedModel(SHARDED)
+    refuse_sharded(example_inputs)
 
 
 def _describe_placeholders(gm: fx.GraphModule, traced: fx.GraphModule, example_inputs: Sequence[Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from fxquant.errors import UnsupportedModel
 
 SHARDED = (
     "tensors of a quantized graph must be plain ones: got a DTensor, as parallelize_module makes. Tensor parallelism "
@@ -19,3 +22,10 @@ def is_sharded(value: Any) -> bool:
     from torch.distributed.tensor import DTensor  # loaded by whoever has made one
 
     return isinstance(value, DTensor)
+
+
+def refuse_sharded(tensors: Iterable[Any]) -> None:
+    """Raises UnsupportedModel where one of a graph's tensors is a DTensor."""
+    for value in tensors:
+        if is_sharded(value):
+            raise UnsupportedModel(SHARDED)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.capture.aside import in_compiled_region, is_compiled
+from fxquant.capture.sharded import refuse_sharded
 from fxquant.errors import NotQuantizedWarning
 from fxquant.ops.marks import bind
 from fxquant.plan.plan import LocalSite
@@ -40,6 +41,9 @@ def exporting() -> Iterator[None]:
 def is_exporting() -> bool:
     """Whether that is so in this thread now."""
     return _EXPORTING.get()
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _bound_call(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -95,6 +99,8 @@ class BoundForward(OwnForward):
             modes.append(int(quantizer.mode(self.module.training)))
             for kept in quantizer.site.spec.range.state_names:  # not a property: Dynamo traces each for every site
                 state.append(getattr(quantizer, kept))
+        if state and type(state[0]) not in _PLAIN:  # Dynamo traces this for each owner
+            refuse_sharded(state)
         bind(self.key, modes, state, self.group, self.before)
 
     def quantizers(self) -> Iterator[Quantizer]:
@@ -112,6 +118,7 @@ class BoundForward(OwnForward):
         if not self.names:
             return
         if in_compiled_region():
+            refuse_sharded(value for quantizer in self.quantizers() for value in quantizer.state.values())
             how = "inside torch.compile"
             why = "Dynamo left its frame out: see TORCH_LOGS=graph_breaks,recompiles for why"
         elif any(is_compiled(module) for module in self.module.modules()):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.capture.sharded import SHARDED
+from fxquant.errors import UnsupportedModel
 from fxquant.graph.frames import without_wrappers
 from fxquant.plan.plan import LocalSite
 from fxquant.spec.mode import Mode
@@ -122,6 +124,11 @@ class Quantizer(nn.Module):
         kept = {name: value.data for name, value in self.state.items()}
         for name, value in self.range.as_written_today(kept, self.spec).items():
             kept[name].copy_(value)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Raises UnsupportedModel: what takes a layer's quantizer of this name for its tensor is parallelize_module."""
+        raise UnsupportedModel(SHARDED)
 
     def extra_repr(self) -> str:
         """``u8, [-0.42, 3.1]``."""

@@ -328,6 +328,21 @@ def test_tensor_parallelism_is_refused_and_shards_that_are_gathered_are_not() ->
     assert not unset(sharded)
 
 
+@pytest.mark.usefixtures("process_group")
+def test_tensor_parallelism_of_a_prepared_model_is_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    x, mesh = torch.randn(4, 8), init_device_mesh("cpu", (1,))
+    match = r"plain ones: got a DTensor, as parallelize_module makes.*Tensor parallelism is not supported"
+    with pytest.raises(UnsupportedModel, match=match):
+        parallelize_module(prepared(Mlp(), x), mesh, {"first": RowwiseParallel()})
+    model = parallelize_module(prepared(Mlp(), x), mesh, {"first": ColwiseParallel()})
+    assert model(x).shape == Mlp()(x).shape  # the float model runs
+    with pytest.raises(UnsupportedModel, match=match):
+        step(torch.compile(model, backend="fxquant_eager"), x)
+
+
 def test_a_late_backward_is_reported_with_its_own_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torch's caches, a backward graph is compiled when it first runs: here after another model's forward."""
     run, hour = LowerFakeQuantize.run, 3600.0
