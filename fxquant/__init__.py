@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from fxquant.spec.ranges import CurrentTensor, Fixed, MovingAverage
     from fxquant.spec.recipes import Recipe
     from fxquant.spec.rules import Rule, first_layer, last_layer, skip
+    from fxquant.training.batch_norm import reestimate_batch_norm
+    from fxquant.training.schedule import Schedule
+    from fxquant.training.stage import Stage
 
 __version__ = "0.1.0"
 
@@ -45,6 +48,9 @@ _HOMES = {
     **dict.fromkeys(("cost", "explain"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
+    "Schedule": "fxquant.training.schedule",
+    "Stage": "fxquant.training.stage",
+    "reestimate_batch_norm": "fxquant.training.batch_norm",
     **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.spec"),
 }
 _MODULES = ("backend", "errors", "kernels", "onnx", "ops", "plan", "report", "spec", "tensor_quant")
@@ -60,6 +66,8 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Rule",
+    "Schedule",
+    "Stage",
     "__version__",
     "calibrate",
     "cost",
@@ -74,6 +82,7 @@ __all__ = [
     "ops",
     "override",
     "prepare",
+    "reestimate_batch_norm",
     "sensitivity",
     "skip",
     "strip",

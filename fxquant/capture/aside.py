@@ -112,3 +112,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def allow_recompiles(count: int) -> None:
+    """Lets Dynamo keep at least ``count`` graphs more of one frame than it does by default; past its limit it stops."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 + count)

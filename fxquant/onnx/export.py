@@ -234,7 +234,7 @@ def quantized_graph(
     frozen.notes += [f"forward writes {name}: each run of the file begins with its value of now" for name in written]
     frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
     placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
-    wanted = {key for key, quantizer in quantizers(model) if quantizer.enabled and quantizer.is_set()}
+    wanted = {key for key, quantizer in quantizers(model) if quantizer.is_on and quantizer.is_set()}
     absent = [site.key for site in plan.sites if site.key not in placed and site.key in wanted]
     if absent:
         warnings.warn(

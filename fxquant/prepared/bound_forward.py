@@ -103,6 +103,12 @@ class BoundForward(OwnForward):
             refuse_sharded(state)
         bind(self.key, modes, state, self.group, self.before)
 
+    def take_formats(self) -> None:
+        """Binds the sites in the formats that the quantizers have now; graphs of others are compiled anew."""
+        held: Any = self.module.quantizers
+        self.sites = tuple(held[name].site for name in self.names)
+        self.key = register(self.sites, self.target)
+
     def quantizers(self) -> Iterator[Quantizer]:
         """Those of the module."""
         found: Any = getattr(self.module, ATTRIBUTE, {})

@@ -119,7 +119,7 @@ def _check_used(plan: Plan, changes: Mapping[str, QuantSpec | None], used: set[s
 
 def _take_over(quantizer: Quantizer, old: Quantizer) -> None:
     """State of the quantizer that stood there before."""
-    quantizer.observing, quantizer.enabled = old.observing, old.enabled
+    quantizer.observing, quantizer.enabled, quantizer.doing = old.observing, old.enabled, old.doing
     kept = old.state
     for name, value in quantizer.state.items():
         if name in kept and (kept[name].shape, type(kept[name])) == (value.shape, type(value)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges.base import Range
 
 ATTRIBUTE = "quantizers"
+Doing = Literal["float", "observe", "quantize"]
+"""What a site does in a stage of a `fxquant.Schedule`."""
 
 
 class Quantizer(nn.Module):
@@ -27,12 +29,14 @@ class Quantizer(nn.Module):
     Attributes:
         observing: in training, the range follows the data; else it stays.
         enabled: the tensor is quantized at all.
+        doing: what the stage of a schedule has it do: leave the tensor float, observe it in training, or quantize it.
         resolved: the range is known to be set, so that graphs need not look at it.
         calibrating: the observing mode of a calibration in progress, None outside one.
     """
 
     min_val: Tensor  # of those whose range is a `fxquant.MovingAverage`
     max_val: Tensor
+    doing: Doing = "quantize"  # of the class, too: older pickles lack it
 
     def __init__(self, site: LocalSite) -> None:
         super().__init__()
@@ -60,6 +64,11 @@ class Quantizer(nn.Module):
         return self.site.spec.range
 
     @property
+    def is_on(self) -> bool:
+        """Whether the tensor is quantized now."""
+        return self.enabled and self.doing == "quantize"
+
+    @property
     def stateful(self) -> bool:
         """Whether something is kept between steps."""
         return self.site.spec.range.stateful
@@ -80,7 +89,10 @@ class Quantizer(nn.Module):
             return Mode.OFF
         if self.calibrating is not None:
             return self.calibrating if self.stateful else Mode.OFF
-        return self.site.spec.range.mode(training and self.observing, self.resolved)
+        if self.doing == "quantize":
+            return self.site.spec.range.mode(training and self.observing, self.resolved)
+        observes = self.doing == "observe" and training and self.observing and self.stateful
+        return Mode.OBSERVE if observes else Mode.OFF
 
     def is_set(self) -> bool:
         """Looks (on the host) whether there is a range to quantize with."""

@@ -32,6 +32,7 @@ class Root:
     FROZEN = f"{ATTRIBUTE}_frozen"
     copied_compiled: bool = False
     told_replaced: bool = False
+    stage: str = ""  # of the schedule that drives the model, in words
     autocast: torch.dtype | None = None  # that a compiled training graph of the module ran under
     KEY_OF_0_1 = f"{ATTRIBUTE}.plan"  # held the plan as a str
 
@@ -231,6 +232,12 @@ def trained_autocast(model: nn.Module) -> torch.dtype | None:
     """The autocast that a prepared model was trained under in this process, or before it was pickled or copied."""
     root = model.__dict__.get(Root.SLOT)
     return root.autocast if isinstance(root, Root) else None
+
+
+def stage_of(model: nn.Module) -> str:
+    """Where the schedule that drives a prepared model is; "" without one."""
+    root = model.__dict__.get(Root.SLOT)
+    return root.stage if isinstance(root, Root) else ""
 
 
 def _names(keys: list[str]) -> str:

@@ -11,6 +11,8 @@ from torch import nn
 from fxquant.errors import NotQuantizedWarning, RangeNotSet
 from fxquant.prepared.bound_forward import bound_forward
 from fxquant.prepared.quantizer import Quantizer, owners, quantizers
+from fxquant.prepared.root import require_plan
+from fxquant.prepared.staged import off_plan
 
 
 def check_ranges(model: nn.Module) -> list[str]:
@@ -19,7 +21,7 @@ def check_ranges(model: nn.Module) -> list[str]:
     Raises RangeNotSet where none is set, or all are of zeros: such a model was neither trained nor calibrated.
     """
     told = []
-    wanted = [(key, q) for key, q in quantizers(model) if q.enabled and q.stateful]
+    wanted = [(key, q) for key, q in quantizers(model) if q.is_on and q.stateful]
     unset = [key for key, q in wanted if not q.settle()]
     zero = [key for key, q in wanted if q.resolved and q.range.is_degenerate(q.state)]
     for keys, what in ((unset, "no data yet"), (zero, "only zeros")):
@@ -33,6 +35,9 @@ def check_ranges(model: nn.Module) -> list[str]:
         told.append(f"{len(unset)} sites saw no data; what the evaluated graph has of them is float: {_names(unset)}")
     if zero:
         told.append(f"{len(zero)} sites saw only zeros, and whatever comes in stays 0 there: {_names(zero)}")
+    staged = [f"{key} {now}" for key, now in off_plan(model, require_plan(model, "export")).items()]
+    if staged:
+        told.append(f"{len(staged)} sites are not yet as planned in this stage of a schedule: {_names(staged)}")
     eager = [path or type(m).__name__ for path, m, _ in owners(model) if (b := bound_forward(m)) and b.eager_runs]
     for text in told:
         warnings.warn(f"{text}.", NotQuantizedWarning, stacklevel=3)
@@ -52,7 +57,7 @@ def unset_in_float(model: nn.Module) -> Iterator[None]:
 
     Elsewhere they would take the range of the tensor at hand, which a file cannot.
     """
-    unset: list[Quantizer] = [q for _, q in quantizers(model) if q.enabled and not q.is_set()]
+    unset: list[Quantizer] = [q for _, q in quantizers(model) if q.is_on and not q.is_set()]
     for quantizer in unset:
         quantizer.enabled = False
     try:

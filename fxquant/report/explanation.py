@@ -17,7 +17,7 @@ from fxquant.backend.reports import compile_reports
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import FloatPlace, Plan
 from fxquant.prepared.bound_forward import bound_forwards
-from fxquant.prepared.root import require_plan, unwrap
+from fxquant.prepared.root import require_plan, stage_of, unwrap
 from fxquant.report.coverage import HEADER, Coverage, coverage
 from fxquant.report.drawing import Shown, draw_svg
 from fxquant.report.example_run import ExampleRun, run_on_examples
@@ -38,6 +38,7 @@ class Explanation:
 
     ``coverage`` says how much of the compute reads quantized operands; None without example inputs. ``eager_cuda`` says
     what eager ops on CUDA tensors run on; None where there is no CUDA and `fxquant.kernels.using` was not asked.
+    ``stage`` says where a `fxquant.Schedule` is, "" without one.
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class Explanation:
     coverage: Coverage | None = None
     graphs: tuple[tuple[Operator, ...], ...] | None = field(default=None, repr=False)
     eager_cuda: str | None = None
+    stage: str = ""
 
     @property
     def unbound(self) -> tuple[str, ...]:
@@ -58,6 +60,7 @@ class Explanation:
         return {
             "recipe": self.plan.recipe,
             "target": self.plan.target,
+            "stage": self.stage,
             "sites": [vars(row) for row in self.rows],
             "declined": [vars(d) for d in self.declined],
             "compile_declines": list(self.compile_declines),
@@ -88,15 +91,16 @@ class Explanation:
         dropped = {"status"} if len(statuses) == 1 else set()
         keep = {site.key for site in self.plan.sites if site.local.spec.range.stateful}
         dropped |= set() if any(row.key in keep and row.range != UNSET for row in self.rows) else {"range"}
+        dropped |= set() if any(row.now for row in self.rows) else {"now"}
         head += f", all {statuses.pop()}" if dropped & {"status"} else ""
-        header = ["site", "format", "range", "status", "expected kernel", "why", "source"]
+        header = ["site", "format", "now", "range", "status", "expected kernel", "why", "source"]
         rows = [
-            [r.key, r.spec, r.range, r.status, "; ".join(dict.fromkeys(r.kernels)), _why(r), short(r.source)]
+            [r.key, r.spec, r.now, r.range, r.status, "; ".join(dict.fromkeys(r.kernels)), _why(r), short(r.source)]
             for r in self.rows
         ]
         kept = [i for i, name in enumerate(header) if name not in dropped]
         header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-        parts = [head, *([self.coverage.summary] if self.coverage else [])]
+        parts = [head, *([self.stage] if self.stage else []), *([self.coverage.summary] if self.coverage else [])]
         parts.append(_wrapped(header, rows, ("expected kernel", "why")))
         if self.coverage and self.coverage.most_float():
             parts += ["", _wrapped(HEADER, self.coverage.cells(), ("why",))]
@@ -144,6 +148,7 @@ def explain(
         compile_declines=tuple(declines),
         graphs=_graphs(captured, planned, plan.target),
         eager_cuda=_eager_cuda(),
+        stage=stage_of(model),
     )
 
 

@@ -11,6 +11,7 @@ from fxquant.backend.reports import compile_reports
 from fxquant.plan.plan import Plan
 from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.quantizer import Quantizer, QuantizerSet, owners, quantizers
+from fxquant.prepared.staged import off_plan
 from fxquant.report.forecast import Operation, Place, absolute, expected_kernel, place_of
 
 
@@ -22,6 +23,7 @@ class Row:
         key: its name in the model; role: "weight", "activation" or "output"; spec: its format.
         operators: the operands that read it (``layer1.conv1.conv0.input``); for an output, whose result it is.
         kernels: for each of them, what its operator is expected to become on the target, or ``"float: …"`` and why.
+        now: what it is in this stage of a `fxquant.Schedule` where that is not what the plan says, else "".
         shares: other sites on the same tensor; known where `explain` got inputs.
         range, status, reason, source: see `explain`.
     """
@@ -29,6 +31,7 @@ class Row:
     key: str
     role: str
     spec: str
+    now: str
     operators: tuple[str, ...]
     kernels: tuple[str, ...]
     shares: tuple[str, ...]
@@ -42,7 +45,7 @@ def site_rows(
     model: nn.Module, plan: Plan, planned: Mapping[Place, Operation], shares: Mapping[str, tuple[str, ...]]
 ) -> tuple[Row, ...]:
     """A row for each site of the plan; ``shares`` has, by key, other sites on the same tensor."""
-    held, status = dict(quantizers(model)), _statuses(model)
+    held, status, staged = dict(quantizers(model)), _statuses(model), off_plan(model, plan)
     rows = []
     for site in plan.sites:
         edges = [absolute(site, edge) for edge in site.local.edges]
@@ -52,6 +55,7 @@ def site_rows(
                 key=site.key,
                 role=site.local.role,
                 spec=str(site.local.spec),
+                now=staged.get(site.key, ""),
                 operators=tuple(map(str, edges)),
                 kernels=tuple(kernels),
                 shares=shares.get(site.key, ()),

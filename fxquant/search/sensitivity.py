@@ -117,7 +117,7 @@ def sensitivity(
     """
     plan = require_plan(model, "sensitivity")
     plain = unwrap(model)
-    keys = [key for key, quantizer in quantizers(plain) if quantizer.enabled]
+    keys = [key for key, quantizer in quantizers(plain) if quantizer.is_on]
     settings: dict[tuple[str, str], Setting] = {}
     for key in keys:
         settings["alone", key] = Setting(visit=only({key}), keys=frozenset({key}))

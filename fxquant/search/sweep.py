@@ -149,7 +149,7 @@ class _Sweeping(Generic[Name]):
     ) -> None:
         self.caller, self.loss, self.settings = caller, loss, settings
         self.sums, self.run, self.log = sums, run, log
-        self.unset = {k for k, q in quantizers(model) if q.enabled and not q.is_set()}
+        self.unset = {k for k, q in quantizers(model) if q.is_on and not q.is_set()}
 
     def runs(self, data: Iterable[Any]) -> Iterator[None]:
         """Does the runs, one or more before each item."""

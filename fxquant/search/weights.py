@@ -35,7 +35,7 @@ class Weight:
 
 def switched_on_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
     """Site key → weight, for those whose quantizers are on."""
-    on = {key for key, quantizer in quantizers(model) if quantizer.enabled}
+    on = {key for key, quantizer in quantizers(model) if quantizer.is_on}
     return {site.key: Weight(site) for site in plan.sites if site.local.role == "weight" and site.key in on}
 
 

@@ -11,7 +11,8 @@ class Mode(enum.IntEnum):
     OFF leaves the tensor float; STATIC quantizes with the stored range; RESOLVE does too, but takes the tensor's
     own range where none is stored; TRAIN updates the range first; EXTEND and FOLLOW only observe, for
     calibration by extremes and by moving average. DELAYED quantizes with the stored range and updates it afterwards;
-    FIRST does too, but takes the tensor's own range where none is stored.
+    FIRST does too, but takes the tensor's own range where none is stored. OBSERVE updates the range as training does,
+    over all ranks where there are more, and leaves the tensor float.
     """
 
     OFF = 0
@@ -22,11 +23,12 @@ class Mode(enum.IntEnum):
     FOLLOW = 5
     DELAYED = 6
     FIRST = 7
+    OBSERVE = 8
 
     @property
     def calibrates(self) -> bool:
         """Whether the site only observes: the tensor stays float."""
-        return self in (Mode.EXTEND, Mode.FOLLOW)
+        return self in (Mode.EXTEND, Mode.FOLLOW, Mode.OBSERVE)
 
     @property
     def updates_afterwards(self) -> bool:

@@ -32,6 +32,7 @@ ROOMS = (
     "prepared",
     "backend",
     "probe",
+    "training",
     "search",
     "onnx",
     "report",
@@ -42,7 +43,7 @@ ROOMS = (
 )
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
 MODULES = {"errors", "__init__", "__main__"}  # that may stand at the root beside the folders
-MOST_ENTRIES = 20  # folders and modules there, besides __init__, __main__ and py.typed
+MOST_ENTRIES = 22  # folders and modules there, besides __init__, __main__ and py.typed
 # Rooms that are loaded when a function first needs them, and never as a module is imported.
 LAZY_ONLY = {"kernels": "a dispatch function reaches for a kernel when a tensor on its device comes in"}
 

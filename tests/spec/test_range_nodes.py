@@ -103,6 +103,8 @@ CASES = [
     ),
     Case("calibration by extremes", AVERAGE, {"mode": Mode.EXTEND}, EXTENDED),
     Case("calibration by average", AVERAGE, {"mode": Mode.FOLLOW}, UPDATED),
+    Case("observing in training", AVERAGE, {"mode": Mode.OBSERVE}, UPDATED),
+    Case("observing on several ranks", AVERAGE, {"mode": Mode.OBSERVE, "across_ranks": True}, DEFERRED),
     Case("fixed", Fixed(min=0.0, max=6.0), {}, (affine("c0_0", "c6_0"),)),
     Case(
         "of the tensor",
@@ -172,6 +174,12 @@ def test_a_quantizer_that_is_off_or_calibrating_says_so_first(model: nn.Module) 
     sites = dict(quantizers(model))
     activation, weight = sites["0.input"], sites["0.weight"]
     assert activation.mode(True) is Mode.TRAIN and weight.mode(True) is weight.mode(False) is Mode.STATIC
+    activation.doing = weight.doing = "observe"
+    assert activation.mode(True) is Mode.OBSERVE and {activation.mode(False), weight.mode(True)} == {Mode.OFF}
+    activation.observing = False
+    assert activation.mode(True) is Mode.OFF
+    activation.doing = weight.doing = "float"
+    assert {each.mode(training) for each in (activation, weight) for training in (True, False)} == {Mode.OFF}
     activation.calibrating = weight.calibrating = Mode.EXTEND
     assert activation.mode(False) is Mode.EXTEND and weight.mode(False) is Mode.OFF
     activation.enabled = False
@@ -179,5 +187,5 @@ def test_a_quantizer_that_is_off_or_calibrating_says_so_first(model: nn.Module) 
 
 
 def test_modes_that_observe_alone_and_those_that_update_afterwards() -> None:
-    assert {mode for mode in Mode if mode.calibrates} == {Mode.EXTEND, Mode.FOLLOW}
+    assert {mode for mode in Mode if mode.calibrates} == {Mode.EXTEND, Mode.FOLLOW, Mode.OBSERVE}
     assert {mode for mode in Mode if mode.updates_afterwards} == {Mode.DELAYED, Mode.FIRST}

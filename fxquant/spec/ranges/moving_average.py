@@ -93,7 +93,7 @@ class MovingAverage(Range):
             return low, high
         if site.mode in (Mode.RESOLVE, Mode.FIRST):
             return site.pair(qparams.RESOLVE_MIN_MAX, value, low, high)
-        if site.mode is Mode.TRAIN and site.across_ranks:
+        if site.mode in (Mode.TRAIN, Mode.OBSERVE) and site.across_ranks:
             return self._average(site, value)
         if site.mode is Mode.EXTEND:
             new = site.pair(qparams.EXTEND_MIN_MAX, value, low, high)

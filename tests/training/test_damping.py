@@ -1,0 +1,120 @@
+"""The damping of weights against the formula, and what it does to weights that oscillate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import CurrentTensor, QuantSpec, Stage
+from fxquant.prepared.quantizer import quantizers
+
+X = torch.zeros(2, 16)
+
+
+def prepared(spec: QuantSpec) -> nn.Module:
+    torch.manual_seed(0)
+    return fxquant.prepare(nn.Sequential(nn.Linear(16, 4)), (X,), recipe=fxquant.Recipe(name="one", weight=spec))
+
+
+def formula(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """``Σ (Q(w) − w)²`` and ``Q(w)`` in float64; with scales from the weight itself nothing is clipped."""
+    rows = w.detach().double().reshape(-1, spec.group_size) if spec.group_size else w.detach().double()
+    scale = (rows.abs().amax() if spec.axis is None else rows.abs().amax(1, keepdim=True)) / spec.quant_max
+    quantized = ((rows / scale).round() * scale).reshape(w.shape)
+    return (quantized - w.double()).square().sum(), quantized
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor()),
+        QuantSpec(bits=3, narrow=True, range=CurrentTensor()),
+        QuantSpec(bits=4, narrow=True, axis=0, group_size=8, range=CurrentTensor()),
+    ],
+    ids=str,
+)
+def test_the_formula_and_its_gradient(spec: QuantSpec) -> None:
+    model = prepared(spec)
+    schedule = fxquant.Schedule(model, [Stage(at=0, damping=0.5), Stage(at=1, damping=0.0)])
+    weight = model[0].weight
+    value, quantized = formula(weight, spec)
+    loss = schedule.damping()
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * value.item(), rel=1e-5)
+    torch.testing.assert_close(weight.grad.double(), weight.double().detach() - quantized, rtol=1e-5, atol=1e-7)
+    schedule.step()
+    assert schedule.damping().item() == 0 and not schedule.damps
+
+
+def test_only_what_is_quantized_and_trained_is_damped() -> None:
+    model = prepared(QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor()))
+    schedule = fxquant.Schedule(
+        model, [Stage(at=0, weights="float", damping=1.0), Stage(at=1, weights=8), Stage(at=2, weights="quantize")]
+    )
+    assert schedule.damping().item() == 0
+    schedule.step()
+    weight = model[0].weight
+    eight = QuantSpec(bits=8, narrow=True, axis=0, range=CurrentTensor())
+    assert schedule.damping().item() == pytest.approx(formula(weight, eight)[0].item(), rel=1e-4)
+    weight.requires_grad_(False)
+    assert schedule.damping().item() == 0
+
+
+class Stored(fxquant.spec.Range):
+    """A scale for the whole weight that is kept: what lies beyond its codes is clipped."""
+
+    kind = "stored in a test of damping"
+    state_names = ("step",)
+    roles = frozenset({"weight"})
+
+    def initial_state(self, format: Any) -> dict[str, Tensor]:
+        return {"step": torch.full((1,), 0.05)}
+
+    def qparams(self, site: Any, value: Any) -> Any:
+        from fxquant.spec.ranges import Qparams
+
+        zero = site.call(torch.ops.aten.full.default, [1], 0, dtype=torch.int32, device=torch.device("cpu"))
+        return Qparams(site.state["step"], zero)
+
+
+def test_what_is_clipped_is_not_pulled() -> None:
+    """``clip(w)`` is ``Q(w)`` there: such a weight is at the end of its codes and oscillates between none."""
+    model = prepared(QuantSpec(bits=3, narrow=True, range=Stored()))
+    weight = model[0].weight
+    schedule = fxquant.Schedule(model, [Stage(at=0, damping=1.0)])
+    schedule.damping().backward()
+    w = weight.detach().double()
+    assert (w.abs() > 0.175).any() and (w.abs() < 0.175).any()
+    quantized = (w / 0.05).round().clamp(-3, 3) * 0.05
+    apart = torch.where((w / 0.05).round().abs() > 3, 0.0, w - quantized)
+    torch.testing.assert_close(weight.grad.double(), 2 * apart, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_come_to_rest_where_they_oscillated() -> None:
+    """A weight whose best value lies between two codes goes back and forth; damped, it stays on one."""
+    moves = {}
+    for factor in (0.0, 2.0):
+        model = prepared(QuantSpec(bits=3, narrow=True, range=CurrentTensor()))
+        layer = model[0]
+        schedule = fxquant.Schedule(model, [Stage(at=0, damping=factor)])
+        (quantizer,) = (q for key, q in quantizers(model) if key.endswith("weight"))
+        assert quantizer.is_on
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(-1, 1, 64).view(4, 16))
+        aim, codes, changed = layer.weight.detach() * 0.98 + 0.01, None, 0
+        for _ in range(60):
+            quantized = formula(layer.weight, quantizer.spec)[1].float()
+            now = (quantized / quantized.abs().max() * 3).round()
+            changed += 0 if codes is None else int((now != codes).sum())
+            codes = now
+            layer.weight.grad = None
+            pulled = layer.weight + (quantized - layer.weight).detach()  # straight through
+            ((pulled - aim).square().sum() + schedule.damping()).backward()
+            with torch.no_grad():
+                layer.weight -= 0.05 * layer.weight.grad
+        moves[factor] = changed
+    assert moves[0.0] > 100 and moves[2.0] < 0.5 * moves[0.0], moves
