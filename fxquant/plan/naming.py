@@ -14,12 +14,14 @@ from fxquant.plan.placements import Placement
 from fxquant.plan.plan import Edge, FloatPlace, LocalSite, Site
 from fxquant.plan.positions import Positions, enclosing
 
+_MODEL = "the model's forward"
+
 
 class Naming:
-    """Turns placements on nodes into sites on owners."""
+    """Turns placements on nodes into sites on owners; ``may_own``: whether the model itself can be one."""
 
-    def __init__(self, gm: fx.GraphModule, sites: dict[tuple[str, tuple[Edge, ...]], Site]) -> None:
-        self.sites = sites
+    def __init__(self, gm: fx.GraphModule, sites: dict[tuple[str, tuple[Edge, ...]], Site], may_own: bool) -> None:
+        self.sites, self.may_own = sites, may_own
         self.positions = Positions(gm)
         self.root = next((enclosing(node, "")[0].path for node in gm.graph.nodes), "")
         self.taken: dict[str, set[str]] = {}  # names, by owner
@@ -43,14 +45,7 @@ class Naming:
             if len(parts) > 1:
                 return
         if owner is None:
-            where = " → ".join(frame.path for frame in enclosing(first, self.root)[1:]) or "the model's forward"
-            declined.append(
-                FloatPlace(
-                    where=first.name,
-                    reason=f"a graph break or checkpoint lies between it and the start of {where}",
-                    source=user_line(first),
-                )
-            )
+            declined.append(FloatPlace(where=first.name, reason=self._without_owner(first), source=user_line(first)))
             return
         key, path = owner
         edges = self.positions.edges(key, placed.edges)
@@ -66,6 +61,12 @@ class Naming:
         self.sites[path, edges] = Site(
             owner=path, local=local, reason=placed.reason, source=user_line(first), matrix=placed.matrix
         )
+
+    def _without_owner(self, node: fx.Node) -> str:
+        where = " → ".join(frame.path for frame in enclosing(node, self.root)[1:])
+        if not where and not self.may_own:
+            return "the model is a ModuleDict or ModuleList, which may run all that it holds: put it into another module"
+        return f"a graph break or checkpoint lies between it and the start of {where or _MODEL}"
 
     def _is_of_repeated_module(self, placed: Placement) -> bool:
         """Whether calls of one module read the weight, maybe as many as its input is long: each has its own site."""

@@ -29,13 +29,18 @@ class _Marker:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
+def may_own(module: nn.Module) -> bool:
+    """Whether a module can hold quantizers: a ModuleDict or ModuleList that has a forward may run all that it holds."""
+    return not isinstance(module, nn.ModuleDict | nn.ModuleList | torch.jit.ScriptModule)
+
+
 @contextlib.contextmanager
 def frame_marks(model: nn.Module) -> Iterator[None]:
-    """Inside, Dynamo's graphs show with a bind node where the frame of each module begins."""
+    """Inside, Dynamo's graphs show with a bind node where the frame of each module begins that `may_own` its sites."""
     markers = [
         _Marker(module, path)
         for path, module in model.named_modules()
-        if type(module).forward is not nn.Module.forward and not isinstance(module, torch.jit.ScriptModule)
+        if type(module).forward is not nn.Module.forward and may_own(module)
     ]
     for marker in markers:
         call = own_code(_Marker.__call__, f"marker of {marker.path}")

@@ -20,7 +20,7 @@ from fxquant.plan.plan import Edge, FloatPlace, Plan, Site
 from fxquant.plan.positions import modules_around
 from fxquant.plan.solver import place
 from fxquant.plan.unreached import left_out, unreached
-from fxquant.prepared.frame_marks import frame_marks
+from fxquant.prepared.frame_marks import frame_marks, may_own
 from fxquant.prepared.unfused import unfused
 from fxquant.spec.recipes import Recipe
 from fxquant.spec.rules import Rulebook
@@ -44,7 +44,7 @@ def make_plan(
     for gm in graphs:
         found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm), ends))
         declined += (*found.described_declines(), *unreached(gm, profile))
-        naming = Naming(gm, sites)
+        naming = Naming(gm, sites, may_own(model))
         for placed in found.placed:
             naming.add(placed, declined)
     declined += left_out(model, graphs)

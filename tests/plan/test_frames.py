@@ -381,3 +381,35 @@ def test_recurrent_layers_stay_float_beside_quantized_ones(kind: type[nn.Module]
 def test_a_recurrent_layer_alone_is_refused() -> None:
     with pytest.raises(fxquant.errors.UnsupportedModel, match=r"found none to quantize .*Dynamo made no graph of it"):
         prepared(nn.LSTM(8, 8), torch.randn(2, 3, 8))
+
+
+class Dense(nn.ModuleDict):
+    """Runs all that it holds, as the blocks of DenseNet do: quantizers in it would be layers too."""
+
+    def __init__(self) -> None:
+        super().__init__({"one": nn.Linear(4, 4), "two": nn.Linear(8, 4)})
+        self.weight = nn.Parameter(torch.randn(4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.values():
+            found.append(layer(torch.cat(found, 1)))
+        return torch.nn.functional.linear(torch.cat(found, 1), self.weight)
+
+
+def test_a_module_that_runs_all_that_it_holds_owns_no_quantizer() -> None:
+    x = torch.randn(3, 4)
+    model = plain_and_quantized(lambda: nn.Sequential(Dense(), nn.Linear(4, 4)), x, whole(x))
+    plan = plan_of(model)
+    assert plan is not None and {site.owner for site in plan.sites} == {"", "0.one", "0.two", "1"}
+    assert {"0_linear0_input", "0_linear0_weight"} <= {site.key for site in plan.sites}
+
+
+def test_such_a_module_alone_keeps_its_own_operators_in_float() -> None:
+    x = torch.randn(3, 4)
+    plan = plan_of(plain_and_quantized(Dense, x, whole(x)))
+    assert plan is not None and {site.owner for site in plan.sites} == {"one", "two"}
+    reasons = {each.reason for each in plan.declined if "ModuleDict" in each.reason}
+    assert reasons == {
+        "the model is a ModuleDict or ModuleList, which may run all that it holds: put it into another module"
+    }
