@@ -65,7 +65,9 @@ class Naming:
     def _without_owner(self, node: fx.Node) -> str:
         where = " → ".join(frame.path for frame in enclosing(node, self.root)[1:])
         if not where and not self.may_own:
-            return "the model is a ModuleDict or ModuleList, which may run all that it holds: put it into another module"
+            return (
+                "the model is a ModuleDict or ModuleList, which may run all that it holds: put it into another module"
+            )
         return f"a graph break or checkpoint lies between it and the start of {where or _MODEL}"
 
     def _is_of_repeated_module(self, placed: Placement) -> bool:
