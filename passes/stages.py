@@ -12,6 +12,7 @@ from torch import fx
 from fxquant.graph.meta import SITE, SOURCE, STANDS_FOR, STATE
 from fxquant.ops import fake_quantize, qdq, qparams, quantize, saved
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
+from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
 from fxquant.ops.marks import BIND, MATERIALIZE, STAND_IN
 
@@ -59,7 +60,15 @@ JOINT = Stage(
     name="joint",
     marks=frozenset({INTEGER_CONVOLUTION}),
     makes=frozenset(
-        {*quantize.QUANTIZE, *quantize.DEQUANTIZE, *saved.FORWARD, *saved.BACKWARD, INTEGER_CONVOLUTION},
+        {
+            *quantize.QUANTIZE,
+            *quantize.DEQUANTIZE,
+            QUANTIZE_ELEMENTS,
+            DEQUANTIZE_ELEMENTS,
+            *saved.FORWARD,
+            *saved.BACKWARD,
+            INTEGER_CONVOLUTION,
+        },
     ),
     owns=("val", "recompute"),
 )

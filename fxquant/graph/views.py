@@ -119,6 +119,11 @@ class _Affine(View):
         return argument(self.node, "rounding")
 
     @property
+    def element(self) -> str | None:
+        """The small float that codes are; None for integers."""
+        return argument(self.node, "element") if has_argument(self.node, "element") else None
+
+    @property
     def grid(self) -> tuple[Any, ...]:
         """Scale, zero point, axis where there is one, quant_min and quant_max: what follows the input in the schema."""
         channels = () if self.axis is None else (self.axis,)
@@ -126,7 +131,7 @@ class _Affine(View):
 
     def has_grid_of(self, other: _Affine) -> bool:
         """Whether both put values on the same grid, and in the same way."""
-        return (self.grid, self.rounding) == (other.grid, other.rounding)
+        return (self.grid, self.rounding, self.element) == (other.grid, other.rounding, other.element)
 
 
 @dataclass(frozen=True)

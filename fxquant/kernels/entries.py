@@ -14,6 +14,8 @@ from fxquant.kernels.launch import Launcher, NotServed, require
 from fxquant.numerics.blocks import Element, IntegerGrid
 from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
 
+_NO_ELEMENTS = "no kernel of the affine family has codes that are small floats"
+
 
 def _per_tensor(
     launch: Launcher,
@@ -26,7 +28,9 @@ def _per_tensor(
     rounding: str = "reciprocal",
     pass_through: bool = False,
     scale_gradient: float = 0.0,
+    element: str | None = None,
 ) -> Tensor:
+    require(element is None, _NO_ELEMENTS)
     return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding))
 
 
@@ -42,7 +46,9 @@ def _per_channel(
     rounding: str = "reciprocal",
     pass_through: bool = False,
     scale_gradient: float = 0.0,
+    element: str | None = None,
 ) -> Tensor:
+    require(element is None, _NO_ELEMENTS)
     return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding, axis))
 
 
@@ -56,7 +62,9 @@ def _per_tensor_backward(
     high: int,
     *,
     rounding: str = "reciprocal",
+    element: str | None = None,
 ) -> Tensor:
+    require(element is None, _NO_ELEMENTS)
     return affine.backward(launch, grad, x, Qparams(scale, point, low, high, rounding))
 
 
@@ -71,7 +79,9 @@ def _per_channel_backward(
     high: int,
     *,
     rounding: str = "reciprocal",
+    element: str | None = None,
 ) -> Tensor:
+    require(element is None, _NO_ELEMENTS)
     return affine.backward(launch, grad, x, Qparams(scale, point, low, high, rounding, axis))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxquant.numerics.division import divide_by_number, reciprocal
 from fxquant.numerics.floating import power_of_two_below, round_to_float, widen
-from fxquant.numerics.formats import FloatFormat
+from fxquant.numerics.formats import FLOAT_FORMATS, FloatFormat
 from fxquant.numerics.stochastic import round_by_chance, uniform
 
 # E8M0, the scale of MX: powers of two between these. The lower one is subnormal in float32.
@@ -208,6 +208,18 @@ def _scale_by_tensor(amax: Tensor, element: Element, format: Element, tensor_ama
     ratio = divide_by_number(amax.clamp(min=0.0), element.max) / unit
     ratio = torch.where(ratio < format.max, ratio, format.max)  # of a NaN too: it then stays alone in its block
     return round_to_element(ratio, format, None) * unit
+
+
+SCALE_FORMATS = ("e8m0", "e4m3")
+"""What the scales of blocks can be quantized to, each in its own way."""
+
+
+def block_scales(rows: Tensor, element: Element, scale_format: str, tensor_amax: Tensor | None) -> Tensor:
+    """The scale of each row of a matrix, in float32, as `fake_quantize_mx` and `fake_quantize_blocks` have them."""
+    amax = rows.abs().amax(1).to(torch.float32)
+    if scale_format == "e8m0":
+        return mx_scale(amax, element, "floor")
+    return _scale_by_tensor(amax, element, FLOAT_FORMATS[scale_format], tensor_amax)
 
 
 def _scale_by_block(scale: Tensor, at: Blocks, grid: Element, scale_at: Blocks) -> Tensor:

@@ -34,6 +34,11 @@ class FloatFormat:
     has_nan: bool
 
     @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
     def emin(self) -> int:
         """Exponent of the smallest normal value; subnormals share its step."""
         return 1 - self.bias

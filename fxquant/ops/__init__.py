@@ -7,6 +7,7 @@
 | observe and quantize | `observe` | torch's fused moving average; delayed |
 | integer codes | `quantize`, `int4` | quantize, dequantize, packed int4 |
 | small floats | `floating` | fp8, fp6, fp4, with a scale or bare |
+| their codes | `elements` | a byte each, with the format's own bits |
 | blocks | `blocks` | MX, NVFP4, block integers, double quantization |
 | stochastic rounding | `stochastic` | Philox by element index |
 | scaled by amax | `amax` | what `fxquant.tensor_quant` is made of |
@@ -18,6 +19,7 @@ Each file holds schema, checks, arithmetic and gradient of its operators, and a 
 from fxquant.ops import plain_inductor  # noqa: F401  (says to Inductor, once it is asked, what fuses)
 from fxquant.ops.bias import fake_quantize_bias
 from fxquant.ops.blocks import fake_quantize_blocks, fake_quantize_mx, fake_quantize_nvfp4
+from fxquant.ops.elements import dequantize_elements, quantize_elements
 from fxquant.ops.fake_quantize import (
     fake_quantize_differentiable,
     fake_quantize_per_channel_affine,
@@ -40,6 +42,7 @@ from fxquant.ops.qparams import (
     affine_qparams,
     average_min_max,
     batch_min_max,
+    block_qparams,
     extend_min_max,
     resolve_min_max,
     symmetric_qparams,
@@ -59,7 +62,9 @@ __all__ = [
     "average_min_max",
     "batch_min_max",
     "bind",
+    "block_qparams",
     "dequantize_affine",
+    "dequantize_elements",
     "dequantize_float",
     "dequantize_per_channel",
     "dequantize_per_tensor",
@@ -83,6 +88,7 @@ __all__ = [
     "moving_avg_obs_fake_quant",
     "pack_int4",
     "quantize_dequantize",
+    "quantize_elements",
     "quantize_float",
     "quantize_per_channel",
     "quantize_per_tensor",

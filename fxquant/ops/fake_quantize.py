@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fxquant import numerics
-from fxquant.numerics import learnable
+from fxquant.numerics import elements, learnable, per_channel_view
 from fxquant.numerics.division import Rounding
+from fxquant.numerics.formats import float_format
 from fxquant.ops.affine_checks import (
     ZERO_POINT_RANGE,
     check_channel_zero_points,
@@ -52,9 +53,12 @@ def _per_tensor(
     rounding: Rounding = "reciprocal",
     pass_through: bool = False,
     scale_gradient: float = 0.0,
+    element: str | None = None,
 ) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     scale, point = scale.reshape(()), zero_point.reshape(())
+    if element is not None:
+        return elements.fake_quantize(x, scale, float_format(element), rounding)
     return numerics.fake_quantize_per_tensor(x, scale, point, quant_min, quant_max, rounding)
 
 
@@ -91,8 +95,11 @@ def _per_channel(
     rounding: Rounding = "reciprocal",
     pass_through: bool = False,
     scale_gradient: float = 0.0,
+    element: str | None = None,
 ) -> Tensor:
     per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
+    if element is not None:
+        return elements.fake_quantize(x, per_channel_view(scale, x.dim(), axis), float_format(element), rounding)
     return numerics.fake_quantize_per_channel(x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
@@ -105,8 +112,11 @@ def _per_tensor_grad(
     quant_max: int,
     *,
     rounding: Rounding = "reciprocal",
+    element: str | None = None,
 ) -> Tensor:
     scale, point = scale.reshape(()), zero_point.reshape(())
+    if element is not None:
+        return grad * elements.clip_mask(x, scale, float_format(element), rounding).to(grad.dtype)
     return numerics.fake_quantize_per_tensor_backward(grad, x, scale, point, quant_min, quant_max, rounding)
 
 
@@ -120,7 +130,11 @@ def _per_channel_grad(
     quant_max: int,
     *,
     rounding: Rounding = "reciprocal",
+    element: str | None = None,
 ) -> Tensor:
+    if element is not None:
+        step = per_channel_view(scale, x.dim(), axis)
+        return grad * elements.clip_mask(x, step, float_format(element), rounding).to(grad.dtype)
     return numerics.fake_quantize_per_channel_backward(grad, x, scale, zero_point, axis, quant_min, quant_max, rounding)
 
 
@@ -128,7 +142,8 @@ def _per_channel_grad(
 def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
     if getattr(a, "pass_through", False):
         return {"input": grad}
-    found = PER_TENSOR_BACKWARD(grad, a.input, a.scale, a.zero_point, a.quant_min, a.quant_max, rounding=a.rounding)
+    limits, form = (a.quant_min, a.quant_max), {"rounding": a.rounding, "element": getattr(a, "element", None)}
+    found = PER_TENSOR_BACKWARD(grad, a.input, a.scale, a.zero_point, *limits, **form)
     return {"input": found, **_to_scale(a, grad, None)}
 
 
@@ -137,6 +152,9 @@ def _to_scale(a: Any, grad: Tensor, axis: int | None) -> dict[str, Tensor]:
     factor = getattr(a, "scale_gradient", 0.0)
     if not factor:
         return {}
+    if a.element is not None:
+        format = float_format(a.element)
+        return {"scale": elements.scale_gradient(grad, a.input, a.scale, axis, format, a.rounding) * factor}
     point = a.zero_point.to(a.scale.dtype)
     limits = (a.quant_min, a.quant_max)
     found = learnable.learnable_affine_backward(grad, a.input, a.scale, point, axis, *limits, factor, a.rounding)
@@ -152,9 +170,8 @@ def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
 def _backward_per_channel(a: Any, grad: Tensor) -> dict[str, Tensor]:
     if getattr(a, "pass_through", False):
         return {"input": grad}
-    found = PER_CHANNEL_BACKWARD(
-        grad, a.input, a.scale, a.zero_point, a.axis, a.quant_min, a.quant_max, rounding=a.rounding
-    )
+    limits, form = (a.quant_min, a.quant_max), {"rounding": a.rounding, "element": a.element}
+    found = PER_CHANNEL_BACKWARD(grad, a.input, a.scale, a.zero_point, a.axis, *limits, **form)
     return {"input": found, **_to_scale(a, grad, a.axis)}
 
 
@@ -169,7 +186,10 @@ _ROUNDING = '*, str rounding="reciprocal"'
 
 # pass_through: the caller knows that no code lies outside the range, so the gradient is dy, and nothing is kept for it.
 # scale_gradient: for scales that are trained, the factor of the gradient that they receive; 0 for none, as in torch.
-_FORWARD = f"{_ROUNDING}, bool pass_through=False, float scale_gradient=0."
+# element: codes are those of a small float format, whose ends are quant_min and quant_max; the zero point is 0. See
+# ``fxquant.numerics.elements``.
+_FORWARD = f"{_ROUNDING}, bool pass_through=False, float scale_gradient=0., str? element=None"
+_ELEMENT = f"{_ROUNDING}, str? element=None"
 
 
 _SAVED = ("input", "scale", "zero_point")
@@ -204,7 +224,7 @@ PER_CHANNEL = define(
 
 
 PER_TENSOR_BACKWARD = define(
-    f"fake_quantize_per_tensor_affine_backward(Tensor grad, Tensor input, {_TENSOR}, {_ROUNDING}) -> Tensor",
+    f"fake_quantize_per_tensor_affine_backward(Tensor grad, Tensor input, {_TENSOR}, {_ELEMENT}) -> Tensor",
     _per_tensor_grad,
     backward=lambda a, grad: {"grad": _backward_per_tensor(a, grad)["input"]},
     saves=_SAVED,
@@ -212,7 +232,7 @@ PER_TENSOR_BACKWARD = define(
 
 
 PER_CHANNEL_BACKWARD = define(
-    f"fake_quantize_per_channel_affine_backward(Tensor grad, Tensor input, {_CHANNEL}, {_ROUNDING}) -> Tensor",
+    f"fake_quantize_per_channel_affine_backward(Tensor grad, Tensor input, {_CHANNEL}, {_ELEMENT}) -> Tensor",
     _per_channel_grad,
     backward=lambda a, grad: {"grad": _backward_per_channel(a, grad)["input"]},
     saves=_SAVED,

@@ -129,14 +129,14 @@ ROLES: Mapping[str, Role] = {
     **dict.fromkeys(
         (
             *("quantize_per_tensor", "quantize_per_tensor.tensor_qparams", "quantize_per_channel"),
-            *("clip_mask_per_tensor_affine", "pack_planes"),
+            *("clip_mask_per_tensor_affine", "pack_planes", "quantize_elements"),
         ),
         CODES,
     ),
     **dict.fromkeys(
         (
             *("dequantize_per_tensor", "dequantize_per_tensor.tensor_qparams", "dequantize_per_channel"),
-            "unpack_planes",
+            *("unpack_planes", "dequantize_elements"),
         ),
         READER,
     ),

@@ -13,7 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from fxquant.errors import InvalidArgument
+from fxquant.numerics.blocks import SCALE_FORMATS, IntegerGrid, block_scales
 from fxquant.numerics.division import divide_by_number
+from fxquant.numerics.formats import float_format
 from fxquant.ops.library import define
 
 # torch.ao's floor for activation scales; a constant-zero tensor then has codes 0 and exact zeros.
@@ -116,10 +119,12 @@ def _ranges_like(x: Tensor, minimum: Tensor, maximum: Tensor, *_: float) -> tupl
     return torch.empty_like(minimum), torch.empty_like(maximum)
 
 
-def _affine(minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _affine(
+    minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, symmetric: bool, element: str | None = None
+) -> tuple[Tensor, Tensor]:
     low, high = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
     if symmetric:
-        reach = (quant_max - quant_min) // 2
+        reach = (quant_max - quant_min) // 2 if element is None else float_format(element).max
         scale = divide_by_number(torch.maximum(-low, high), reach).clamp(ACTIVATION_SCALE_FLOOR, _SCALE_CEILING)
         middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
@@ -130,26 +135,44 @@ def _affine(minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int, sy
     return scale, point.to(torch.int32)
 
 
-def _affine_like(minimum: Tensor, *_: Tensor | int) -> tuple[Tensor, Tensor]:
+def _affine_like(minimum: Tensor, *_: Tensor | int, **__: str | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(minimum), torch.empty_like(minimum, dtype=torch.int32)
 
 
-def _symmetric(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
+def _symmetric(x: Tensor, axis: int | None, quant_max: int, element: str | None = None) -> tuple[Tensor, Tensor]:
     others = [d for d in range(x.dim()) if d != axis]
     # amax of no dimension would mean all of them: a 1-D tensor per channel keeps its elements.
     if x.numel() == 0:
         amax = x.new_zeros(() if axis is None else x.shape[axis])
     else:
         amax = x.abs().amax(dim=others) if others else x.abs()
-    scale = divide_by_number(amax.to(torch.float32), quant_max).clamp(min=WEIGHT_SCALE_FLOOR)
+    reach = quant_max if element is None else float_format(element).max
+    scale = divide_by_number(amax.to(torch.float32), reach).clamp(min=WEIGHT_SCALE_FLOOR)
     if axis is None:
         scale = scale.reshape(1)
     return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
-def _symmetric_like(x: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
+def _symmetric_like(x: Tensor, axis: int | None, quant_max: int, element: str | None = None) -> tuple[Tensor, Tensor]:
     count = 1 if axis is None else x.shape[axis]
     return x.new_empty(count, dtype=torch.float32), x.new_empty(count, dtype=torch.int32)
+
+
+def _blocks(
+    rows: Tensor, tensor_amax: Tensor | None, quant_max: int, scale_format: str, element: str | None = None
+) -> tuple[Tensor, Tensor]:
+    if scale_format not in SCALE_FORMATS:
+        known = ", ".join(map(repr, SCALE_FORMATS))
+        raise InvalidArgument(f"`scale_format` must be one of {known}: got {scale_format!r}.")
+    grid = IntegerGrid(-quant_max, quant_max) if element is None else float_format(element)
+    scale = block_scales(rows, grid, scale_format, tensor_amax)
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def _blocks_like(
+    rows: Tensor, tensor_amax: Tensor | None, quant_max: int, scale_format: str, element: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return _symmetric_like(rows, 0, quant_max)
 
 
 BATCH_MIN_MAX = define("batch_min_max(Tensor input) -> (Tensor, Tensor)", _batch, fake=_batch_like)
@@ -171,12 +194,21 @@ RESOLVE_MIN_MAX = define(
     "resolve_min_max(Tensor input, Tensor min, Tensor max) -> (Tensor, Tensor)", _resolve, fake=_ranges_like
 )
 AFFINE_QPARAMS = define(
-    "affine_qparams(Tensor min, Tensor max, int quant_min, int quant_max, bool symmetric) -> (Tensor, Tensor)",
+    "affine_qparams(Tensor min, Tensor max, int quant_min, int quant_max, bool symmetric, *, str? element=None) "
+    "-> (Tensor, Tensor)",
     _affine,
     fake=_affine_like,
 )
 SYMMETRIC_QPARAMS = define(
-    "symmetric_qparams(Tensor input, int? axis, int quant_max) -> (Tensor, Tensor)", _symmetric, fake=_symmetric_like
+    "symmetric_qparams(Tensor input, int? axis, int quant_max, *, str? element=None) -> (Tensor, Tensor)",
+    _symmetric,
+    fake=_symmetric_like,
+)
+BLOCK_QPARAMS = define(
+    "block_qparams(Tensor rows, Tensor? tensor_amax, int quant_max, str scale_format, *, str? element=None) "
+    "-> (Tensor, Tensor)",
+    _blocks,
+    fake=_blocks_like,
 )
 
 QPARAM_OPS = (
@@ -187,6 +219,7 @@ QPARAM_OPS = (
     RESOLVE_MIN_MAX,
     AFFINE_QPARAMS,
     SYMMETRIC_QPARAMS,
+    BLOCK_QPARAMS,
 )
 
 
@@ -215,15 +248,48 @@ def resolve_min_max(input: Tensor, min: Tensor, max: Tensor) -> tuple[Tensor, Te
     return RESOLVE_MIN_MAX(input, min, max)
 
 
-def affine_qparams(min: Tensor, max: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def affine_qparams(
+    min: Tensor, max: Tensor, quant_min: int, quant_max: int, symmetric: bool, *, element: str | None = None
+) -> tuple[Tensor, Tensor]:
     """(scale, zero_point) for a range widened to hold 0: float32 and int32, shaped like ``min``.
 
     Asymmetric: ``scale = (max − min) / (quant_max − quant_min)``, ``zero_point = quant_min − round(min / scale)``.
-    Symmetric: ``scale = max(−min, max) / ((quant_max − quant_min) // 2)``, zero_point in the middle.
+    Symmetric: ``scale = max(−min, max) / ((quant_max − quant_min) // 2)``, zero_point in the middle; with ``element``,
+    a small float format, over that format's largest value.
     """
-    return AFFINE_QPARAMS(min, max, quant_min, quant_max, symmetric)
+    return AFFINE_QPARAMS(min, max, quant_min, quant_max, symmetric, element=element)
 
 
-def symmetric_qparams(input: Tensor, axis: int | None, quant_max: int) -> tuple[Tensor, Tensor]:
-    """(amax / quant_max, 0) of the tensor itself, per slice of ``axis`` or for the whole (then of shape [1])."""
-    return SYMMETRIC_QPARAMS(input, axis, quant_max)
+def symmetric_qparams(
+    input: Tensor, axis: int | None, quant_max: int, *, element: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(amax / quant_max, 0) of the tensor itself, per slice of ``axis`` or for the whole (then of shape [1]).
+
+    With ``element``, a small float format, over that format's largest value.
+    """
+    return SYMMETRIC_QPARAMS(input, axis, quant_max, element=element)
+
+
+def block_qparams(
+    rows: Tensor,
+    tensor_amax: Tensor | None,
+    quant_max: int,
+    scale_format: str,
+    *,
+    element: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scale, 0) of each row of a matrix, a block of values, quantized in turn; float32 and int32 of shape [rows].
+
+    ``max`` is ``quant_max``, or the largest value of ``element``, a small float format::
+
+        "e8m0"   2^(floor(log2 amax) − floor(log2 max)), from 2^−127 to 2^127      OCP MX v1.0
+        "e4m3"   e4m3(amax / max / g) · g,  g = tensor_amax / (max · 448)          NVFP4
+
+    ``tensor_amax`` is one element, the rows' own by default; it has no use with "e8m0". A row of zeros has a scale of
+    its own in "e8m0" and 0 in "e4m3".
+
+    Raises InvalidArgument for another ``scale_format``.
+
+    Source: OCP Microscaling Formats (MX) v1.0; NVIDIA, "Pretraining Large Language Models with NVFP4", 2025.
+    """
+    return BLOCK_QPARAMS(rows, tensor_amax, quant_max, scale_format, element=element)

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fxquant.numerics import affine, planes
+from fxquant.numerics import affine, elements, planes
 from fxquant.numerics.division import Rounding
+from fxquant.numerics.formats import float_format
 from fxquant.ops.affine_checks import per_tensor_arguments
 from fxquant.ops.library import define, same_arguments
 
 
 def _mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *, rounding: Rounding = "reciprocal"
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "reciprocal",
+    element: str | None = None,
 ) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
+    if element is not None:
+        return elements.clip_mask(x, scale.reshape(()), float_format(element), rounding)
     return affine.clip_mask_per_tensor(x, scale.reshape(()), zero_point.reshape(()), quant_min, quant_max, rounding)
 
 
@@ -40,7 +50,7 @@ def _unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
 
 CLIP_MASK = define(
     "clip_mask_per_tensor_affine(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-    '*, str rounding="reciprocal") -> Tensor',
+    '*, str rounding="reciprocal", str? element=None) -> Tensor',
     _mask,
     lift=same_arguments,
 )

@@ -11,7 +11,7 @@ from fxquant.graph.lift import Operand
 from fxquant.graph.nodes import call_nodes, gives_floats, is_float
 from fxquant.graph.views import BatchNorm
 from fxquant.plan.problem import Problem, names
-from fxquant.plan.weight_groups import matrix_of, why_not_grouped
+from fxquant.plan.weight_groups import matrix_of, why_not_blocked, why_not_grouped
 
 _HALF = (torch.float16, torch.bfloat16)
 _BESIDE = "the runtime multiplies a weight with scales per group by floats"
@@ -60,6 +60,8 @@ class Demands:
                 self.heads[problem.end(node)] = node
         elif kind.name in profile.soft | {"add"} and not problem.all_wanted(node):
             self.declined.append((node, problem.weights_only))
+        elif kind.name in profile.soft | {"add"} and any(problem.is_blocked((node, name)) for name in operands(node)):
+            self.declined.append((node, "a scale per token or group is for matrix products alone"))
         elif kind.name == "add" and profile.skips:
             self._demand_skip(node)
         elif kind.name in profile.soft and not any(self._skips(node, name) for name in (*operands(node), "output")):
@@ -84,8 +86,13 @@ class Demands:
             self.declined.append((node, ungrouped))
             return False
         floats = [name for name, operand in operands(node).items() if is_float(operand)]
-        if self.profile.float_beside_groups and any(problem.is_grouped((node, name)) for name in weights):
-            beside = [name for name in floats if name not in weights and problem.is_wanted(node, name)]
+        others = [name for name in floats if name not in weights]
+        unblocked = next(filter(None, (self._why_not_blocked(node, name, bool(weights)) for name in others)), None)
+        if unblocked is not None:
+            self.declined.append((node, unblocked))
+            return False
+        if self.profile.float_beside_groups and any(problem.has_float_scales((node, name)) for name in weights):
+            beside = [name for name in others if problem.is_wanted(node, name)]
             self.declined += [(node, f"its {name}: {_BESIDE}") for name in beside]
             floats = weights
         whole = all([self._demand_operand(node, kind, name) for name in floats])
@@ -129,6 +136,13 @@ class Demands:
         if why is None and any(matrix_of(*edge) != matrix_of(node, name) for edge in others):
             return f"it is tied to that of {names(others)}, whose channels are its other axis"
         return why
+
+    def _why_not_blocked(self, node: fx.Node, name: str, has_weight: bool) -> str | None:
+        """Why an activation cannot have the format per token or group that it would get; None if it can."""
+        spec = self.problem.activation_spec((node, name))
+        if spec is None or spec.group_size is None:
+            return None
+        return why_not_blocked(node, name, spec, has_weight)
 
     def _demand_skip(self, node: fx.Node) -> None:
         """Demands the one operand of an add that does not come out of the convolution which the add fuses into."""

@@ -101,7 +101,8 @@ class Placing:
         """Of the tensors that the settled demands read, but for those that are results of units."""
         by_source: dict[fx.Node, list[Operand]] = {}
         for edge in settled.demands:
-            source = settled.lifting.source(edge)
+            node, name = edge
+            source = operands(node)[name] if self.problem.is_blocked(edge) else settled.lifting.source(edge)
             if packet(source) in ZEROS:  # a first state: where the module runs again, its site comes from there
                 self.declined.append((edge[0], f"its operand {source.name} is all zeros, which have no range"))
             else:

@@ -65,6 +65,21 @@ class Problem:
         spec = self.weight_spec(edge)
         return spec is not None and spec.group_size is not None
 
+    def has_float_scales(self, edge: Operand) -> bool:
+        """Whether its groups have float32 scales, which no kernel multiplies codes of activations by."""
+        spec = self.weight_spec(edge)
+        return spec is not None and spec.group_size is not None and spec.scale_format is None
+
+    def activation_spec(self, edge: Operand) -> QuantSpec | None:
+        """The format that an activation would get, before it is fitted to the target."""
+        rule = self.exceptions.rule(*edge)
+        return self.recipe.activation if rule is None else rule.spec
+
+    def is_blocked(self, edge: Operand) -> bool:
+        """Whether that is a format per token or group."""
+        spec = self.activation_spec(edge)
+        return spec is not None and spec.group_size is not None
+
 
 def names(edges: list[Operand]) -> str:
     """The operators of some operands, as reasons name them."""

@@ -1,11 +1,11 @@
-"""Where a weight can have a scale per group of consecutive values, and why not elsewhere."""
+"""Where tensors can have a scale per group of consecutive values, or per token, and why not elsewhere."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from fxquant.graph.kinds import Kind, kind_of, operands
-from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.quant_spec import TOKEN, QuantSpec
 
 _KINDS = frozenset({"linear", "matmul", "embedding"})
 
@@ -45,3 +45,25 @@ def _why_no_matrix(kind: Kind, name: str, dims: int, spec: QuantSpec) -> str:
         f"{kind.name} has another form: give it a format per channel, fxquant.Rule(kind={kind.name!r}, "
         f"operand={name!r}, spec=QuantSpec(bits={spec.bits}, narrow={spec.narrow}, axis=0, range=CurrentTensor()))"
     )
+
+
+def why_not_blocked(node: fx.Node, name: str, spec: QuantSpec, has_weight: bool) -> str | None:
+    """Why an activation cannot have this format, per token or group, before an operator; None if it can.
+
+    Groups run along the last axis, which a linear and a matrix product with a weight on the right sum over.
+    """
+    kind, value = kind_of(node), operands(node)[name].meta["val"]
+    assert kind is not None and spec.group_size is not None, "asked of formats per group only"
+    what = "a scale per token is" if spec.group_size == TOKEN else f"groups of {spec.group_size} are"
+    if kind.name not in ("linear", "matmul"):
+        return f"{what} for matrix products, and {kind.name} sums over more, or other, axes"
+    if not has_weight:
+        return f"{what} for products with a weight: no runtime multiplies two activations so"
+    length = value.shape[-1]
+    if spec.group_size == TOKEN:
+        return None
+    if not isinstance(length, int):
+        return f"groups of {spec.group_size} must divide the last axis of its {name}, whose length is open"
+    if length % spec.group_size:
+        return f"groups of {spec.group_size} must divide the {length} values along the last axis of its {name}"
+    return None

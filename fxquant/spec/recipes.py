@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fxquant.errors import InvalidArgument
-from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.quant_spec import TOKEN, QuantSpec
 from fxquant.spec.ranges.base import Range
 from fxquant.spec.ranges.current_tensor import CurrentTensor
 from fxquant.spec.ranges.named import get_range
@@ -16,6 +17,11 @@ from fxquant.spec.rules import Rule, checked
 
 def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
     """Raises InvalidArgument for a format that no site of this role can have."""
+    if spec.group_size is not None and (role == "output" or (role == "weight" and spec.group_size == TOKEN)):
+        raise InvalidArgument(
+            f"{subject}.group_size must be {'None' if role == 'output' else 'at least 2'}: got {spec.group_size}. "
+            f"{'A result has one scale.' if role == 'output' else 'A scale per token is for activations.'}"
+        )
     if role != "weight":
         if spec.axis is not None:
             raise InvalidArgument(f"{subject}.axis must be None: got {spec.axis}. An activation has one scale.")
@@ -29,6 +35,11 @@ def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
         )
     if not (spec.signed and spec.symmetric):
         raise InvalidArgument(f"{subject} must be signed and symmetric: got {spec}. Runtimes take zero point 0 there.")
+    if spec.group_size is not None and spec.axis is None:
+        raise InvalidArgument(
+            f"{subject}.group_size must go with an axis: got group_size={spec.group_size} and axis=None. "
+            "Set axis=0, the output channels."
+        )
     if subject.startswith("Recipe") and spec.axis not in (None, 0):
         raise InvalidArgument(
             f"{subject}.axis must be 0 (per output channel) or None: got {spec.axis}. "
@@ -73,16 +84,39 @@ class Recipe:
         return dataclasses.replace(self, activation=dataclasses.replace(self.activation, range=get_range(found)))
 
 
+def _weight(**fields: Any) -> QuantSpec:
+    """Per output channel, or along it in groups."""
+    return QuantSpec(axis=0, range=CurrentTensor(), **fields)
+
+
+def _mx(element: str) -> tuple[QuantSpec, QuantSpec]:
+    """Activations and weights of an MX format, which has groups of 32: OCP Microscaling Formats v1.0."""
+    fields: dict[str, Any] = {"element": element, "group_size": 32, "scale_format": "e8m0"}
+    return QuantSpec(range=CurrentTensor(), **fields), _weight(**fields)
+
+
+_MXFP8, _MXFP4 = _mx("e4m3"), _mx("e2m1")
+_NVFP4: dict[str, Any] = {"element": "e2m1", "group_size": 16, "scale_format": "e4m3"}
+_U8, _U4 = (QuantSpec(bits=bits, signed=False, symmetric=False) for bits in (8, 4))
+
 INT8 = Recipe(name="int8")
-W4A8 = Recipe(name="w4a8", weight=QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor()))
-
-INT4_WEIGHT_ONLY = Recipe(
-    name="int4_weight_only",
-    activation=None,
-    weight=QuantSpec(bits=4, narrow=True, axis=0, group_size=32, range=CurrentTensor()),
+INT8_DYNAMIC = Recipe(
+    name="int8_dynamic",
+    activation=QuantSpec(narrow=True, group_size=TOKEN, range=CurrentTensor()),
+    weight=_weight(narrow=True),
 )
+W4A8 = Recipe(name="w4a8", activation=_U8, weight=_weight(bits=4, narrow=True))
+W4A4 = Recipe(name="w4a4", activation=_U4, weight=_weight(bits=4, narrow=True))
+W2A8 = Recipe(name="w2a8", activation=_U8, weight=_weight(bits=2))
+INT4_WEIGHT_ONLY = Recipe(name="int4_weight_only", activation=None, weight=_weight(bits=4, narrow=True, group_size=32))
+FP8 = Recipe(name="fp8", activation=QuantSpec(element="e4m3"), weight=_weight(element="e4m3"))
+MXFP8 = Recipe(name="mxfp8", activation=_MXFP8[0], weight=_MXFP8[1])
+MXFP4 = Recipe(name="mxfp4", activation=_MXFP4[0], weight=_MXFP4[1])
+NVFP4 = Recipe(name="nvfp4", activation=QuantSpec(**_NVFP4), weight=_weight(**_NVFP4))
+W4A16_NVFP4 = Recipe(name="w4a16_nvfp4", activation=None, weight=_weight(**_NVFP4))
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (INT8, W4A8, INT4_WEIGHT_ONLY)}
+_EVERY = (INT8, INT8_DYNAMIC, W4A8, W4A4, W2A8, INT4_WEIGHT_ONLY, FP8, MXFP8, MXFP4, NVFP4, W4A16_NVFP4)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _EVERY}
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

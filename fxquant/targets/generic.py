@@ -10,6 +10,7 @@ _PROFILE = Profile(
     name="generic",
     hard=PRODUCT_KINDS | {"conv_transpose", "embedding"},
     soft=frozenset({"add", "cat", "avg_pool"}),
+    families=None,
     refused=FLOAT_CELLS,
 )
 

@@ -25,6 +25,7 @@ _PROFILE = Profile(
     bias_apart=True,
     integer_bias=True,
     float_pads=True,
+    families=frozenset({"token"}),
     # Beside a quantized activation it takes wider blocks for scales per column, and fails at run time.
     group_bits=range(2, 5),
     # 1.31 has no bfloat16 kernels, reads no float32 scale beside float16, and multiplies in float after a Cast.

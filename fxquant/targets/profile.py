@@ -33,6 +33,7 @@ class Profile:
         float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
         float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
+        families: formats beyond integers that it runs, by `QuantSpec.family`; None: any.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
         int4_convolutions: convolutions take weights that are stored as int4.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
@@ -63,6 +64,7 @@ class Profile:
     float_volume_pools: bool = False
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
+    families: frozenset[str] | None = frozenset()
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None
     int4_convolutions: bool = True
@@ -93,6 +95,9 @@ class Profile:
 
     def check_format(self, role: str, spec: QuantSpec, subject: str) -> None:
         """Raises InvalidArgument for a width that the runtime has no codes for, or groups of another size."""
+        if spec.family:
+            self._check_family(role, spec, subject)
+            return
         known = self.weight_bits if role == "weight" else self.activation_bits
         if spec.group_size is not None:
             self._check_group_size(spec.group_size, subject)
@@ -102,6 +107,15 @@ class Profile:
             bits = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start}"
             raise InvalidArgument(
                 f"{subject} must have {bits} bits for target {self.name!r}: got {spec.bits} for {what}."
+            )
+
+    def _check_family(self, role: str, spec: QuantSpec, subject: str) -> None:
+        if self.families is not None and spec.family not in self.families:
+            what = "a weight" if role == "weight" else "an activation"
+            others = "".join(f", {family}" for family in sorted(self.families))
+            raise InvalidArgument(
+                f"{subject} must have a format that target {self.name!r} runs: got {spec} for {what}. "
+                f"It runs integers{others}; target='generic' takes any format."
             )
 
     def _check_group_size(self, size: int, subject: str) -> None:

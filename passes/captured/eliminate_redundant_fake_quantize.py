@@ -70,7 +70,11 @@ def _eliminate(graph: fx.Graph) -> int:
 
 def _grid(site: FakeQuant, representative: dict[fx.Node, fx.Node]) -> tuple[object, ...]:
     """What tells the grids of two fake-quants apart."""
-    return (*(representative.get(a, a) if isinstance(a, fx.Node) else a for a in site.grid), site.rounding)
+    return (
+        *(representative.get(a, a) if isinstance(a, fx.Node) else a for a in site.grid),
+        site.rounding,
+        site.element,
+    )
 
 
 def _equal_qparams(graph: fx.Graph, changed: set[fx.Node]) -> dict[fx.Node, fx.Node]:

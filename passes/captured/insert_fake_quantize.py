@@ -139,7 +139,8 @@ def _insert(around: _Surroundings, site: Insertion, fuses: frozenset[str]) -> in
     """Inserts one site; returns in how many places."""
     if site.mode is Mode.OFF:
         return 0
-    lifting = around.lift(site.edges) if site.role == "activation" else Lifting(set(site.edges))
+    moved = site.role == "activation" and site.spec.group_size is None  # groups run along an axis of the operand
+    lifting = around.lift(site.edges) if moved else Lifting(set(site.edges))
     if site.role == "output":
         sources = dict.fromkeys(unit_end(node, fuses) for node, _ in site.edges)
     else:

@@ -58,6 +58,8 @@ def _scales(conv: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     weight = FakeQuant.of(operands(conv)["weight"])
     if source is None or weight is None or source.axis is not None or weight.axis not in (None, 0):
         return None
+    if source.element is not None or weight.element is not None:  # no int32 is added to such products
+        return None
     ours, its = source.scale, weight.scale
     return (ours, its) if _is_float32(ours) and _is_float32(its) else None
 

@@ -13,11 +13,13 @@ from fxquant.graph.edit import call, item
 from fxquant.graph.lift import Operand
 from fxquant.graph.meta import mark_observation
 from fxquant.graph.nodes import packet
+from fxquant.numerics.formats import FLOAT_FORMATS
 from fxquant.ops import fake_quantize, qparams
 from fxquant.passes.captured.across_ranks import reduced
 from fxquant.plan.plan import Role
 from fxquant.spec.mode import Mode
-from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.quant_spec import TOKEN, QuantSpec
+from fxquant.spec.ranges.site_graph import Qparams, of_element
 
 aten = torch.ops.aten
 
@@ -49,7 +51,10 @@ class SiteNodes:
     def __init__(self, graph: fx.Graph, source: fx.Node, site: Insertion) -> None:
         self.graph, self.source, self.site = graph, source, site
         self.role, self.format, self.mode = site.role, site.spec, site.mode
-        self.axis = site.spec.axis if site.spec.group_size is None else 0
+        # Scales of groups are found by row; those below one scale of the tensor once that is found.
+        self._under_tensor = site.spec.scale_format is not None and not site.spec.range.per_group
+        grouped = None if self._under_tensor else 0
+        self.axis = site.spec.axis if site.spec.group_size is None else grouped
         self.state = dict(zip(site.spec.range.state_names, site.state, strict=True)) if site.state else {}
         self.across_ranks = bool(site.group)
         self._agrees_before_use = site.before and bool(site.group) and site.mode is Mode.TRAIN
@@ -63,9 +68,9 @@ class SiteNodes:
         """One of several results."""
         return self._next(lambda: item(self.graph, node, index))
 
-    def pair(self, op: Any, *args: Any) -> tuple[fx.Node, fx.Node]:
+    def pair(self, op: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:
         """A call of an operator with two results, and these."""
-        both = self.call(op, *args)
+        both = self.call(op, *args, **kwargs)
         return self.item(both, 0), self.item(both, 1)
 
     def constant(self, number: float) -> fx.Node:
@@ -110,37 +115,66 @@ class SiteNodes:
 
     def _fake_quantize(self, value: fx.Node) -> fx.Node | None:
         spec = self.site.spec
-        found = spec.range.qparams(self, self.call(aten.detach.default, value))
+        detached = self.call(aten.detach.default, value)
+        found = spec.range.qparams(self, detached)
         if found is None:
             return None
-        options: dict[str, Any] = {"rounding": spec.rounding}
+        axis = self.axis
+        options: dict[str, Any] = {"rounding": spec.rounding, **of_element(spec)}
+        if self._under_tensor:
+            axis, found = 0, self._of_blocks(detached, found)
+        if spec.scale_format is not None:
+            options["pass_through"] = True  # what saturates does so by the rounding of its scale
         if found.scale_gradient:
             options["scale_gradient"] = found.scale_gradient
-        where = () if self.axis is None else (self.axis,)
-        op = fake_quantize.PER_TENSOR if self.axis is None else fake_quantize.PER_CHANNEL
+        where = () if axis is None else (axis,)
+        op = fake_quantize.PER_TENSOR if axis is None else fake_quantize.PER_CHANNEL
         qparams = (found.scale, found.zero_point)
         node = self.call(op, value, *qparams, *where, spec.quant_min, spec.quant_max, **options)
         node.meta["site"] = self.site
         return node
 
+    def _of_blocks(self, rows: fx.Node, tensor: Qparams) -> Qparams:
+        """The scales of rows, in the format that they are rounded to, below that of the tensor."""
+        spec = self.site.spec
+        largest = spec.quant_max if spec.element is None else FLOAT_FORMATS[spec.element].max
+        amax = self.call(aten.mul.Scalar, tensor.scale, largest)
+        limits = (spec.quant_max, spec.scale_format)
+        return Qparams(*self.pair(qparams.BLOCK_QPARAMS, rows, amax, *limits, **of_element(spec)))
+
     def _quantized_in_groups(self, size: int) -> fx.Node | None:
         """``w[N, K]``  →  ``reshape(FQ(reshape(w, [N·K/G, G]), s, 0, axis 0), [N, K])``, ``wᵀ`` for ``w[K, N]``.
 
         A group is a row of what the quantizer sees, so that a scale per row is a scale per group. Of a contiguous
-        ``[N, K]`` both reshapes are views.
+        ``[N, K]`` both reshapes are views. Activations the same, of any number of dimensions, with the axis that the
+        product sums over turned to the end; a group of a whole token is as long as that.
         """
-        first = self.site.spec.axis == 0
-        rows = self.source if first else self.call(aten.transpose.int, self.source, 0, 1)
-        node = self._fake_quantize(self.call(aten.reshape.default, rows, [-1, size]))
+        last = self.source.meta["val"].dim() - 1
+        along = block_axis(self.site, last + 1)
+        rows = self.source if along == last else self.call(aten.transpose.int, self.source, along, last)
+        length = rows.meta["val"].shape[last]
+        node = self._fake_quantize(self.call(aten.reshape.default, rows, [-1, length if size == TOKEN else size]))
         if node is None:
             return None
-        whole = self.call(aten.reshape.default, node, list(rows.meta["val"].shape))
-        return whole if first else self.call(aten.transpose.int, whole, 0, 1)
+        shape = list(rows.meta["val"].shape)
+        if all(isinstance(each, int) for each in shape):
+            whole = self.call(aten.reshape.default, node, shape)
+        else:
+            whole = self.call(aten.view_as.default, node, rows)
+        return whole if along == last else self.call(aten.transpose.int, whole, along, last)
+
+
+def block_axis(site: Insertion, dims: int) -> int:
+    """The axis that groups run along in a site's tensor."""
+    axis = site.spec.axis
+    if site.role == "weight":
+        return 1 if axis == 0 else 0
+    return dims - 1 if axis is None else axis
 
 
 def grouped_value(node: fx.Node) -> fx.Node | None:
     """The fake-quant node of a weight per group, given the node after it that has the weight's own form."""
-    while packet(node) in (aten.transpose, aten.reshape):
+    while packet(node) in (aten.transpose, aten.reshape, aten.view_as):
         node = node.all_input_nodes[0]
     site = node.meta.get("site") if node.target is fake_quantize.PER_CHANNEL else None
     return node if isinstance(site, Insertion) and site.spec.group_size is not None else None

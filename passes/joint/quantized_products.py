@@ -96,6 +96,8 @@ def operand_of(source: fx.Node, moves: tuple[fx.Node, ...]) -> Operand:
     quant = FakeQuant.of(source)
     if quant is None:
         raise StaysFloat(f"{packet(source)} is no affine quantizer")
+    if quant.element is not None:
+        raise StaysFloat(f"the codes of {source.name} are {quant.element}, no integers")
     point = quant.zero_point
     if not isinstance(point, fx.Node):
         raise StaysFloat(f"the scale of {source.name} is a number")

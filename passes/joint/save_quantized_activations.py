@@ -15,7 +15,9 @@ from fxquant.graph.meta import mark_saved_as_codes
 from fxquant.graph.moves import is_moving
 from fxquant.graph.nodes import packet
 from fxquant.graph.views import FakeQuant, FakeQuantBackward, Item
+from fxquant.numerics.formats import FLOAT_FORMATS
 from fxquant.ops import fake_quantize, quantize, saved
+from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.joint.joint import Joint
 from fxquant.passes.stages import JOINT
@@ -31,6 +33,7 @@ _POOLS = frozenset(
     }
 )
 
+_CODING = (quantize.QUANTIZE_TENSOR, quantize.QUANTIZE_CHANNEL, QUANTIZE_ELEMENTS)
 _FEW = 1024  # elements: of fewer, kept in float, nothing is said
 
 
@@ -43,13 +46,13 @@ class SaveQuantizedActivations(Pass):
         dw = op'(dy, y)                      →     dw = op'(dy, dequantize(q)),   q = quantize(x), saved
         dx = fake_quantize'(dy, x)                 dx = dy · unpack(m),           m = pack(clip_mask(x)), saved
 
-    A byte and an eighth are kept instead of a float. Codes of up to four bits are packed too. The bits of every
-    gradient stay what they were.
+    A byte and an eighth are kept instead of a float. Codes of up to four bits are packed too, of integers and of small
+    floats. The bits of every gradient stay what they were.
 
     Left alone is an input that backward has anyway, or computes from such values element by element: a LayerNorm's or
     BatchNorm's result, a GELU or ReLU after one, attention's output, and weights. So is what the user's own checkpoint
-    regions hold, read or give, and what has a scale per channel. Masks of other operators, as a ReLU's, are
-    packed where no float is kept that gives them.
+    regions hold, read or give. What has a scale for each token or group keeps those scales beside its codes. Masks of
+    other operators, as a ReLU's, are packed where no float is kept that gives them.
 
     What a max pool picks of quantized values has their codes, and is kept as those too, by the scale it came with::
 
@@ -87,6 +90,8 @@ class SaveQuantizedActivations(Pass):
         if _width(bits) + 1 >= 8 * value.element_size():
             self.decline(result, site.node, f"its codes of {bits} bits and a mask are no smaller than {value.dtype}")
             return 0
+        if site.axis is not None and (gradients or (site.rounding == "reciprocal" and value.dtype != torch.float32)):
+            return 0  # its mask has a scale a row; a double product is not that of codes
         dim = plane_dim(value)
         if dim is None:
             if not all(isinstance(size, int) for size in value.shape) or value.numel() >= _FEW:
@@ -129,8 +134,9 @@ def _is_pool(node: fx.Node) -> bool:
 
 
 def _site(node: fx.Node) -> FakeQuant | None:
-    """The view of a fake-quant with one scale, in a tensor."""
-    return FakeQuant.of(node) if node.target is fake_quantize.PER_TENSOR else None
+    """The view of a fake-quant whose scale is in a tensor: one, or one for each row, be it a token or a group."""
+    site = FakeQuant.of(node)
+    return None if site is None or site.has_numbers or site.axis not in (None, 0) else site
 
 
 def _grid_of(node: fx.Node) -> FakeQuant | None:
@@ -156,7 +162,7 @@ def _same_grid(site: FakeQuant, other: FakeQuant | None) -> bool:
 
 def _is_read_behind(joint: Joint, node: fx.Node) -> bool:
     """Whether backward reads a value of forward, perhaps moved, other than to make codes of it."""
-    readers = [user for user in node.users if user.target is not quantize.QUANTIZE_TENSOR]
+    readers = [user for user in node.users if user.target not in _CODING]
     return any(user not in joint.forward or (is_moving(user) and _is_read_behind(joint, user)) for user in readers)
 
 
@@ -179,6 +185,8 @@ def _is_in_region(node: fx.Node) -> bool:
 
 
 def _bits(site: FakeQuant) -> int:
+    if site.element is not None:
+        return FLOAT_FORMATS[site.element].bits
     return (site.quant_max - site.quant_min).bit_length()
 
 
@@ -212,20 +220,37 @@ class _NodesAfter:
 
     def codes(self, bits: int, dim: int) -> fx.Node:
         """Codes that are saved, and dequantized again."""
+        if self.site.element is not None:
+            return self._elements(self.site.element, bits, dim)
         site, low = self.site, self.site.quant_min
-        dtype = _dtype(low, site.quant_max)
-        codes = self.call(quantize.QUANTIZE_TENSOR, self.values, *site.grid, dtype, rounding=site.rounding)
+        dtype, single = _dtype(low, site.quant_max), site.axis is None
+        quantizing = quantize.QUANTIZE_TENSOR if single else quantize.QUANTIZE_CHANNEL
+        codes = self.call(quantizing, self.values, *site.grid, dtype, rounding=site.rounding)
         if _width(bits) < 8:
             # From 0, as a plane holds them.
             shifted = self.call(aten.sub.Scalar, codes, low)
-            planes = self.call(saved.PACK_PLANES, shifted, _width(bits), dim)
-            codes = self.call(aten.add.Scalar, self.call(saved.UNPACK_PLANES, planes, _width(bits), dim), low)
+            codes = self.call(aten.add.Scalar, self._packed(shifted, bits, dim), low)
         wanted = self.values.meta["val"].dtype
-        return self.call(quantize.DEQUANTIZE_TENSOR, codes, site.scale, site.zero_point, dtype=wanted)
+        dequantizing, axis = (quantize.DEQUANTIZE_TENSOR, ()) if single else (quantize.DEQUANTIZE_CHANNEL, (site.axis,))
+        return self.call(dequantizing, codes, site.scale, site.zero_point, *axis, dtype=wanted)
+
+    def _elements(self, element: str, bits: int, dim: int) -> fx.Node:
+        site, wanted = self.site, self.values.meta["val"].dtype
+        codes = self.call(QUANTIZE_ELEMENTS, self.values, site.scale, site.axis, element, rounding=site.rounding)
+        if _width(bits) < 8:
+            codes = self.call(prims.convert_element_type.default, self._packed(codes, bits, dim), torch.uint8)
+        return self.call(DEQUANTIZE_ELEMENTS, codes, site.scale, site.axis, element, dtype=wanted)
+
+    def _packed(self, codes: fx.Node, bits: int, dim: int) -> fx.Node:
+        """Codes from 0 that are saved packed, and unpacked again."""
+        planes = self.call(saved.PACK_PLANES, codes, _width(bits), dim)
+        return self.call(saved.UNPACK_PLANES, planes, _width(bits), dim)
 
     def mask(self, dim: int) -> fx.Node:
         """The packed clip mask, which is saved."""
-        mask = self.call(saved.CLIP_MASK, self.values, *self.site.grid, rounding=self.site.rounding)
+        options = {"rounding": self.site.rounding}
+        options |= {} if self.site.element is None else {"element": self.site.element}
+        mask = self.call(saved.CLIP_MASK, self.values, *self.site.grid, **options)
         return self.call(saved.PACK_PLANES, mask, 1, dim)
 
 
@@ -237,7 +262,7 @@ def _dtype(low: int, high: int) -> torch.dtype:
 def _read_codes(joint: Joint, node: fx.Node, replacement: fx.Node) -> None:
     """Backward reads ``replacement`` instead of ``node``, and of what forward moved from it, the like of it."""
     for user in list(node.users):
-        if user not in joint.forward and user.target is not quantize.QUANTIZE_TENSOR:
+        if user not in joint.forward and user.target not in _CODING:
             user.replace_input_with(node, replacement)
         elif user in joint.forward and is_moving(user):
             with joint.graph.inserting_after(user):

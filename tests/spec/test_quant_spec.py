@@ -19,6 +19,10 @@ SPECS = [
     QuantSpec(bits=16, range=MovingAverage(constant=1 / 3)),
     QuantSpec(range=MovingAverage(delayed=True)),
     QuantSpec(bits=4, axis=1, group_size=32, range=CurrentTensor()),
+    QuantSpec(element="e4m3"),
+    QuantSpec(element="e2m1", group_size=16, scale_format="e4m3"),
+    QuantSpec(element="e3m2", axis=0, group_size=32, scale_format="e8m0", range=CurrentTensor()),
+    QuantSpec(group_size=-1, range=CurrentTensor()),
 ]
 
 
@@ -32,6 +36,8 @@ SPECS = [
         ({"bits": 2, "narrow": True}, (-1, 1)),
         ({"bits": 16, "signed": False}, (0, 65535)),
         ({"bits": 4}, (-8, 7)),
+        ({"element": "e4m3"}, (-448, 448)),
+        ({"element": "e2m3"}, (-7, 7)),
     ],
 )
 def test_codes(fields: dict[str, Any], codes: tuple[int, int]) -> None:
@@ -47,7 +53,25 @@ def test_round_trip(spec: QuantSpec) -> None:
 
 
 def test_words() -> None:
-    assert [str(spec) for spec in SPECS] == ["s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16", "s8", "s4 axis 1 group 32"]
+    assert [str(spec) for spec in SPECS] == [
+        *("s8", "u2", "s4 axis 1", "u8 [-0.1, 6]", "s16", "s8", "s4 axis 1 group 32"),
+        *("e4m3", "e2m1 group 16 scale e4m3", "e3m2 axis 0 group 32 scale e8m0", "s8 token"),
+    ]
+
+
+def test_integers_are_written_as_before_there_were_floats() -> None:
+    """So that an older version reads a plan that it knows all of."""
+    assert {"element", "scale_format"}.isdisjoint(SPECS[0].to_dict())
+    assert SPECS[7].to_dict()["element"] == "e4m3" and SPECS[7].bits == 8 and SPECS[8].bits == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "family"),
+    zip(SPECS, [*[""] * 7, "e4m3", "e2m1 e4m3 16", "e3m2 e8m0 32", "token"], strict=True),
+    ids=str,
+)
+def test_families(spec: QuantSpec, family: str) -> None:
+    assert spec.family == family
 
 
 def test_fields_of_an_older_version_have_no_groups() -> None:
@@ -69,25 +93,56 @@ def test_fields_of_an_older_version_have_no_groups() -> None:
         ({"axis": -1}, "QuantSpec.axis must be counted from the front: got -1."),
         ({"axis": 0, "symmetric": False}, "QuantSpec per channel must be symmetric: runtimes take zero point 0 there."),
         (
-            {"group_size": 32},
-            "QuantSpec.group_size must go with an axis: got group_size=32 and axis=None. "
-            "Set axis=0, the output channels.",
+            {"element": "e4m4"},
+            "QuantSpec.element must be one of 'e4m3', 'e5m2', 'e3m2', 'e2m3', 'e2m1', or None: got 'e4m4'.",
         ),
-        ({"axis": 0, "group_size": 1}, "QuantSpec.group_size must be an integer of at least 2: got 1."),
-        ({"axis": 0, "group_size": 2.5}, "QuantSpec.group_size must be an integer of at least 2: got 2.5."),
-        ({"axis": 0, "group_size": True}, "QuantSpec.group_size must be an integer of at least 2: got True."),
+        (
+            {"element": "e2m1", "bits": 3},
+            "QuantSpec.bits must be left out beside element='e2m1', which has 4: got 3.",
+        ),
+        (
+            {"element": "e4m3", "symmetric": False},
+            "QuantSpec must be signed, symmetric and not narrow with element='e4m3': floats have a sign and no zero "
+            "point. Leave those fields out.",
+        ),
+        (
+            {"scale_format": "e5m2", "group_size": 32, "range": CurrentTensor()},
+            "QuantSpec.scale_format must be one of 'e8m0', 'e4m3', or None: got 'e5m2'.",
+        ),
+        (
+            {"scale_format": "e8m0"},
+            "QuantSpec.scale_format must go with a group_size: got 'e8m0' and group_size=None. "
+            "MX has groups of 32, NVFP4 of 16.",
+        ),
+        (
+            {"scale_format": "e8m0", "group_size": 32},
+            "QuantSpec per group must have range=CurrentTensor(): got MovingAverage(constant=0.01, delayed=False). "
+            "A group has no history.",
+        ),
+        (
+            {"axis": 0, "group_size": 1},
+            "QuantSpec.group_size must be an integer of at least 2, or -1 for a scale per token: got 1.",
+        ),
+        (
+            {"axis": 0, "group_size": 2.5},
+            "QuantSpec.group_size must be an integer of at least 2, or -1 for a scale per token: got 2.5.",
+        ),
+        (
+            {"axis": 0, "group_size": True},
+            "QuantSpec.group_size must be an integer of at least 2, or -1 for a scale per token: got True.",
+        ),
         (
             {"axis": 0, "group_size": 8, "symmetric": False},
             "QuantSpec per channel must be symmetric: runtimes take zero point 0 there.",
         ),
         (
             {"axis": 0, "group_size": 8, "signed": False},
-            "QuantSpec per group must be signed: runtimes take zero point 0 there.",
+            "QuantSpec per group must be signed and symmetric: runtimes take zero point 0 there.",
         ),
         (
             {"axis": 0, "group_size": 8},
             "QuantSpec per group must have range=CurrentTensor(): got MovingAverage(constant=0.01, delayed=False). "
-            "Only weights have groups.",
+            "A group has no history.",
         ),
     ],
 )

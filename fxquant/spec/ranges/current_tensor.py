@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxquant.ops import qparams
 from fxquant.spec.ranges.base import Range
-from fxquant.spec.ranges.site_graph import Qparams, SiteGraph, affine_qparams
+from fxquant.spec.ranges.site_graph import Qparams, SiteGraph, affine_qparams, of_element
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,13 @@ class CurrentTensor(Range):
         return "of the tensor"
 
     def qparams(self, site: SiteGraph, value: fx.Node) -> Qparams:
-        """``max |w| / quant_max`` of a weight, ``affine_qparams(min, max)`` of an activation."""
-        if site.role == "weight":
-            return Qparams(*site.pair(qparams.SYMMETRIC_QPARAMS, value, site.axis, site.format.quant_max))
+        """``max |w| / quant_max`` of a weight and of groups, ``affine_qparams(min, max)`` of a whole activation."""
+        format = site.format
+        named = of_element(format)
+        if format.scale_format is not None:
+            limits = (None, format.quant_max, format.scale_format)
+            return Qparams(*site.pair(qparams.BLOCK_QPARAMS, value, *limits, **named))
+        if site.role == "weight" or site.axis is not None:
+            return Qparams(*site.pair(qparams.SYMMETRIC_QPARAMS, value, site.axis, format.quant_max, **named))
         unset = site.constant(float("nan"))
         return affine_qparams(site, *site.pair(qparams.RESOLVE_MIN_MAX, value, unset, unset))

@@ -26,6 +26,14 @@ class Format(Protocol):
     def symmetric(self) -> bool:
         """Whether the zero point is fixed."""
 
+    @property
+    def element(self) -> str | None:
+        """The small float that codes are, None for integers."""
+
+    @property
+    def scale_format(self) -> str | None:
+        """What scales of groups are rounded to, None for float32."""
+
 
 class Qparams(NamedTuple):
     """What a tensor is quantized with.
@@ -54,7 +62,7 @@ class SiteGraph(Protocol):
 
     @property
     def axis(self) -> int | None:
-        """The axis of the tensor that has a scale for each slice; None for one scale."""
+        """The axis of the value that has a scale for each slice; None for one scale. Groups are rows of it: 0."""
 
     @property
     def mode(self) -> Mode:
@@ -74,7 +82,7 @@ class SiteGraph(Protocol):
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of an operator."""
 
-    def pair(self, op: Any, *args: Any) -> tuple[fx.Node, fx.Node]:
+    def pair(self, op: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:
         """A call of an operator with two results, and these."""
 
     def item(self, node: fx.Node, index: int) -> fx.Node:
@@ -96,4 +104,10 @@ class SiteGraph(Protocol):
 def affine_qparams(site: SiteGraph, low: fx.Node, high: fx.Node) -> Qparams:
     """Scale and zero point of a minimum and a maximum: `fxquant.ops.affine_qparams`."""
     limits = site.format.quant_min, site.format.quant_max
-    return Qparams(*site.pair(qparams.AFFINE_QPARAMS, low, high, *limits, site.format.symmetric))
+    symmetric, named = site.format.symmetric, of_element(site.format)
+    return Qparams(*site.pair(qparams.AFFINE_QPARAMS, low, high, *limits, symmetric, **named))
+
+
+def of_element(format: Format) -> dict[str, str]:
+    """What operators are told of a format of small floats; nothing of integers."""
+    return {} if format.element is None else {"element": format.element}
