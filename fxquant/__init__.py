@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fxquant.spec.ranges import CurrentTensor, Fixed, MovingAverage
     from fxquant.spec.recipes import Recipe
     from fxquant.spec.rules import Rule, first_layer, last_layer, skip
+    from fxquant.training import distill
     from fxquant.training.batch_norm import reestimate_batch_norm
     from fxquant.training.schedule import Schedule
     from fxquant.training.stage import Stage
@@ -48,6 +49,7 @@ _HOMES = {
     **dict.fromkeys(("cost", "explain"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
+    "distill": "fxquant.training",
     "Schedule": "fxquant.training.schedule",
     "Stage": "fxquant.training.stage",
     "reestimate_batch_norm": "fxquant.training.batch_norm",
@@ -71,6 +73,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "cost",
+    "distill",
     "errors",
     "explain",
     "export_onnx",
