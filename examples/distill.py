@@ -1,9 +1,9 @@
-"""Quantization-aware distillation: the teacher is the same prepared model, run without compile, that is, in float.
+"""Quantization-aware distillation: a quantized model learns the answers of the float model that it was made of.
 
     python examples/distill.py [fxquant_eager]
 
-The teacher is a copy taken before the student's first step: what trains cannot teach what it was. Both are prepared,
-and one of them is compiled.
+The teacher is a copy taken before the student's first step. Without one the student's float twin teaches, at no second
+copy of the weights; it moves with the student, and wants a loss of the task beside it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,14 @@ def points(seed: int) -> tuple[Tensor, Tensor]:
     return CENTRES[labels] + 1.2 * torch.randn(2048, 16, generator=draw), labels
 
 
-def divergence(student: nn.Module, teacher: nn.Module, x: Tensor) -> Tensor:
-    """KL of the student's answers from the teacher's, the mean over rows."""
-    with torch.no_grad():
-        aim = F.log_softmax(teacher(x), 1)
-    return F.kl_div(F.log_softmax(student(x), 1), aim, log_target=True, reduction="batchmean")
-
-
-def shown(student: nn.Module, teacher: nn.Module, x: Tensor) -> str:
+def shown(student: nn.Module, distill: fxquant.distill.Distillation, x: Tensor) -> str:
     """How near the student is to the teacher on rows that it was not trained on."""
     student.eval()
     with torch.no_grad():
-        same = (student(x).argmax(1) == teacher(x).argmax(1)).float().mean().item()
-        text = f"KL {divergence(student, teacher, x).item():.4f}, same answers {same:.1%}"
+        answers, divergence, _ = distill(x)
+        same = (answers.argmax(1) == distill.teacher(x).argmax(1)).float().mean().item()
     student.train()
-    return text
+    return f"KL {divergence.item():.4f}, same answers {same:.1%}"
 
 
 def main() -> None:
@@ -61,14 +54,15 @@ def main() -> None:
     fxquant.prepare(model, (x[:2],), recipe=W3A8)
     teacher = copy.deepcopy(model)
     student = torch.compile(model, backend=BACKEND)
+    distill = fxquant.distill.loss(student, teacher)
     fxquant.calibrate(model, [(x,)], progress=False)
-    print("quantized, before:", shown(student, teacher, held_out))
+    print("quantized, before:", shown(student, distill, held_out))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(100):
         optimizer.zero_grad()
-        divergence(student, teacher, x).backward()
+        distill(x).loss.backward()
         optimizer.step()
-    print("distilled, after: ", shown(student, teacher, held_out))
+    print("distilled, after: ", shown(student, distill, held_out))
     with tempfile.TemporaryDirectory() as folder:
         fxquant.export_onnx(model.eval(), (x,), f"{folder}/model.onnx")
         print(fxquant.verify_onnx(model, (x,), f"{folder}/model.onnx"))

@@ -53,7 +53,8 @@ def loss(
     Args:
         student: a prepared model that is compiled, in whole or in parts, or DistributedDataParallel around it.
         teacher: None for the student's float twin: the same weights, as they are in that step, with the quantizers off.
-            That is no second copy of the weights, and one more graph. Or any module that is called as the student is:
+            That is no second copy of the weights, and one more graph; but it moves with the student, and alone holds
+            nothing in its place: add a loss of the task. Or any module that is called as the student is:
             float, or prepared as the student is, and then run with its quantizers off.
         kl: factor of the divergence; 0 leaves it out.
         temperature: T.

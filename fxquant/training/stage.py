@@ -23,7 +23,8 @@ class Stage:
         weights: what weights are: ``"float"``; ``"observe"``, float while ranges that learn look at them;
             ``"quantize"``, as the plan says; or a number of bits, of those whose plan has fewer.
         activations: the same of all other sites. ``"observe"`` leaves them float, and their ranges follow the data.
-        sites: glob over the site keys that `fxquant.explain` shows, to which ``weights`` and ``activations`` are said.
+        sites: glob over the site keys that `fxquant.explain` shows, of which ``weights``, ``activations`` and
+            ``damping`` are said.
         freeze_ranges: whether ranges are held, as by `fxquant.freeze_ranges`.
         freeze_batch_norm: whether BatchNorm statistics are held, as by `fxquant.freeze_batch_norm`.
         damping: factor of `Schedule.damping`, which pulls weights towards the values that they are quantized to.
@@ -53,7 +54,7 @@ class Stage:
         found = {name: getattr(self, name) for name in _CHANGES}
         found["batch_norm_data"] = None if self.batch_norm_data is None else True
         said = {name: value for name, value in found.items() if value is not None}
-        if self.sites != "*" and ("weights" in said or "activations" in said):
+        if self.sites != "*" and said.keys() & {"weights", "activations", "damping"}:
             said["sites"] = self.sites
         return said
 

@@ -21,7 +21,7 @@ import fxquant
 from tests.nets import Mlp, counted, eager_runs, prepared, ranges, step
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = ("delayed", "moving_average", "off", "group", "checkpoint", "non_finite", "inductor", "plain")
+CASES = ("delayed", "moving_average", "observe", "off", "group", "checkpoint", "non_finite", "inductor", "plain")
 WRAPPED = ("buckets", "sharded")
 STEPS = 5
 
@@ -47,13 +47,16 @@ def run(case: str, rank: int) -> dict[str, Any]:
     """Three steps; the ranges behind each, and what the graphs hold."""
     torch.manual_seed(0)
     net = (Checkpointed() if case == "checkpoint" else Mlp()).double()
-    name = "moving_average" if case == "moving_average" else "delayed"
+    name = "moving_average" if case in ("moving_average", "observe") else "delayed"
     model = net if case == "plain" else prepared(net, batch(0)[:4], ranges=name)
     if case in ("off", "group"):
         fxquant.sync_ranges(model, torch.distributed.group.WORLD, enabled=case == "group")
     # Without broadcast_buffers: DDP would copy the ranges of rank 0 to the others.
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     seen: list[int] = []
+    if case == "observe":
+        observed = fxquant.Stage(at=0, weights="float", activations="observe")
+        fxquant.Schedule(wrapped, [observed, fxquant.Stage(at=9, weights="quantize", activations="quantize")])
     with counted() as graphs, torch._dynamo.config.patch(optimize_ddp=False):
         backend = "eager" if case == "plain" else counting(seen, "fxquant" if case == "inductor" else "fxquant_eager")
         compiled = torch.compile(wrapped, backend=backend)
@@ -211,7 +214,7 @@ def global_input_range() -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("case", ["delayed", "moving_average", "group", "checkpoint", "inductor"])
+@pytest.mark.parametrize("case", ["delayed", "moving_average", "observe", "group", "checkpoint", "inductor"])
 def test_ranges_are_equal_and_those_of_the_global_batch(both: list[dict[str, Any]], case: str) -> None:
     first, second = (rank[case] for rank in both)
     assert first["ranges"] == second["ranges"]
@@ -220,10 +223,12 @@ def test_ranges_are_equal_and_those_of_the_global_batch(both: list[dict[str, Any
     assert len(first["ranges"][0]) == (4 if case == "checkpoint" else 2)
 
 
-@pytest.mark.parametrize("case", ["delayed", "moving_average", "group", "checkpoint", "non_finite", "inductor"])
+@pytest.mark.parametrize(
+    "case", ["delayed", "moving_average", "observe", "group", "checkpoint", "non_finite", "inductor"]
+)
 def test_every_graph_reduces_once(both: list[dict[str, Any]], case: str) -> None:
     for rank in both:
-        graphs = 1 if case == "moving_average" else 2  # with delay, the first step has a graph of its own
+        graphs = 1 if case in ("moving_average", "observe") else 2  # with delay, the first step has a graph of its own
         assert rank[case]["all_reduces"] == [1] * graphs
         assert (rank[case]["graphs"], rank[case]["eager"]) == (graphs, 0)
         assert rank[case]["breaks"] == rank["plain"]["breaks"], "those of DDP's own forward"
