@@ -84,7 +84,7 @@ POST_GRAD = Stage(
 
 EXPORT = Stage(
     name="export",
-    makes=frozenset({qdq.DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE}),
+    makes=frozenset({qdq.DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE_BLOCKS}),
     owns=("val", SITE, STANDS_FOR),
     is_ours=True,
 )

@@ -217,6 +217,18 @@ class SymmetricQparams(View):
         return argument(self.node, "quant_max")
 
 
+@dataclass(frozen=True)
+class BlockQparams(View):
+    """``block_qparams(rows, tensor_amax, …)``: a scale for each row, quantized in turn."""
+
+    OPS: ClassVar[Collection[Any]] = (qparams.BLOCK_QPARAMS,)
+
+    @property
+    def tensor_amax(self) -> fx.Node | None:
+        """What the scales are relative to; None for the rows' own."""
+        return self.optional("tensor_amax")
+
+
 Qparams = AffineQparams | SymmetricQparams
 
 

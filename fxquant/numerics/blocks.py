@@ -203,11 +203,16 @@ def _scale_by_tensor(amax: Tensor, element: Element, format: Element, tensor_ama
     """``format(amax / element.max / g) · g`` with one g per tensor, that puts the largest scale at format.max."""
     if tensor_amax is None:
         tensor_amax = amax.amax() if amax.numel() else amax.new_zeros(())
-    unit = divide_by_number(tensor_amax.to(torch.float32).reshape(()), element.max * format.max)
-    unit = torch.where((unit > 0) & (unit < _INFINITY), unit, 1.0)
+    unit = tensor_unit(tensor_amax, element, format)
     ratio = divide_by_number(amax.clamp(min=0.0), element.max) / unit
     ratio = torch.where(ratio < format.max, ratio, format.max)  # of a NaN too: it then stays alone in its block
     return round_to_element(ratio, format, None) * unit
+
+
+def tensor_unit(tensor_amax: Tensor, element: Element, format: Element) -> Tensor:
+    """The one scale of a tensor that puts the largest scale of its blocks at the format's largest value."""
+    unit = divide_by_number(tensor_amax.to(torch.float32).reshape(()), element.max * format.max)
+    return torch.where((unit > 0) & (unit < _INFINITY), unit, 1.0)
 
 
 SCALE_FORMATS = ("e8m0", "e4m3")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fxquant.capture.aside import untouched
 from fxquant.errors import ExportError, InvalidArgument
-from fxquant.numerics import code_before_clamp, dequantize
+from fxquant.numerics import code_before_clamp, dequantize, elements, per_channel_view
+from fxquant.numerics.formats import float_format
 from fxquant.onnx.export import ABSORBED, FLOAT_DTYPE
 from fxquant.onnx.feeds import arrays, feeds_of, tensors_of
 from fxquant.onnx.verify_report import CodeRow
@@ -130,7 +131,8 @@ def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: b
             result.not_compared.add(key)
             return None
         theirs = torch.from_numpy(found[key].astype("int64")).reshape(y.shape)
-        ours = code_before_clamp(y, use.scale, use.zero_point, "divide").to(torch.int64)
+        theirs = theirs if use.element is None else _ordered(theirs, use.element)
+        ours = _codes_of(y, use).to(torch.int64)
         distance = (theirs - ours).abs()
         differing = int((distance > 0).sum())
         largest = int(distance.max()) if distance.numel() else 0
@@ -139,10 +141,39 @@ def _compare(case: Case, run: Run, found: Mapping[str, np.ndarray], *, follow: b
         if not (follow and differing):
             return None
         # In y's strides, which views rely on.
-        return torch.empty_like(y).copy_(dequantize(theirs, use.scale, use.zero_point))
+        return torch.empty_like(y).copy_(_values_of(theirs, use))
 
     with untouched(case.model):  # a cache that the model writes holds the same in each run
         return result, run(case.args, case.kwargs, named(visit))
+
+
+def _along(use: Use, value: Tensor) -> Tensor:
+    return value if use.axis is None else per_channel_view(value, use.input.dim(), use.axis)
+
+
+def _codes_of(quantized: Tensor, use: Use) -> Tensor:
+    """The codes of a tensor that lies on its quantizer's grid. Small floats are counted from the least one."""
+    scale = _along(use, use.scale)
+    if use.element is None:
+        return code_before_clamp(quantized, scale, _along(use, use.zero_point), "divide")
+    format = float_format(use.element)
+    return _ordered(elements.encode(elements.quantize(quantized, scale, format, "divide"), format), use.element)
+
+
+def _values_of(codes: Tensor, use: Use) -> Tensor:
+    scale = _along(use, use.scale)
+    if use.element is None:
+        return dequantize(codes, scale, _along(use, use.zero_point))
+    format = float_format(use.element)
+    sign = 1 << (format.bits - 1)
+    return elements.decode(torch.where(codes < 0, sign - codes, codes).to(torch.uint8), format) * scale
+
+
+def _ordered(codes: Tensor, element: str) -> Tensor:
+    """Bits of small floats as integers in the order of their values, neighbours one apart; both zeros are 0."""
+    sign = 1 << (float_format(element).bits - 1)
+    wide = codes.to(torch.int64)
+    return torch.where(wide >= sign, sign - wide, wide)
 
 
 def largest_difference(found: list[np.ndarray], reference: list[np.ndarray]) -> float:

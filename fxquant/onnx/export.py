@@ -22,7 +22,9 @@ from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
 from fxquant.graph.dependence import written_attributes
 from fxquant.graph.edit import copied
+from fxquant.onnx.block_forms import write_blocks
 from fxquant.onnx.edges import NOTE, Edges
+from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
 from fxquant.onnx.precision import Precision, choose_precision
 from fxquant.onnx.typed import type_floats
@@ -30,6 +32,7 @@ from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.onnx.zero_points import imply_zero_points
 from fxquant.passes.base import run_all
 from fxquant.passes.export.freeze import Frozen
+from fxquant.passes.export.pairs import elements_of
 from fxquant.passes.pipelines import export_passes, training_passes
 from fxquant.passes.stages import EXPORT
 from fxquant.plan.plan import Plan
@@ -144,7 +147,7 @@ def export_onnx(
         require(name)
     plain, profile = unwrap(model), get_profile(plan.target)
     _check_storage(weight_storage)
-    precision = choose_precision(plain, profile, float_dtype, io_dtype, opset)
+    precision = choose_precision(plain, profile, float_dtype, io_dtype, opset, _elements(plan))
     destination = _check_path(path)
     told = check_ranges(plain)
     named: dict[str, Any] = dict(kwargs or {})
@@ -160,7 +163,7 @@ def export_onnx(
         float_pools = precision.name in profile.float_pools
         gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, float_pools=float_pools)
         program = to_onnx(gm, *wide, sizes, precision.opset)
-        notes = [*told, *frozen.notes, *_finish(program.model, frozen, profile, weight_storage)]
+        notes = [*told, *frozen.notes, *_finish(program.model, gm.graph, frozen, profile, weight_storage)]
         notes += _set_types(program.model, edges, precision, profile)
         half = precision.compute if precision.is_half else None
         check = None
@@ -185,14 +188,22 @@ def export_onnx(
     )
 
 
-def _finish(model: Any, frozen: Frozen, profile: Profile, weight_storage: WeightStorage) -> list[str]:
+def _finish(model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, weight_storage: WeightStorage) -> list[str]:
     """What the exporter's model lacks of the file; notes."""
     written = {value.name for node in model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
+    write_blocks(model, frozen.blocks, profile.block_form)
+    type_codes(model, elements_of(graph))
     if profile.implied_zero:
         imply_zero_points(model.graph)
     return pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
+
+
+def _elements(plan: Plan) -> set[str]:
+    """The small floats that codes of a plan are, also those of the scales of weights."""
+    specs = [site.local.spec for site in plan.sites]
+    return {spec.element for spec in specs if spec.element} | {"e4m3" for spec in specs if spec.scale_format == "e4m3"}
 
 
 def _set_types(model: Any, edges: Edges | None, precision: Precision, profile: Profile) -> list[str]:

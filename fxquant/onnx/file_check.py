@@ -15,6 +15,8 @@ from fxquant.errors import ExportError, InvalidArgument
 from fxquant.graph.nodes import results
 from fxquant.graph.steps import is_random, is_step
 from fxquant.graph.views import FakeQuant
+from fxquant.numerics import per_channel_view
+from fxquant.numerics.formats import FLOAT_FORMATS
 from fxquant.onnx.feeds import arrays
 from fxquant.onnx.rounding import Copying, Overflow, Rounding
 from fxquant.targets.evaluation import Evaluated, evaluate
@@ -137,14 +139,21 @@ class _Held(Copying):
         view, label = FakeQuant.of(n), self.labels.get(n.name, "")
         if view is None or label not in self.found.pairs:
             return value
-        read, given = (torch.from_numpy(array).to(value) for array in self.found.pairs[label])
-        scale, zero_point = (torch.as_tensor(self._value(known)).to(value) for known in (view.scale, view.zero_point))
-        ends = [(limit - zero_point) * scale for limit in (view.quant_min, view.quant_max)]
+        read, given = (torch.from_numpy(array).to(value).reshape(value.shape) for array in self.found.pairs[label])
+        scale, zero_point = (self._along(view, known) for known in (view.scale, view.zero_point))
+        low, high = (view.quant_min, view.quant_max) if view.element is None else _ends(view.element)
+        ends = [(limit - zero_point) * scale for limit in (low, high)]
         source = self.env[view.input]
         rounded = None if self.rounding is None else self.rounding.sources[label].clamp(*ends)
-        self._compare(label, n, read.clamp(*ends), source.clamp(*ends), 0.5 * scale.item(), rounded)
-        self._compare(label, n, given, self._quantized(view, read), 1.5 * scale.item())
+        step = scale.max().item() * (1.0 if view.element is None else _largest_step(view.element))
+        self._compare(label, n, read.clamp(*ends), source.clamp(*ends), 0.5 * step, rounded)
+        self._compare(label, n, given, self._quantized(view, read), 1.5 * step)
         return torch.empty_like(value).copy_(given)  # in its strides, which views rely on
+
+    def _along(self, view: FakeQuant, known: Any) -> Tensor:
+        """A scale or zero point, as it broadcasts against the tensor."""
+        value = torch.as_tensor(self._value(known)).to(self.env[view.input])
+        return value if view.axis is None else per_channel_view(value, self.env[view.input].dim(), view.axis)
 
     def verdict(self) -> list[str]:
         """Notes; raises ExportError where a tensor is off that no step excuses."""
@@ -220,6 +229,17 @@ class _Held(Copying):
                     waiting.append(each)
         reached = [each for each in self.rounding.overflows if each.node in before or each.node is node]
         return next((each for each in reached if each.up), next(iter(reached), None))
+
+
+def _ends(element: str) -> tuple[float, float]:
+    largest = FLOAT_FORMATS[element].max
+    return -largest, largest
+
+
+def _largest_step(element: str) -> float:
+    """The distance of the two largest values of a small float."""
+    found = FLOAT_FORMATS[element]
+    return 2.0 ** (found.emax - found.mantissa_bits)
 
 
 def _differing(theirs: Tensor, ours: Tensor, step: float, least: float = 0.0) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from fxquant.errors import InvalidArgument
+from fxquant.onnx.element_types import least_opset
 from fxquant.prepared.root import trained_autocast
 from fxquant.targets.profiles import Profile
 
@@ -39,8 +41,13 @@ class Precision:
         return self.compute in HALVES
 
 
-def choose_precision(model: nn.Module, profile: Profile, float_dtype: Any, io_dtype: Any, opset: Any) -> Precision:
-    """The precision of a file. Raises InvalidArgument for a type that is none, or not the target's, or the opset's."""
+def choose_precision(
+    model: nn.Module, profile: Profile, float_dtype: Any, io_dtype: Any, opset: Any, elements: Collection[str] = ()
+) -> Precision:
+    """The precision of a file. Raises InvalidArgument for a type that is none, or not the target's, or the opset's.
+
+    ``elements`` are the small floats that codes are.
+    """
     for name, given in (("float_dtype", float_dtype), ("io_dtype", io_dtype)):
         if given is not None and given not in (*HALVES, torch.float32):
             raise InvalidArgument(
@@ -57,7 +64,13 @@ def choose_precision(model: nn.Module, profile: Profile, float_dtype: Any, io_dt
     compute = float_dtype or (trained if trained in known else torch.float32)
     if compute in HALVES and opset is None:
         opset = min(_TYPED_OPSET, profile.highest_opset)
+    least = {element: least_opset(element) for element in sorted(elements)}
+    if opset is None:
+        opset = max((profile.opset, *least.values()))
     opset = profile.check_opset(opset)
+    for element, lowest in least.items():
+        if opset < lowest:
+            raise InvalidArgument(f"opset must be at least {lowest} for codes of {element}: got {opset}. Leave it out.")
     if opset < _LOWEST.get(compute, 0):
         raise InvalidArgument(
             f"opset must be at least {_LOWEST[compute]} for {compute}, in which this file computes: got {opset}. Leave "

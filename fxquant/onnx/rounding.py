@@ -74,7 +74,8 @@ class Rounding(Copying):
         view, label = FakeQuant.of(n), self.labels.get(n.name, "")
         if view is not None and label in self.found.pairs:
             self.sources[label] = self.env[view.input]
-            return torch.empty_like(value).copy_(torch.from_numpy(self.found.pairs[label][1]).to(value))
+            given = torch.from_numpy(self.found.pairs[label][1]).to(value)
+            return torch.empty_like(value).copy_(given.reshape(value.shape))
         if n.op != "call_function" or n in self.fixed:
             return value
         return torch.utils._pytree.tree_map(lambda leaf: self._rounded(n, leaf), value)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from fxquant.numerics.storage import storage
+from fxquant.onnx.element_types import onnx_type
 from fxquant.onnx.functions import Value, constant, without_annotations
 from fxquant.onnx.translate_amax import amax_translations
 from fxquant.onnx.translate_operators import operator_translations
-from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE, QUANTIZE_DEQUANTIZE_BLOCKS
 from fxquant.support.require import require
 
 
@@ -26,8 +27,19 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
     from onnxscript import opset21 as op
 
     def quantize_dequantize(
-        input: Value, scale: float, zero_point: int, quant_min: int, quant_max: int, label: str
+        input: Value,
+        scale: float,
+        zero_point: int,
+        quant_min: int,
+        quant_max: int,
+        label: str,
+        element: str | None = None,
     ) -> Value:
+        if element is not None:
+            qparams = constant(op, np.float32(scale)), constant(op, np.zeros((), dtype=onnx_type(element)))
+            codes = op.QuantizeLinear(input, *qparams)
+            codes.name = label
+            return op.DequantizeLinear(codes, *qparams)
         name, low, high = storage(quant_min, quant_max)
         step = np.float32(scale)
         if (quant_min, quant_max) != (low, high):
@@ -39,10 +51,25 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         codes.name = label
         return op.DequantizeLinear(codes, *qparams)
 
+    def quantize_dequantize_blocks(input: Value, *format: Any) -> Value:
+        # A pair that stands for the form of the target: `fxquant.onnx.block_forms` finds it by its label.
+        one, zero = constant(op, np.float32(len(blocks) + 1)), constant(op, np.int8(0))
+        blocks.append(format)
+        codes = op.QuantizeLinear(input, one, zero)
+        codes.name = format[-1]
+        return op.DequantizeLinear(codes, one, zero)
+
     def dequantize(
-        code: Value, scale: Value, zero_point: Value, axis: int | None = None, block_size: int | None = None
+        code: Value,
+        scale: Value,
+        zero_point: Value,
+        axis: int | None = None,
+        block_size: int | None = None,
+        element: str | None = None,
     ) -> Value:
         given = {"axis": axis, "block_size": block_size}
+        if element is not None:  # the codes become that type when they are written: `fxquant.onnx.elements`
+            return op.DequantizeLinear(code, scale, **{k: v for k, v in given.items() if v is not None})
         return op.DequantizeLinear(code, scale, zero_point, **{k: v for k, v in given.items() if v is not None})
 
     def flatten(self: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
@@ -55,6 +82,11 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         shape = np.array([0] * (start_dim % rank) + [-1], dtype=np.int64)
         return op.Reshape(self, constant(op, shape))
 
-    ours: dict[Any, Callable[..., Value]] = {QUANTIZE_DEQUANTIZE: quantize_dequantize, DEQUANTIZE: dequantize}
+    blocks: list[tuple[Any, ...]] = []
+    ours: dict[Any, Callable[..., Value]] = {
+        QUANTIZE_DEQUANTIZE: quantize_dequantize,
+        QUANTIZE_DEQUANTIZE_BLOCKS: quantize_dequantize_blocks,
+        DEQUANTIZE: dequantize,
+    }
     ours[torch.ops.aten.flatten.using_ints] = flatten
     return {**operator_translations(), **amax_translations(opset), **without_annotations(ours)}

@@ -23,7 +23,13 @@ def imply_zero_points(graph: Any) -> int:
     done = 0
     for node in list(graph):
         readers = [user for user, _ in node.outputs[0].uses()] if node.op_type == "QuantizeLinear" else []
-        if readers and all(map(_is_dequantize, readers)) and _is_int8_zero(node.inputs[2], ir) and _may(node, readers):
+        has_point = readers and len(node.inputs) > 2
+        if (
+            has_point
+            and all(map(_is_dequantize, readers))
+            and _is_int8_zero(node.inputs[2], ir)
+            and _may(node, readers)
+        ):
             node.resize_inputs(2)
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(ir.DataType.INT8))
             for reader in readers:

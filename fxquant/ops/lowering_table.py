@@ -144,7 +144,7 @@ ROLES: Mapping[str, Role] = {
     "materialize": COPY,
     "stand_in": STAND_IN,
     "bind": MARK,
-    **dict.fromkeys(("dequantize_affine", "quantize_dequantize"), EXPORT),
+    **dict.fromkeys(("dequantize_affine", "quantize_dequantize", "quantize_dequantize_blocks"), EXPORT),
     "integer_convolution": FOREIGN,
 }
 """Operator → role, by its name in the namespace ``fxquant``; every other is a `FUNCTION`."""

@@ -30,6 +30,8 @@ class Use:
         role: that site's.
         input: the float tensor.
         scale, zero_point: what it is quantized with.
+        axis: the dimension of ``input`` with a scale for each slice; None for one scale.
+        element: the small float that its codes are; None for integers.
     """
 
     keys: tuple[str, ...]
@@ -38,6 +40,8 @@ class Use:
     scale: Tensor
     zero_point: Tensor
     compute: Callable[[], Tensor] = field(repr=False)
+    axis: int | None = None
+    element: str | None = None
 
     @functools.cached_property
     def quantized(self) -> Tensor:
@@ -127,6 +131,7 @@ class _Interpreter(fx.Interpreter):
             return super().run_node(n)
         site, number = self.sites[n]
         args, _ = self.fetch_args_kwargs_from_env(n)
+        view = FakeQuant(n)
         use = Use(
             keys=self.keys[number],
             role=site.role,
@@ -134,6 +139,8 @@ class _Interpreter(fx.Interpreter):
             scale=args[1],
             zero_point=args[2],
             compute=functools.partial(super().run_node, n),
+            axis=view.axis,
+            element=view.element,
         )
         instead = self.probe.visit(use)
         return use.quantized if instead is None else instead

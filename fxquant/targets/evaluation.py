@@ -11,6 +11,7 @@ from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, as_declared, folder_of, load_model
 from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
 from fxquant.targets.session import data_folder, is_newer_than_onnxruntime, run_session, session
+from fxquant.targets.standard import TRT, needs_standard, run_standard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,7 @@ def evaluate(path: ModelPath, inputs: Sequence[np.ndarray], labels: Collection[s
     for name in shown[len(outputs) :]:
         model.graph.output.append(require("onnx").ValueInfoProto(name=name))
     too_new = _too_new(model)
-    run = _run_by_standard if too_new is None or too_new else _run
+    run = _run_by_standard if too_new is None or too_new or needs_standard(model) else _run
     found = {**feeds} | dict(zip(shown, run(model, path, shown, feeds), strict=True))
     return Evaluated(
         outputs={name: found[name] for name in outputs},
@@ -65,8 +66,9 @@ def _pairs(wiring: Wiring, labels: Collection[str]) -> dict[str, tuple[str, str]
     found = {}
     for node in wiring.model.graph.node:
         label = node.output[0] if node.output else ""
-        if node.op_type == "QuantizeLinear" and label in labels and node.input[0] not in wiring.constants:
-            after = [user for user in wiring.consumers.get(label, ()) if user.op_type == "DequantizeLinear"]
+        quantizes = node.op_type == "QuantizeLinear" or node.domain == TRT
+        if quantizes and label in labels and node.input[0] not in wiring.constants:
+            after = [user for user in wiring.consumers.get(label, ()) if user.op_type.endswith("DequantizeLinear")]
             if after:
                 found[label] = (node.input[0], after[0].output[0])
     return found
@@ -86,8 +88,7 @@ def _too_new(model: onnx.ModelProto) -> str | None:
 
 def _run_by_standard(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds) -> list[np.ndarray]:
     require("onnx").load_external_data_for_model(model, folder_of(path))
-    given = as_declared(model, feeds)  # the model may be a rounded one
-    return list(require("onnx.reference").ReferenceEvaluator(model).run(names, dict(given)))
+    return run_standard(model, names, feeds)
 
 
 def _run(model: onnx.ModelProto, path: ModelPath, names: list[str], feeds: Feeds) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from fxquant.errors import ExportError, InvalidArgument
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
 from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
+from fxquant.targets.standard import TRT, bits, needs_standard, run_standard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +88,18 @@ def _readable(path: ModelPath) -> str | bytes:
     return rounded(model, folder_of(path)).SerializeToString() if is_beyond_onnxruntime(model) else os.fspath(path)
 
 
+def _beyond(path: ModelPath) -> onnx.ModelProto | None:
+    """The model, whole, where onnxruntime has no kernels for it; None where it has, or it is no model."""
+    try:
+        model = load_model(path)
+    except ExportError:
+        return None
+    if not needs_standard(model):
+        return None
+    require("onnx").load_external_data_for_model(model, folder_of(path))
+    return model
+
+
 def data_folder(path: ModelPath) -> dict[str, str]:
     """The session entry that lets a model given as bytes find the external data beside ``path``."""
     return {"session.model_external_initializers_file_folder_path": str(Path(path).absolute().parent)}
@@ -94,6 +107,9 @@ def data_folder(path: ModelPath) -> dict[str, str]:
 
 def input_names(path: ModelPath) -> list[str]:
     """The model's inputs, in the graph's order. Raises ``ExportError`` where the model does not load."""
+    model = _beyond(path)
+    if model is not None:
+        return [value.name for value in model.graph.input]
     return [value.name for value in session(path, optimize=False).get_inputs()]
 
 
@@ -103,6 +119,8 @@ def run_outputs(path: ModelPath, feeds: Feeds, *, optimize: bool) -> list[np.nda
     Raises ``ExportError`` where the model does not load or a node fails while it runs (that it loads is no
     proof: fused per-channel activations fail only then), ``InvalidArgument`` for feeds of other names.
     """
+    if not optimize and (model := _beyond(path)) is not None:
+        return run_standard(model, None, feeds)
     return run_session(session(path, optimize=optimize), None, feeds)
 
 
@@ -120,7 +138,8 @@ def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> d
     shown = {output.name for output in model.graph.output}
     names: dict[str, str] = {}
     for label, value in _quantize_outputs(wiring, also).items():
-        wider = _WIDER.get(wiring.code_type(wiring.producer[value]) or "")
+        made = wiring.producer[value]
+        wider = _WIDER.get(wiring.code_type(made) or "") if made.op_type == "QuantizeLinear" else None
         names[label] = f"{value}::codes" if wider else value
         if wider:
             to = onnx.TensorProto.DataType.Value(wider)
@@ -129,6 +148,9 @@ def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> d
             model.graph.output.append(onnx.ValueInfoProto(name=names[label]))
     if not names:
         return {}
+    if needs_standard(model):
+        onnx.load_external_data_for_model(model, folder_of(path))
+        return {k: bits(v) for k, v in zip(names, run_standard(model, list(names.values()), feeds), strict=True)}
     built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
     return dict(zip(names, run_session(built, list(names.values()), feeds), strict=True))
 
@@ -172,7 +194,7 @@ def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
     return {
         node.output[0]: node.output[0]
         for node in wiring.model.graph.node
-        if node.op_type == "QuantizeLinear"
+        if (node.op_type == "QuantizeLinear" or (node.domain == TRT and len(node.output) > 1))
         and (node.input[0] not in wiring.constants or node.output[0].partition("@")[0] in also)
     }
 

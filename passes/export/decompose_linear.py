@@ -14,7 +14,7 @@ from fxquant.graph.nodes import call_nodes, packet
 from fxquant.ops.qdq import DEQUANTIZE
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.export.constants import constant, constant_value, negated
-from fxquant.passes.export.pairs import Dequantized
+from fxquant.passes.export.pairs import Dequantized, named
 from fxquant.passes.stages import EXPORT
 
 aten = torch.ops.aten
@@ -83,9 +83,16 @@ def _turned(gm: fx.GraphModule, weight: Dequantized) -> fx.Node:
     code = _transposed(gm, weight.code)
     blocks = () if weight.block_size is None else (weight.block_size,)
     if blocks:
-        scale, zero_point = _transposed(gm, scale), _transposed(gm, zero_point)
+        scale, zero_point = _turned_scale(gm, scale), _transposed(gm, zero_point)
     other = None if axis is None else 1 - axis
-    return call(gm.graph, DEQUANTIZE, code, scale, zero_point, other, *blocks, like=weight.node)
+    grid = (code, scale, zero_point, other)
+    return call(gm.graph, DEQUANTIZE, *grid, *blocks, like=weight.node, **named(weight.element))
+
+
+def _turned_scale(gm: fx.GraphModule, scale: fx.Node) -> fx.Node:
+    """The transposed scales of blocks, which may be codes themselves."""
+    held = Dequantized.of(scale)
+    return _transposed(gm, scale) if held is None else _turned(gm, held)
 
 
 def _finish(gm: fx.GraphModule, node: fx.Node, product: fx.Node, bias: fx.Node | None, apart: bool) -> None:

@@ -17,14 +17,28 @@ from fxquant.graph.edit import call
 from fxquant.graph.kinds import bias_of, kind_of, operands
 from fxquant.graph.meta import Site, site_of, sites_served
 from fxquant.graph.moves import unmoved
-from fxquant.graph.views import FakeQuant
+from fxquant.graph.views import BlockQparams, FakeQuant, Item
+from fxquant.numerics import elements
+from fxquant.numerics.blocks import IntegerGrid, tensor_unit
+from fxquant.numerics.formats import float_format
 from fxquant.numerics.storage import storage
 from fxquant.ops.bias import BIAS_MAX, FAKE_QUANTIZE_BIAS, bias_codes
-from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE, QUANTIZE_DEQUANTIZE_BLOCKS
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.export.constants import constant, constant_value
-from fxquant.passes.export.pairs import Dequantized, Pair
+from fxquant.passes.export.pairs import Dequantized, Pair, named
 from fxquant.passes.stages import EXPORT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """An activation that is quantized along its last axis by scales of its own, as ``quantize_dequantize_blocks``."""
+
+    size: int
+    quant_max: int
+    element: str | None
+    scale_format: str | None
+    tensor_amax: float | None
 
 
 @dataclass
@@ -36,6 +50,7 @@ class Frozen:
     notes: list[str] = field(default_factory=list)
     absorbed: list[str] = field(default_factory=list)  # no QuantizeLinear of their own: constants, equals of others
     labels: dict[str, str] = field(default_factory=dict)  # fake-quant of an activation, by name → its label
+    blocks: dict[str, Blocks] = field(default_factory=dict)  # label → how an activation in blocks is quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +60,7 @@ class Freeze(Pass):
         fake_quantize(w, s, z) of a constant  →  dequantize_affine(int8 codes, s, z)
         reshape(fake_quantize(reshape(w)))    →  the same with a block of codes for each group, in the form of w
         fake_quantize(x, s, z)                →  quantize_dequantize(x, 0.1, 128, …, "layer.input")
+        reshape(fake_quantize(reshape(x)))    →  quantize_dequantize_blocks(x, 16, …, "layer.input")
         fake_quantize_bias(b, s, t)           →  dequantize_affine(int32 codes, s·t, 0)
 
     Everything else that depends on parameters only and feeds something that does not (a folded bias) becomes a
@@ -106,7 +122,8 @@ class _Freezing:
         site = _site(view)
         if view.input not in self.values:
             number = self.seen[site.label] = self.seen.get(site.label, -1) + 1
-            self._activation(view, site.label if not number else f"{site.label}@{number}")
+            label = site.label if not number else f"{site.label}@{number}"
+            self._activation(view, label) if site.spec.group_size is None else self._blocks(view, label)
         elif site.spec.group_size is not None:
             self._groups(view)
         else:
@@ -123,8 +140,38 @@ class _Freezing:
         numbers = (float(self._value(scale)), int(self._value(zero_point)))
         with self.gm.graph.inserting_before(view.node):
             grid = (*numbers, view.quant_min, view.quant_max, label)
-            new = call(self.gm.graph, QUANTIZE_DEQUANTIZE, view.input, *grid, like=view.node)
+            new = call(self.gm.graph, QUANTIZE_DEQUANTIZE, view.input, *grid, like=view.node, **named(view.element))
         self._replace(view.node, new)
+        self.frozen.activations.append(label)
+        self.frozen.labels[view.node.name] = label
+
+    def _blocks(self, view: FakeQuant, label: str) -> None:
+        """An activation whose quantizer sees a token or a group as a row: see `SiteNodes`."""
+        spec = _site(view).spec
+        amax = None
+        made = BlockQparams.of(Item.of(view.scale).source) if Item.of(view.scale) else None
+        if made is not None and made.tensor_amax is not None:
+            if made.tensor_amax not in self.values:
+                raise ExportError(
+                    f"scale of {label} must not depend on the input: the range of its tensor follows each batch. "
+                    "Prepare the model with ranges='moving_average'."
+                )
+            amax = float(self.values[made.tensor_amax])
+        assert spec.group_size is not None, "what is not in groups is quantized by one scale"
+        found = Blocks(
+            size=spec.group_size,
+            quant_max=spec.quant_max,
+            element=spec.element,
+            scale_format=spec.scale_format,
+            tensor_amax=amax,
+        )
+        source = view.input.all_input_nodes[0]
+        grid = (found.size, found.quant_max, found.element, found.scale_format, found.tensor_amax, label)
+        for end in list(view.node.users):  # the reshape back
+            with self.gm.graph.inserting_before(end):
+                new = call(self.gm.graph, QUANTIZE_DEQUANTIZE_BLOCKS, source, *grid, like=end)
+            self._replace(end, new)
+        self.frozen.blocks[label] = found
         self.frozen.activations.append(label)
         self.frozen.labels[view.node.name] = label
 
@@ -137,7 +184,7 @@ class _Freezing:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
         with self.gm.graph.inserting_before(node):
             held = self._held(label, (code, scale, zero_point), node)
-            new = call(self.gm.graph, DEQUANTIZE, *held, axis, like=node)
+            new = call(self.gm.graph, DEQUANTIZE, *held, axis, like=node, **named(view.element))
         self._replace(node, new)
         if _site(view).role == "weight":
             self.frozen.weights.append(label)
@@ -158,10 +205,23 @@ class _Freezing:
         whole = [value.t() if axis else value for value in whole]
         with self.gm.graph.inserting_before(node):
             held = self._held(site.label, whole, node)
-            new = call(self.gm.graph, DEQUANTIZE, *held, 1 - axis, size, like=ends[0])
+            if site.spec.scale_format == "e4m3":
+                held[1] = self._scale_codes(site, rows, whole[1], held[1])
+            new = call(self.gm.graph, DEQUANTIZE, *held, 1 - axis, size, like=ends[0], **named(view.element))
         for end in ends:
             end.replace_all_uses_with(new)
         self.frozen.weights.append(site.label)
+
+    def _scale_codes(self, site: Site, rows: Tensor, scale: Tensor, held: fx.Node) -> fx.Node:
+        """The scales of groups as fp8 codes below one float32 scale of the tensor: the same numbers."""
+        format = float_format("e4m3")
+        element = IntegerGrid(0, site.spec.quant_max) if site.spec.element is None else float_format(site.spec.element)
+        unit = tensor_unit(rows.abs().amax(), element, format)
+        code = elements.encode(elements.quantize(scale, unit, format, "divide"), format)
+        assert torch.equal(elements.decode(code, format) * unit, scale), "scales are multiples of the tensor's unit"
+        values = (code, unit, torch.zeros_like(unit))
+        codes = self._held(f"{site.label}.scale", values, held)
+        return call(self.gm.graph, DEQUANTIZE, *codes, None, like=held, element="e4m3")
 
     def _guard_bias(self, view: FakeQuant, scale: Tensor, label: str) -> Tensor:
         """The weight's scale, raised where onnxruntime's int32 bias would overflow.
@@ -218,8 +278,8 @@ class _Freezing:
     def _held(self, label: str, values: Sequence[Tensor], like: fx.Node) -> list[fx.Node]:
         """Codes, scale and zero point as constants."""
         code, scale, zero_point = values
-        named = (("codes", code), ("scale", scale), ("zero_point", zero_point.to(code.dtype)))
-        return [constant(self.gm, f"{label}.{name}", value, like) for name, value in named]
+        parts = (("codes", code), ("scale", scale), ("zero_point", zero_point.to(code.dtype)))
+        return [constant(self.gm, f"{label}.{name}", value, like) for name, value in parts]
 
     def _value(self, known: Any) -> Any:
         return self.values[known] if isinstance(known, fx.Node) else known
@@ -240,5 +300,8 @@ def _codes(view: FakeQuant, weight: Tensor, scale: Tensor, zero_point: Tensor, a
     low, high = view.quant_min, view.quant_max
     if axis is not None:
         scale, zero_point = (numerics.per_channel_view(v, weight.dim(), axis) for v in (scale, zero_point))
+    if view.element is not None:
+        found = float_format(view.element)
+        return elements.encode(elements.quantize(weight, scale, found, argument(view.node, "rounding")), found)
     code = numerics.code_before_clamp(weight, scale, zero_point, argument(view.node, "rounding"))
     return numerics.clamp_code(code, low, high).to(getattr(torch, storage(low, high)[0]))

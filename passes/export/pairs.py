@@ -48,6 +48,11 @@ class Pair(View):
         return argument(self.node, "quant_min"), argument(self.node, "quant_max")
 
     @property
+    def element(self) -> str | None:
+        """The small float that codes are, None for integers."""
+        return argument(self.node, "element")
+
+    @property
     def label(self) -> str:
         """What QuantizeLinear's result is called in the file."""
         return argument(self.node, "label")
@@ -84,6 +89,22 @@ class Dequantized(View):
         """How many values in a row share a scale, None where a slice does."""
         return argument(self.node, "block_size")
 
+    @property
+    def element(self) -> str | None:
+        """The small float that codes are, each a byte with its bits; None for integers."""
+        return argument(self.node, "element")
+
+
+def named(element: str | None) -> dict[str, str]:
+    """What operators are told of codes that are small floats; nothing of integers."""
+    return {} if element is None else {"element": element}
+
+
+def elements_of(graph: fx.Graph) -> dict[str, str]:
+    """Constants that are codes of small floats, by name → the float."""
+    views = (Dequantized.of(node) for node in graph.nodes)
+    return {str(view.code.target): view.element for view in views if view is not None and view.element is not None}
+
 
 def pair_before(value: object) -> Pair | None:
     """The Q/DQ pair that a value comes out of, moved at most."""
@@ -103,4 +124,4 @@ def quantized_again(value: fx.Node, pair: Pair) -> fx.Node:
     """``QDQ(value)`` right after a value that is ``pair``'s, moved: the same codes."""
     grid = (pair.scale, pair.zero_point, *pair.limits, _label(value, pair))
     with value.graph.inserting_after(value):
-        return call(value.graph, QUANTIZE_DEQUANTIZE, value, *grid, like=value)
+        return call(value.graph, QUANTIZE_DEQUANTIZE, value, *grid, like=value, **named(pair.element))

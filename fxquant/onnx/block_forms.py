@@ -1,0 +1,188 @@
+"""Activations that are quantized by scales of their own, in the form that their target runs.
+
+::
+
+    QuantizeLinear → DequantizeLinear, which stand for it, by the name of the codes
+    →   standard    scale of each row or block computed by ONNX's own operators, then Q/DQ with it
+    →   "trt"       trt::TRT_FP4DynamicQuantize, trt::TRT_MXFP8DynamicQuantize, and what reads their results
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fxquant.errors import ExportError
+from fxquant.numerics.formats import FLOAT_FORMATS
+from fxquant.onnx.element_types import onnx_type
+from fxquant.passes.export.freeze import Blocks
+from fxquant.support.require import require
+
+_FLOAT, _E4M3, _E2M1, _UINT8 = 1, 17, 23, 2  # onnx.TensorProto.DataType
+_E8M0_MIN = 2.0**-127
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def write_blocks(model: Any, blocks: Mapping[str, Blocks], form: str) -> None:
+    """Replaces the pairs that stand for activations in blocks, each by the nodes of ``form``."""
+    pairs = {node.outputs[0].name: node for node in model.graph if node.op_type == "QuantizeLinear"}
+    for label, found in blocks.items():
+        if label not in pairs:  # joined with an equal one
+            continue
+        quantize = pairs[label]
+        (dequantize,) = (use.node for use in quantize.outputs[0].uses())
+        quantize.outputs[0].name = f"{label}_replaced"
+        nodes = _Nodes(model.graph, quantize, label)
+        result = _in_trt(nodes, found) if form == "trt" else _in_onnx(nodes, found)
+        old = dequantize.outputs[0]
+        result.shape, result.type = old.shape, old.type
+        is_output = [index for index, value in enumerate(model.graph.outputs) if value is old]
+        old.replace_all_uses_with(result)
+        for index in is_output:
+            model.graph.outputs[index] = result
+        model.graph.remove([quantize, dequantize], safe=True)
+    if form == "trt" and blocks:
+        model.opset_imports["trt"] = 1
+
+
+class _Nodes:
+    """Makes nodes in front of a pair, each after the one before."""
+
+    def __init__(self, graph: Any, before: Any, label: str) -> None:
+        self.ir, self.graph, self.before, self.label = require("onnx_ir"), graph, before, label
+        self.input = before.inputs[0]
+        self.count = 0
+
+    def make(self, op: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        node = self.ir.node(op, inputs=list(inputs), attributes=attributes, domain=domain, num_outputs=outputs)
+        for value in node.outputs:
+            value.name = f"{self.label}_blocks{self.count}"
+            self.count += 1
+        node.name = f"{self.label}_{op}{self.count}"
+        self.graph.insert_before(self.before, node)
+        return node.outputs[0] if outputs == 1 else node.outputs
+
+    def constant(self, value: Any) -> Any:
+        """An initializer of an array, or of a number in float32."""
+        np = require("numpy")
+        array = np.asarray(value, dtype=np.float32) if isinstance(value, float) else np.asarray(value)
+        name = f"{self.label}_constant{self.count}"
+        self.count += 1
+        tensor = self.ir.tensor(array, name=name)
+        made = self.ir.Value(
+            name=name, shape=self.ir.Shape(array.shape), type=self.ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.register_initializer(made)
+        return made
+
+
+def _in_trt(nodes: _Nodes, found: Blocks) -> Any:
+    """TensorRT's own operators, along the last axis."""
+    if (found.element, found.scale_format, found.size) == ("e2m1", "e4m3", 16):
+        if found.tensor_amax is None:
+            raise ExportError(
+                f"the range of {nodes.label} must be known before it runs, for TensorRT: got that of each tensor. "
+                "Prepare with ranges='moving_average'."
+            )
+        unit = nodes.constant(_unit(found))
+        codes, scales = nodes.make(
+            "TRT_FP4DynamicQuantize",
+            nodes.input,
+            unit,
+            domain="trt",
+            outputs=2,
+            axis=-1,
+            block_size=16,
+            scale_type=_E4M3,
+        )
+        codes.name = nodes.label
+        return nodes.make(
+            "DequantizeLinear", codes, nodes.make("DequantizeLinear", scales, unit), axis=-1, block_size=16
+        )
+    if (found.element, found.scale_format, found.size) == ("e4m3", "e8m0", 32):
+        codes, scales = nodes.make(
+            "TRT_MXFP8DynamicQuantize", nodes.input, domain="trt", outputs=2, axis=-1, block_size=32, output_dtype=_E4M3
+        )
+        codes.name = nodes.label
+        return nodes.make(
+            "TRT_MXFP8DequantizeLinear", codes, scales, domain="trt", axis=-1, block_size=32, output_dtype=_FLOAT
+        )
+    raise ExportError(
+        f"{nodes.label} must be in blocks of a form that TensorRT quantizes, e2m1 in 16 with e4m3 scales or e4m3 in 32 "
+        f"with e8m0 scales: got {found}."
+    )
+
+
+def _unit(found: Blocks) -> float:
+    """The one float32 scale of a tensor: `fxquant.numerics.blocks.tensor_unit`."""
+    import torch
+
+    from fxquant.numerics.blocks import IntegerGrid, tensor_unit
+
+    element = IntegerGrid(0, found.quant_max) if found.element is None else FLOAT_FORMATS[found.element]
+    return float(tensor_unit(torch.tensor(found.tensor_amax), element, FLOAT_FORMATS["e4m3"]))
+
+
+def _in_onnx(nodes: _Nodes, found: Blocks) -> Any:
+    """The scale of each row or block by standard operators, then Q/DQ with it."""
+    np = require("numpy")
+    largest = float(found.quant_max) if found.element is None else FLOAT_FORMATS[found.element].max
+    kind = np.int8 if found.element is None else onnx_type(found.element)
+    shape = None
+    rows = nodes.input
+    if found.size > 0:
+        shape = nodes.make("Shape", nodes.input)
+        split = [0] * (len(nodes.input.shape) - 1) + [-1, found.size]
+        rows = nodes.make("Reshape", nodes.input, nodes.constant(np.array(split, dtype=np.int64)))
+    amax = nodes.make("ReduceMax", nodes.make("Abs", rows), nodes.constant(np.array([-1], dtype=np.int64)), keepdims=1)
+    scale = _scale(nodes, found, amax, largest)
+    if found.size > 0:  # one scale a block: [..., blocks]
+        scale = nodes.make("Squeeze", scale, nodes.constant(np.array([-1], dtype=np.int64)))
+        options = {"axis": -1, "block_size": found.size}
+        x = nodes.input
+    else:  # one scale a row: QuantizeLinear has them along an axis of a matrix
+        shape = nodes.make("Shape", nodes.input)
+        length = int(nodes.input.shape[-1])
+        x = nodes.make("Reshape", nodes.input, nodes.constant(np.array([-1, length], dtype=np.int64)))
+        scale = nodes.make("Reshape", scale, nodes.constant(np.array([-1], dtype=np.int64)))
+        options = {"axis": 0}
+    divisor = scale
+    if found.scale_format == "e4m3":  # a block that rounds to no scale at all
+        is_zero = nodes.make("Equal", scale, nodes.constant(0.0))
+        divisor = nodes.make("Where", is_zero, nodes.constant(1.0), scale)
+    output = _E2M1 if found.element == "e2m1" else nodes.ir.DataType.from_numpy(np.dtype(kind)).value
+    codes = nodes.make("QuantizeLinear", x, divisor, **options, output_dtype=int(output))
+    codes.name = nodes.label
+    value = nodes.make("DequantizeLinear", codes, scale, **options)
+    return value if found.size > 0 else nodes.make("Reshape", value, shape)
+
+
+def _scale(nodes: _Nodes, found: Blocks, amax: Any, largest: float) -> Any:
+    """As `fxquant.ops.qparams` has it, with a last axis of 1."""
+    if found.scale_format == "e8m0":
+        return _power_of_two(nodes, amax, math.frexp(largest)[1] - 1)
+    full = nodes.make("Div", amax, nodes.constant(largest))
+    if found.scale_format is None:
+        return nodes.make("Max", full, nodes.constant(2.0**-60))
+    if found.tensor_amax is None:
+        whole = nodes.make("ReduceMax", amax, keepdims=0)
+        unit = nodes.make("Div", whole, nodes.constant(largest * 448.0))
+        unit = nodes.make("Where", nodes.make("Greater", unit, nodes.constant(0.0)), unit, nodes.constant(1.0))
+    else:
+        unit = nodes.constant(_unit(found))
+    zero = nodes.constant(require("numpy").zeros((), dtype=onnx_type("e4m3")))
+    codes = nodes.make("QuantizeLinear", full, unit, zero)
+    return nodes.make("DequantizeLinear", codes, unit, zero)
+
+
+def _power_of_two(nodes: _Nodes, amax: Any, exponent: int) -> Any:
+    """``2^(floor(log2 amax) − exponent)``: what a logarithm is off by is put right by comparison."""
+    amax = nodes.make("Max", amax, nodes.constant(_SMALLEST_NORMAL))
+    log = nodes.make("Div", nodes.make("Log", amax), nodes.constant(math.log(2.0)))
+    power = nodes.make("Pow", nodes.constant(2.0), nodes.make("Floor", log))
+    half = nodes.make("Mul", power, nodes.constant(0.5))
+    power = nodes.make("Where", nodes.make("Greater", power, amax), half, power)
+    twice = nodes.make("Mul", power, nodes.constant(2.0))
+    power = nodes.make("Where", nodes.make("LessOrEqual", twice, amax), twice, power)
+    return nodes.make("Max", nodes.make("Mul", power, nodes.constant(2.0**-exponent)), nodes.constant(_E8M0_MIN))
