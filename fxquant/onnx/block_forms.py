@@ -42,8 +42,42 @@ def write_blocks(model: Any, blocks: Mapping[str, Blocks], form: str) -> None:
         for index in is_output:
             model.graph.outputs[index] = result
         model.graph.remove([quantize, dequantize], safe=True)
-    if form == "trt" and blocks:
-        model.opset_imports["trt"] = 1
+    if form == "trt":
+        _write_mx_weights(model)
+        if any(node.domain == "trt" for node in model.graph):
+            model.opset_imports["trt"] = 1
+
+
+def _write_mx_weights(model: Any) -> None:
+    """``DQ(codes[K, N], scales, axis 0)``  →  ``Transpose(trt::TRT_MXFP8DequantizeLinear(codesᵀ, exponents))``.
+
+    Of fp8 codes in blocks of 32: TensorRT has scales that are powers of two as bytes, along the last axis alone.
+    """
+    np = require("numpy")
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        codes, scale = node.inputs[0].const_value, node.inputs[1].const_value
+        size = node.attributes.get("block_size")
+        is_fp8 = codes is not None and codes.dtype.value == _E4M3 and size is not None and size.as_int() == 32
+        if not is_fp8 or scale is None:
+            continue
+        axis, steps = node.attributes["axis"].as_int() % 2, scale.numpy()
+        mantissa, exponent = np.frexp(steps)
+        if (mantissa != 0.5).any():
+            continue
+        nodes = _Nodes(model.graph, node, node.inputs[0].name)
+        turned = [codes.numpy(), (exponent - 1 + 127).astype(np.uint8)]
+        if axis == 0:
+            turned = [np.ascontiguousarray(each.T) for each in turned]
+        held = [nodes.constant(each) for each in turned]
+        value = nodes.make(
+            "TRT_MXFP8DequantizeLinear", *held, domain="trt", axis=-1, block_size=32, output_dtype=_FLOAT
+        )
+        if axis == 0:
+            value = nodes.make("Transpose", value, perm=[1, 0])
+        old = node.outputs[0]
+        value.shape, value.type = old.shape, old.type
+        old.replace_all_uses_with(value)
+        model.graph.remove(node, safe=True)
 
 
 class _Nodes:

@@ -193,8 +193,8 @@ def _finish(model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, weigh
     written = {value.name for node in model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
     model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
-    write_blocks(model, frozen.blocks, profile.block_form)
     type_codes(model, elements_of(graph))
+    write_blocks(model, frozen.blocks, profile.block_form)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     return pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)

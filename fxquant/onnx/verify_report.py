@@ -144,7 +144,9 @@ class VerifyReport:
                 unknown += f' without `pip install "fxquant[{self.target}]"`'
             return [unknown, *([str(self.lint)] if self.lint is not None else [])]
         rows = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in self.rows]
-        share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on integers"
+        kinds = [kind for kind in ("fp8", "fp4") if any(r.integer and kind in r.kernel for r in self.rows)]
+        codes = f"codes ({', '.join(kinds)})" if kinds else "integers"
+        share = f"{sum(r.integer for r in self.rows)} of {len(self.rows)} conv/gemm/matmul nodes run on {codes}"
         return [
             f"{self.path} in {self.runtime}",
             table(("node", "op", "kernel", "integer", "why not"), rows),

@@ -93,8 +93,10 @@ class Profile:
         return dataclasses.replace(spec, signed=True, symmetric=True)
 
     def rounded(self, spec: QuantSpec) -> QuantSpec:
-        """An activation's format with the rounding that this runtime has."""
-        return spec if self.rounding in (None, spec.rounding) else dataclasses.replace(spec, rounding=self.rounding)
+        """An activation's format with the rounding that this runtime has, which divides by scales of groups."""
+        if spec.group_size is not None or self.rounding in (None, spec.rounding):
+            return spec
+        return dataclasses.replace(spec, rounding=self.rounding)
 
     def check_format(self, role: str, spec: QuantSpec, subject: str) -> None:
         """Raises InvalidArgument for a width that the runtime has no codes for, or groups of another size."""

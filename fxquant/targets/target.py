@@ -25,7 +25,8 @@ class KernelRow:
     """What one exported node became.
 
     ``name`` is the exported node's name, or its first output where it has none. ``kernel`` is the op in the
-    optimized model, ``"none"`` where no node is left. ``reason`` is ``None`` exactly when ``integer``.
+    optimized model, ``"none"`` where no node is left. ``integer``: it multiplies codes, integers or those of one small
+    float. ``reason`` is ``None`` exactly when ``integer``.
     """
 
     name: str

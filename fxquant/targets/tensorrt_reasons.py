@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # may stand there, not one to a narrower type and back.
 CARRIERS = (*MOVES, "Slice", "Split", "Gather", "Tile", "DepthToSpace", "SpaceToDepth", "Dropout", "Cast")
 
-_FLOATS = {"fp8_e4m3": "fp8", "fp4_e2m1": "fp4"}
+CODES = frozenset({"int8", "fp8_e4m3", "fp4_e2m1"})
+"""Types of operands, as plans name them, that are codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +103,6 @@ def reason(node: onnx.NodeProto, products: Sequence[Operation], wiring: Wiring, 
         return "no product of the plan stands for it: it was folded, or is computed inside another kernel"
     if any("unknown" in each.reads[:2] for each in products):
         return "the types that it reads cannot be read from the plan"
-    narrow = [_FLOATS[kind] for each in products for kind in each.reads[:2] if kind in _FLOATS]
-    if len(narrow) == 2 * len(products):
-        return f"it multiplies {narrow[0]} codes"
     return next(_why_float(node, wiring, capability))
 
 
@@ -114,6 +112,10 @@ def _why_float(node: onnx.NodeProto, wiring: Wiring, capability: str | None) -> 
         yield f"it is several products, of {len(node.input)} operands: what they make is multiplied in float"
     if wiring.constants.issuperset(node.input[:2]):
         yield "both its operands are constants"
+    for index in range(min(2, len(node.input))):
+        found = origin(wiring, node, index).source
+        if found is not None and found.op_type == "TRT_MXFP8DequantizeLinear":
+            yield "TensorRT for RTX makes floats of MXFP8 codes before it multiplies"
     for index in range(min(2, len(node.input))):
         if origin(wiring, node, index).pair is None:
             yield f"operand {index} is not quantized"

@@ -18,7 +18,7 @@ from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, all_nodes, folder_of, load_model
 from fxquant.targets.target import WEIGHTED, KernelRow, Ran
 from fxquant.targets.tensorrt_plan import PRODUCTS, Operation, operations
-from fxquant.targets.tensorrt_reasons import reason
+from fxquant.targets.tensorrt_reasons import CODES, reason
 
 if TYPE_CHECKING:
     import onnx
@@ -199,7 +199,9 @@ def _operands(product: Operation) -> tuple[str, ...]:
 
 
 def _is_integer(product: Operation) -> bool:
-    return set(_operands(product)) == {"int8"}
+    """Whether it multiplies codes, be they integers or small floats."""
+    kinds = set(_operands(product))
+    return len(kinds) == 1 and kinds.issubset(CODES)
 
 
 def _title(operation: Operation) -> str:
