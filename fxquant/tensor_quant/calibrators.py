@@ -256,23 +256,27 @@ class HistogramCalibrator(Calibrator):
         counts, edges = self._counts.to(torch.float64), self._edges(len(self._counts))
         start = min(start_bin, len(counts) - 1)
         if method == "percentile":
-            found = _percentile(counts, edges, percentile)
+            found = percentile_end(counts, edges, percentile)
         elif method == "entropy":
             if not isinstance(self._num_bits, int):
                 raise InvalidArgument(f"method must be 'percentile' or 'mse' for num_bits={self._num_bits}.")
-            found = _entropy(counts, edges, 2 ** (self._num_bits - 1 + self._unsigned), stride, start)
+            found = entropy_end(counts, edges, 2 ** (self._num_bits - 1 + self._unsigned), stride, start)
         else:
             found = _mse(counts, edges, self._num_bits, self._unsigned, stride, start)
         return found.to(torch.float32)
 
 
-def _percentile(counts: Tensor, edges: Tensor, percentile: float) -> Tensor:
+def percentile_end(counts: Tensor, edges: Tensor, percentile: float) -> Tensor:
+    """The lowest bin edge with ``percentile`` % of the counts at or below it."""
     reached = counts.cumsum(0) >= counts.sum() * (percentile / 100)
     return edges[int(reached.to(torch.int8).argmax()) + 1]
 
 
-def _entropy(counts: Tensor, edges: Tensor, levels: int, stride: int, start: int) -> Tensor:
-    """Of each count i of bins kept: clip the rest into the last, spread i bins over the levels, compare."""
+def entropy_end(counts: Tensor, edges: Tensor, levels: int, stride: int, start: int) -> Tensor:
+    """The end of the range that loses least information, of equals the largest, of ranges from ``start`` bins on.
+
+    Of each count i of bins kept: clip the rest into the last, spread i bins over the levels, compare.
+    """
     bins = counts.clone()
     bins[0] = bins[1]  # exact zeros need no range, and are often most of the data
     zero = bins.new_zeros(1)

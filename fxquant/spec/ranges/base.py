@@ -34,12 +34,14 @@ class Range(abc.ABC):
             `fxquant.override` carries its value over.
         roles: what it may be used for.
         per_group: whether it may be used for weights with a scale per group.
+        takes_ends: whether a minimum and maximum that were found elsewhere can be its state, see `set_ends`.
     """
 
     kind: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[frozenset[str]] = frozenset({"activation", "output"})
     per_group: ClassVar[bool] = False
+    takes_ends: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -132,6 +134,17 @@ class Range(abc.ABC):
 
     def end_calibration(self, state: State) -> None:  # noqa: B027
         """Makes of what was seen what the sites are quantized with; by default it is that already."""
+
+    def set_ends(self, state: State, low: float, high: float) -> None:
+        """Makes a minimum and maximum that calibration has chosen the state, for kinds that ``takes_ends``."""
+        raise NotImplementedError(f"{type(self).__name__} takes no ends, and must not say so.")
+
+    def follow(self, state: State, low: float, high: float) -> bool:
+        """Moves a range that is set with its tensor, whose ends have become ``low`` and ``high`` times what they were.
+
+        False, and nothing done, for a kind that cannot: what scales activations leaves its sites alone.
+        """
+        return False
 
     # Plans and checkpoints
 

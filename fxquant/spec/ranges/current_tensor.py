@@ -25,6 +25,10 @@ class CurrentTensor(Range):
         """Where it is from."""
         return "of the tensor"
 
+    def follow(self, state: Mapping[str, Tensor], low: float, high: float) -> bool:
+        """It does by itself."""
+        return True
+
     def qparams(self, site: SiteGraph, value: fx.Node) -> Qparams:
         """``max |w| / quant_max`` of a weight and of groups, ``affine_qparams(min, max)`` of a whole activation."""
         format = site.format

@@ -28,6 +28,7 @@ class MovingAverage(Range):
 
     kind: ClassVar[str] = "moving_average"
     state_names: ClassVar[tuple[str, ...]] = ("min_val", "max_val")
+    takes_ends: ClassVar[bool] = True
     constant: float = 0.01
     delayed: bool = False
 
@@ -73,6 +74,19 @@ class MovingAverage(Range):
         """Empties it."""
         state["min_val"].fill_(qparams.NOTHING_SEEN)
         state["max_val"].fill_(-qparams.NOTHING_SEEN)
+
+    def set_ends(self, state: Mapping[str, Tensor], low: float, high: float) -> None:
+        """The two numbers; of 0 and 0, the state of zeros only."""
+        only_zeros = low == high == 0
+        state["min_val"].fill_(qparams.ONLY_ZEROS if only_zeros else low)
+        state["max_val"].fill_(-qparams.ONLY_ZEROS if only_zeros else high)
+
+    def follow(self, state: Mapping[str, Tensor], low: float, high: float) -> bool:
+        """Multiplies both; one of zeros only stays."""
+        if not self.is_degenerate(state):
+            state["min_val"].mul_(low)
+            state["max_val"].mul_(high)
+        return True
 
     def mode(self, observing: bool, resolved: bool) -> Mode:
         """TRAIN or, delayed, DELAYED; FIRST while it may be unset."""
