@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _traceback
 
 from fxquant.backend import reports
 from fxquant.backend.reuse import stores
@@ -34,16 +35,23 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the test modules import stays to the end: half a million objects that no collection need look through."""
+    """What the test modules import stays to the end: half a million objects that no collection need look through.
+
+    A compile makes as many of its own, nearly all of which live until it ends: collected after every 700, a seventh of
+    the Python. Tests of what is let go collect by themselves.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def guards_are_not_timed() -> Iterator[None]:
+def guards_are_made_fast() -> Iterator[None]:
     """Dynamo flushes the caches of the processor to time a frame's guards, for a log: half the time of a small one."""
     with pytest.MonkeyPatch.context() as patch:  # private; read in 2.13
         patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
+        # Each guard tells the line that it comes from, whose path is compared with torch's: ever the same few paths.
+        patch.setattr(_traceback, "shorten_filename", functools.cache(_traceback.shorten_filename))
         yield
 
 
