@@ -109,8 +109,8 @@ def _check(named: list[Site], what: What, where: str) -> None:
         )
     if isinstance(what, int) and all(_staged(site, what).spec == site.local.spec for site in named):
         raise InvalidArgument(
-            f"{where} must be more bits than the plan has: got {what}, and {named[0].key} has {first}. Prepare with "
-            "the formats that are deployed; stages lead to them."
+            f"{where} must be more bits than an integer format of the plan has: got {what}, and {named[0].key} has "
+            f"{first}. Prepare with the formats that are deployed; stages lead to them."
         )
 
 
@@ -118,4 +118,6 @@ def _staged(site: Site, what: What) -> Staged:
     spec = site.local.spec
     if not isinstance(what, int):
         return Staged(doing=what, spec=spec)
+    if spec.element is not None:  # small floats have the width that they have
+        return Staged(doing="quantize", spec=spec)
     return Staged(doing="quantize", spec=dataclasses.replace(spec, bits=max(spec.bits, what)))

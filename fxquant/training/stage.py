@@ -21,7 +21,7 @@ class Stage:
     Attributes:
         at: how many steps are done before it: a whole number, or a float from 0.0 to 1.0, that share of all steps.
         weights: what weights are: ``"float"``; ``"observe"``, float while ranges that learn look at them;
-            ``"quantize"``, as the plan says; or a number of bits, of those whose plan has fewer.
+            ``"quantize"``, as the plan says; or a number of bits, of integers whose plan has fewer.
         activations: the same of all other sites. ``"observe"`` leaves them float, and their ranges follow the data.
         sites: glob over the site keys that `fxquant.explain` shows, of which ``weights``, ``activations`` and
             ``damping`` are said.

@@ -50,6 +50,25 @@ def test_the_formula_and_its_gradient(spec: QuantSpec) -> None:
     assert schedule.damping().item() == 0 and not schedule.damps
 
 
+@pytest.mark.parametrize("recipe", ["w4a4", "w2a8", "int4_weight_only", "fp8", "mxfp4", "nvfp4"])
+def test_of_every_format_it_is_the_distance_to_what_the_model_multiplies_with(recipe: str) -> None:
+    """The rows of the identity come out of the layer as its quantized weight."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eye = torch.eye(32)
+    model = fxquant.prepare(nn.Sequential(nn.Linear(32, 16, bias=False)), (eye,), recipe=recipe, target="generic")
+    floats = {} if recipe == "int4_weight_only" else {"activations": "float"}
+    schedule = fxquant.Schedule(
+        model,
+        [Stage(at=0, damping=1.0, **floats), Stage(at=1, weights="quantize", **dict.fromkeys(floats, "quantize"))],
+    )
+    schedule.damping().backward()
+    weight = model[0].weight
+    quantized = torch.compile(model, backend="fxquant_eager")(eye).detach().T
+    assert torch.unique(quantized).numel() < 512
+    torch.testing.assert_close(weight.grad, 2 * (weight.detach() - quantized), rtol=1e-5, atol=1e-7)
+
+
 def test_only_what_is_quantized_and_trained_is_damped() -> None:
     model = prepared(QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor()))
     schedule = fxquant.Schedule(

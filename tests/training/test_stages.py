@@ -58,7 +58,7 @@ END = Stage(at=9, weights="quantize", activations="quantize")
         ([Stage(at=0, weights=8, sites="third.*"), END], None,
          r"stages\[0\]\.weights must be said of a site: got sites='third\.\*', which names none.*weights: first\."),
         ([Stage(at=0, weights="observe"), END], None, r"weights must not be 'observe' where no range follows the data"),
-        ([Stage(at=0, weights=4), END], None, r"weights must be more bits than the plan has: got 4, and first\.weig"),
+        ([Stage(at=0, weights=4), END], None, r"weights must be more bits than an integer .* got 4, and first\.weig"),
         ([Stage(at=0, weights=8)], None, r"must end with every site as the plan has it: got 2 that are not \(first"),
         ([Stage(at=0, activations="float")], None, r"must end with .* End with weights='quantize' and activations='q"),
     ],
@@ -74,6 +74,12 @@ def test_a_schedule_that_names_no_site() -> None:
     weights_only = fxquant.prepare(nn.Sequential(nn.Linear(32, 8)), (torch.zeros(2, 32),), recipe="int4_weight_only")
     with pytest.raises(InvalidArgument, match=r"stages\[0\]\.activations must be said of a site.*activations: none"):
         fxquant.Schedule(weights_only, [Stage(at=0, activations="observe"), END])
+
+
+def test_bits_of_small_floats() -> None:
+    floats = fxquant.prepare(Mlp(), (X,), recipe="fp8", target="generic")
+    with pytest.raises(InvalidArgument, match=r"weights must be more bits than an integer .* got 16, and .* has e4m3"):
+        fxquant.Schedule(floats, [Stage(at=0, weights=16), END])
 
 
 def test_a_model_that_is_not_prepared() -> None:
