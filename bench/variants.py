@@ -80,12 +80,24 @@ def _peer(make: Callable[[nn.Module, Tensor], nn.Module], compiled: bool) -> Var
     return Variant(build=build)
 
 
+def _learned(bits: int) -> fxquant.Recipe:
+    """Every scale trained (LSQ), of weights per channel."""
+    lsq = fxquant.Learned(method="lsq")
+    return fxquant.Recipe(
+        name=f"lsq w{bits}a{bits}",
+        activation=fxquant.QuantSpec(bits=bits, signed=False, symmetric=False, range=lsq),
+        weight=fxquant.QuantSpec(bits=bits, narrow=True, axis=0, range=lsq),
+    )
+
+
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(build=_plain),
     "plain eager": Variant(build=_eager),
     "fxquant int8": _fxquant(),
     "fxquant floats saved": _fxquant({"save_quantized": False}),
     "fxquant delayed ranges": _fxquant(ranges="delayed"),
+    "fxquant lsq w8a8": _fxquant(recipe=_learned(8)),
+    "fxquant lsq w4a4": _fxquant(recipe=_learned(4)),
     "fxquant integer matmul": _fxquant({"integer_matmul": True}),
 }
 for _name, _make in PEERS.items():

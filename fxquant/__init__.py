@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxquant import errors, ops, tensor_quant
     from fxquant.onnx import export_onnx, verify_onnx
     from fxquant.prepared.freeze import freeze_batch_norm, freeze_ranges
+    from fxquant.prepared.optimizers import parameter_groups
     from fxquant.prepared.override import override
     from fxquant.prepared.prepare import prepare, strip
     from fxquant.prepared.sync_ranges import sync_ranges
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fxquant.search.mixed import mixed
     from fxquant.search.sensitivity import sensitivity
     from fxquant.spec.quant_spec import QuantSpec
-    from fxquant.spec.ranges import CurrentTensor, Fixed, MovingAverage
+    from fxquant.spec.ranges import CurrentTensor, Fixed, Learned, MovingAverage
     from fxquant.spec.recipes import Recipe
     from fxquant.spec.rules import Rule, first_layer, last_layer, skip
     from fxquant.training import distill
@@ -44,11 +45,12 @@ _HOMES = {
     **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.prepared.freeze"),
     "sync_ranges": "fxquant.prepared.sync_ranges",
     "override": "fxquant.prepared.override",
+    "parameter_groups": "fxquant.prepared.optimizers",
     "calibrate": "fxquant.probe.calibrate",
     **dict.fromkeys(("Mixed", "mixed", "sensitivity"), "fxquant.search"),
     **dict.fromkeys(("cost", "explain"), "fxquant.report"),
     **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
-    **dict.fromkeys(("CurrentTensor", "Fixed", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
+    **dict.fromkeys(("CurrentTensor", "Fixed", "Learned", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
     "distill": "fxquant.training",
     "Schedule": "fxquant.training.schedule",
     "Stage": "fxquant.training.stage",
@@ -63,6 +65,7 @@ __path__.append(str(Path(__file__).parent / "formerly"))
 __all__ = [
     "CurrentTensor",
     "Fixed",
+    "Learned",
     "Mixed",
     "MovingAverage",
     "QuantSpec",
@@ -84,6 +87,7 @@ __all__ = [
     "mixed",
     "ops",
     "override",
+    "parameter_groups",
     "prepare",
     "reestimate_batch_norm",
     "sensitivity",

@@ -20,7 +20,8 @@ def check_invariants(nodes: Iterable[fx.Node], when: str) -> None:
 
     - its input and result have the same shape and dtype, a floating one;
     - no fake-quantized value is a scale;
-    - scale and zero point of a site are float32 and an integer (the op itself allows others to those who call it).
+    - scale and zero point of a site are float32 and an integer, or a float32 that is trained (the op itself allows
+      others to those who call it).
     """
     for node in nodes:
         site = FakeQuant.of(node)
@@ -35,7 +36,7 @@ def check_invariants(nodes: Iterable[fx.Node], when: str) -> None:
         if found is not None and found.dtype != torch.float32:
             raise InvariantViolated(f"{when}: the scale of {node.name} must be float32: got {found.dtype}.")
         found = _tensor(site.zero_point)
-        if found is not None and found.dtype.is_floating_point:
+        if found is not None and found.dtype.is_floating_point and not site.scale_gradient:
             raise InvariantViolated(f"{when}: the zero point of {node.name} must be an integer: got {found.dtype}.")
 
 

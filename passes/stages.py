@@ -14,6 +14,7 @@ from fxquant.ops import fake_quantize, qdq, qparams, quantize, saved
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
+from fxquant.ops.learned import LEARNED_OPS
 from fxquant.ops.marks import BIND, MATERIALIZE, STAND_IN
 
 _KEY = "fxquant_stage"  # in the meta of a graph module: its stage's name, as keys of caches hold that meta
@@ -49,7 +50,9 @@ DYNAMO = Stage(name="dynamo", marks=frozenset({BIND}))
 CAPTURED = Stage(
     name="captured",
     marks=frozenset({BIND, STAND_IN}),
-    makes=frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, FAKE_QUANTIZE_BIAS, STAND_IN}),
+    makes=frozenset(
+        {*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, *LEARNED_OPS, FAKE_QUANTIZE_BIAS, STAND_IN},
+    ),
     inputs=(SOURCE, STATE),
     owns=("val", "custom", SITE, STANDS_FOR, SOURCE, STATE),
     is_ours=True,

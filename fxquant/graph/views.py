@@ -150,6 +150,11 @@ class FakeQuant(_Affine):
         """Whether no code lies outside the range, so that the gradient is dy itself."""
         return has_argument(self.node, "pass_through") and argument(self.node, "pass_through")
 
+    @property
+    def scale_gradient(self) -> float:
+        """The factor of the gradient that scale and a floating zero point receive; 0 for none."""
+        return argument(self.node, "scale_gradient") if has_argument(self.node, "scale_gradient") else 0.0
+
 
 @dataclass(frozen=True)
 class FakeQuantBackward(_Affine):

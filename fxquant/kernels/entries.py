@@ -29,6 +29,7 @@ def _per_tensor(
     pass_through: bool = False,
     scale_gradient: float = 0.0,
     element: str | None = None,
+    error_gradient: bool = True,
 ) -> Tensor:
     require(element is None, _NO_ELEMENTS)
     return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding))
@@ -47,6 +48,7 @@ def _per_channel(
     pass_through: bool = False,
     scale_gradient: float = 0.0,
     element: str | None = None,
+    error_gradient: bool = True,
 ) -> Tensor:
     require(element is None, _NO_ELEMENTS)
     return affine.fake_quantize(launch, x, Qparams(scale, point, low, high, rounding, axis))

@@ -109,13 +109,15 @@ def learnable_affine_backward(
     quant_max: int,
     grad_factor: float,
     rounding: Rounding,
+    of_errors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, scale, zero_point)."""
+    """Gradients of (x, scale, zero_point); without ``of_errors`` to the scale from what is clipped only (PACT)."""
     wide, wide_scale, wide_point = _widened(x, scale, zero_point, axis=axis)
     codes, point = _affine_codes(wide, wide_scale, wide_point, axis, quant_min, quant_max, rounding)
     inside, wide_grad = codes.inside(), grad.to(wide.dtype)
     error = (codes.code - point) * wide_scale - wide
     steps = error / wide_scale if rounding == "divide" else error * reciprocal(wide_scale)
+    steps = steps if of_errors else torch.zeros_like(steps)
     to_scale = wide_grad * codes.slope(quant_min - point, quant_max - point, steps)
     to_point = wide_grad * torch.where(inside, 0.0, -wide_scale)
     return (

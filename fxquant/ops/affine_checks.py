@@ -88,6 +88,7 @@ def check_channel_zero_points(
     pass_through: bool = False,
     scale_gradient: float = 0.0,
     element: str | None = None,
+    error_gradient: bool = True,
 ) -> None:
     """Values, where a look is free; torch leaves floating ones unchecked too."""
     _channel_qparams(x, scale, zero_point, axis, quant_min, quant_max, rounding)

@@ -54,6 +54,7 @@ def _per_tensor(
     pass_through: bool = False,
     scale_gradient: float = 0.0,
     element: str | None = None,
+    error_gradient: bool = True,
 ) -> Tensor:
     per_tensor_arguments(x, scale, zero_point, quant_min, quant_max, rounding)
     scale, point = scale.reshape(()), zero_point.reshape(())
@@ -96,6 +97,7 @@ def _per_channel(
     pass_through: bool = False,
     scale_gradient: float = 0.0,
     element: str | None = None,
+    error_gradient: bool = True,
 ) -> Tensor:
     per_channel_arguments(x, scale, zero_point, axis, quant_min, quant_max, rounding)
     if element is not None:
@@ -148,7 +150,10 @@ def _backward_per_tensor(a: Any, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _to_scale(a: Any, grad: Tensor, axis: int | None) -> dict[str, Tensor]:
-    """The gradient of the scale where it is asked for: LSQ's (Esser et al., 2020), times the factor given."""
+    """The gradient of the scale where it is asked for: LSQ's (Esser et al., 2020), times the factor given.
+
+    A zero point that is floating is trained too, and has the same factor.
+    """
     factor = getattr(a, "scale_gradient", 0.0)
     if not factor:
         return {}
@@ -157,8 +162,10 @@ def _to_scale(a: Any, grad: Tensor, axis: int | None) -> dict[str, Tensor]:
         return {"scale": elements.scale_gradient(grad, a.input, a.scale, axis, format, a.rounding) * factor}
     point = a.zero_point.to(a.scale.dtype)
     limits = (a.quant_min, a.quant_max)
-    found = learnable.learnable_affine_backward(grad, a.input, a.scale, point, axis, *limits, factor, a.rounding)
-    return {"scale": found[1]}
+    _, scale, zero_point = learnable.learnable_affine_backward(
+        grad, a.input, a.scale, point, axis, *limits, factor, a.rounding, a.error_gradient
+    )
+    return {"scale": scale, **({"zero_point": zero_point} if a.zero_point.is_floating_point() else {})}
 
 
 def _backward_scalar(a: Any, grad: Tensor) -> dict[str, Tensor]:
@@ -188,7 +195,8 @@ _ROUNDING = '*, str rounding="reciprocal"'
 # scale_gradient: for scales that are trained, the factor of the gradient that they receive; 0 for none, as in torch.
 # element: codes are those of a small float format, whose ends are quant_min and quant_max; the zero point is 0. See
 # ``fxquant.numerics.elements``.
-_FORWARD = f"{_ROUNDING}, bool pass_through=False, float scale_gradient=0., str? element=None"
+# error_gradient: whether rounding errors inside the range are part of it (LSQ), or only what is clipped (PACT).
+_FORWARD = f"{_ROUNDING}, bool pass_through=False, float scale_gradient=0., str? element=None, bool error_gradient=True"
 _ELEMENT = f"{_ROUNDING}, str? element=None"
 
 

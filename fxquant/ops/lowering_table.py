@@ -99,6 +99,9 @@ READER = Role(
 # buffers a site. On GPUs too.
 STATE = Role(aot="node", inductor="whole")
 
+# Runs once, for a state that is not set: a search over a tensor, of which no kernel is worth generating.
+START = Role(aot="node")
+
 # What it gives is a buffer of its own, or the copy has no use.
 COPY = Role(aot="node", inductor="whole")
 
@@ -141,6 +144,7 @@ ROLES: Mapping[str, Role] = {
         READER,
     ),
     **dict.fromkeys(("average_min_max", "affine_qparams"), STATE),
+    "learned_start": START,
     "materialize": COPY,
     "stand_in": STAND_IN,
     "bind": MARK,

@@ -59,7 +59,12 @@ class Naming:
         local = LocalSite(name=_name(edges[0], taken), role=placed.role, spec=placed.spec, edges=edges)
         taken.add(local.name)
         self.sites[path, edges] = Site(
-            owner=path, local=local, reason=placed.reason, source=user_line(first), matrix=placed.matrix
+            owner=path,
+            local=local,
+            reason=placed.reason,
+            source=user_line(first),
+            matrix=placed.matrix,
+            shape=placed.shape,
         )
 
     def _without_owner(self, node: fx.Node) -> str:

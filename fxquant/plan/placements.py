@@ -31,7 +31,7 @@ _POSITIVE = frozenset({torch.ops.aten.softmax, torch.ops.aten.sigmoid})
 class Placement:
     """A tensor to quantize: for which operands (role "output": whose result), how and why.
 
-    ``matrix`` is that of `fxquant.plan.Site`.
+    ``matrix`` and ``shape`` are those of `fxquant.plan.Site`.
     """
 
     role: Role
@@ -39,6 +39,7 @@ class Placement:
     edges: tuple[Operand, ...]
     reason: str
     matrix: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Placing:
         if is_read_twice:
             reason += "; the tensor is also read transposed, there with channels and codes of its own"
         found = self._placement("weight", dataclasses.replace(spec, axis=axis), edges, reason)
-        return dataclasses.replace(found, matrix=matrix)
+        return dataclasses.replace(found, matrix=matrix, shape=_fixed_shape(*edges[0]))
 
     def outputs(self, units: dict[fx.Node, fx.Node]) -> list[Placement]:
         """Of the results of `Settling.units`."""
@@ -159,3 +160,9 @@ class Placing:
         self.profile.check_format(role, spec, subject)
         spec = spec if role == "weight" else self.profile.rounded(spec)
         return Placement(role=role, spec=spec, edges=tuple(edges), reason=reason)
+
+
+def _fixed_shape(node: fx.Node, name: str) -> tuple[int, ...] | None:
+    """The sizes of an operand, where all are numbers."""
+    shape = operands(node)[name].meta["val"].shape
+    return tuple(map(int, shape)) if all(isinstance(size, int) for size in shape) else None

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fxquant.errors import PlanMismatch
 from fxquant.graph.frames import without_wrappers
-from fxquant.spec.quant_spec import QuantSpec
+from fxquant.spec.quant_spec import TOKEN, QuantSpec
 
 VERSION = 3
-_READ = (1, 2, 3)  # 1 has no groups, 2 no delayed ranges: what is missing there has its default
+_READ = (1, 2, 3)  # 1 has no groups, 2 no delayed ranges, early 3 no shapes: what is missing there has its default
 Role = Literal["weight", "activation", "output"]
 
 
@@ -81,7 +82,8 @@ class LocalSite:
 class Site:
     """A local site with its place in the model, why it is there and where the user wrote it.
 
-    ``matrix`` is the channel axis and the length of a channel, for weights whose format may be per group.
+    ``matrix`` is the channel axis and the length of a channel, for weights whose format may be per group; ``shape``
+    that of a weight, where it is fixed.
     """
 
     owner: str
@@ -89,6 +91,20 @@ class Site:
     reason: str
     source: str = ""
     matrix: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def scales(self) -> int | None:
+        """How many scales its format has; None where that is not known."""
+        spec = self.local.spec
+        if spec.group_size is None and spec.axis is None:
+            return 1
+        if self.shape is None:
+            return None
+        if spec.group_size is None:
+            return self.shape[spec.axis or 0]
+        along = self.shape[1 if spec.axis == 0 else 0]
+        return math.prod(self.shape) // (along if spec.group_size == TOKEN else spec.group_size)
 
     @property
     def key(self) -> str:
@@ -160,13 +176,14 @@ class Plan:
 
 
 def _site(fields: dict[str, Any]) -> Site:
-    matrix = fields.get("matrix")
+    matrix, shape = fields.get("matrix"), fields.get("shape")
     return Site(
         owner=fields["owner"],
         local=LocalSite.from_dict(fields["local"]),
         reason=fields["reason"],
         source=fields["source"],
         matrix=None if matrix is None else (matrix[0], matrix[1]),
+        shape=None if shape is None else tuple(shape),
     )
 
 

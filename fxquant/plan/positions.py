@@ -218,7 +218,7 @@ def bound_sites(gm: fx.GraphModule) -> tuple[list[BoundSite], list[Missing]]:
         rest = list(bind.state)
         kinds = {edge.kind for site in registered(bind.key) for edge in site.edges}
         for site, mode in zip(registered(bind.key), bind.modes, strict=True):
-            mine = tuple(rest.pop(0) for _ in site.spec.range.state_names)
+            mine = tuple(rest.pop(0) for _ in site.spec.range.names(site.spec))
             operands, apart = [], False
             for edge in site.edges:
                 node = index.find(frame.key, edge)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from fxquant.errors import UnsupportedModel
-from fxquant.plan.plan import Plan
+from fxquant.plan.plan import Plan, Site
 from fxquant.prepared.bound_forward import BoundForward, bound_forward, quantize_before_buckets
 from fxquant.prepared.live import LIVE
+from fxquant.prepared.optimizers import watch_optimizers
 from fxquant.prepared.quantizer import ATTRIBUTE, QuantizerSet, owners
 from fxquant.prepared.root import Root
 from fxquant.prepared.unfused import attach_unfused, detach_unfused
@@ -50,10 +51,24 @@ def attach(model: nn.Module, plan: Plan) -> None:
     root = Root(model, plan)
     root.attach()
     attach_unfused(model)
+    if any(site.local.spec.range.trained for site in plan.sites):
+        watch_optimizers()
     devices = {path: next(modules[path].parameters(), torch.empty(0)).device for path in by_owner}
     for path, sites in by_owner.items():
         locals_ = tuple(site.local for site in sites)
-        modules[path].add_module(ATTRIBUTE, QuantizerSet(locals_).to(devices[path]))
+        modules[path].add_module(ATTRIBUTE, QuantizerSet((s.local, _scales(s)) for s in sites).to(devices[path]))
         bound = BoundForward.of(modules[path]) or BoundForward(modules[path], root)
         bound.root = root
         bound.bind_sites(locals_, plan.target)
+
+
+def _scales(site: Site) -> int:
+    """How many scales a quantizer keeps; raises UnsupportedModel where the plan does not know."""
+    if not site.local.spec.range.stateful:
+        return 1
+    if site.scales is None:
+        raise UnsupportedModel(
+            f"weight of {site.key} must be of fixed size for a range that is kept per channel: got a plan without it. "
+            "Prepare the model again, or give the site range=fxquant.CurrentTensor() or axis=None."
+        )
+    return site.scales

@@ -97,7 +97,7 @@ class BoundForward(OwnForward):
         for name in self.names:
             quantizer = quantizers[name]
             modes.append(int(quantizer.mode(self.module.training)))
-            for kept in quantizer.site.spec.range.state_names:  # not a property: Dynamo traces each for every site
+            for kept in quantizer.names:  # an attribute: Dynamo traces a property for every site
                 state.append(getattr(quantizer, kept))
         if state and type(state[0]) not in _PLAIN:  # Dynamo traces this for each owner
             refuse_sharded(state)

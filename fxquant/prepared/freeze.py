@@ -13,13 +13,15 @@ __all__ = ["_FrozenTrain", "freeze_batch_norm", "freeze_ranges"]  # pickles of v
 
 
 def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
-    """Holds every activation range where it is, in training too; ``frozen=False`` lets them follow the data again.
+    """Holds every range that is kept where it is, in training too; ``frozen=False`` lets them follow the data again.
+
+    Parameters of learned ranges then require no gradient, and do again.
 
     Checkpoints hold it: a model is as frozen as the state dict that it loads says.
     """
     require_plan(model, "freeze_ranges")
     for _, quantizer in quantizers(unwrap(model)):
-        quantizer.observing = not frozen
+        quantizer.let_move(not frozen)
         quantizer.settle()
 
 

@@ -57,7 +57,7 @@ def freeze_as(model: nn.Module, keys: Sequence[str], flags: Sequence[int]) -> No
     for key, frozen in zip(keys, flags, strict=False):
         now = held.get(without_wrappers(key))
         if now is not None:
-            now[1].observing = not frozen
+            now[1].let_move(not frozen)
     for module, frozen in zip(norms, flags[len(keys) :], strict=True):
         if frozen != _is_held(module):
             hold_statistics(module, bool(frozen), model.training)

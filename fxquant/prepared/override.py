@@ -7,7 +7,8 @@ import difflib
 import fnmatch
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import FloatPlace, Plan, Site
@@ -119,10 +120,18 @@ def _check_used(plan: Plan, changes: Mapping[str, QuantSpec | None], used: set[s
 
 def _take_over(quantizer: Quantizer, old: Quantizer) -> None:
     """State of the quantizer that stood there before."""
-    quantizer.observing, quantizer.enabled, quantizer.doing = old.observing, old.enabled, old.doing
-    kept = old.state
-    for name, value in quantizer.state.items():
-        if name in kept and (kept[name].shape, type(kept[name])) == (value.shape, type(value)):
-            setattr(quantizer, name, kept[name])  # the tensor itself: an optimizer may know it
+    quantizer.enabled, quantizer.doing = old.enabled, old.doing
+    state = quantizer.state
+    shared = {name: kept for name, kept in old.state.items() if name in state and _is_like(kept, state[name])}
+    found = quantizer.range.converted(shared, old.spec, quantizer.spec)
+    with torch.no_grad():
+        for name, kept in shared.items():
+            kept.copy_(state[name] if found is None else found[name])
+            setattr(quantizer, name, kept)  # the tensor itself: an optimizer may know it
+    quantizer.let_move(old.observing)
     quantizer.train(old.training)
     quantizer.settle()
+
+
+def _is_like(kept: Tensor, value: Tensor) -> bool:
+    return (kept.shape, type(kept)) == (value.shape, type(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ class Quantizer(nn.Module):
         enabled: the tensor is quantized at all.
         doing: what the stage of a schedule has it do: leave the tensor float, observe it in training, or quantize it.
         resolved: the range is known to be set, so that graphs need not look at it.
+        names: of what is kept.
         calibrating: the observing mode of a calibration in progress, None outside one.
     """
 
@@ -38,15 +39,16 @@ class Quantizer(nn.Module):
     max_val: Tensor
     doing: Doing = "quantize"  # of the class, too: older pickles lack it
 
-    def __init__(self, site: LocalSite) -> None:
+    def __init__(self, site: LocalSite, scales: int = 1) -> None:
         super().__init__()
         self.site = site
+        self.names = site.spec.range.names(site.spec)
         self.observing = True
         self.enabled = True
         self.resolved = False
         self.calibrating: Mode | None = None
-        state = self.range.initial_state(self.spec)
-        assert tuple(state) == self.range.state_names, "a range's initial state has the names that it says"
+        state = self.range.initial_state(self.spec, scales)
+        assert tuple(state) == self.names, "a range's initial state has the names that it says"
         for name, value in state.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -76,7 +78,7 @@ class Quantizer(nn.Module):
     @property
     def state(self) -> dict[str, Tensor]:
         """What is kept, by name."""
-        return {name: getattr(self, name) for name in self.range.state_names}
+        return {name: getattr(self, name) for name in self.names}
 
     @property
     def evidence(self) -> Tensor | None:
@@ -93,6 +95,12 @@ class Quantizer(nn.Module):
             return self.site.spec.range.mode(training and self.observing, self.resolved)
         observes = self.doing == "observe" and training and self.observing and self.stateful
         return Mode.OBSERVE if observes else Mode.OFF
+
+    def let_move(self, on: bool) -> None:
+        """Whether the range moves in training: with the data, or, of parameters, by their gradients."""
+        self.observing = on
+        for value in self.parameters():
+            value.requires_grad_(on)
 
     def is_set(self) -> bool:
         """Looks (on the host) whether there is a range to quantize with."""
@@ -119,20 +127,21 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
         local_metadata, strict, missing, unexpected, errors = args
-        names = tuple(name for name in self.range.state_names if prefix + name in state_dict)
-        if names == self.range.state_names:
+        names = tuple(name for name in self.names if prefix + name in state_dict)
+        if names == self.names:
             given: dict[str, Tensor] = {name: state_dict[prefix + name] for name in names}
             with torch.no_grad():
                 for name, value in self.range.as_written_today(given, self.spec).items():
                     state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for name in self.range.state_names:
+        for name in self.names:
             if prefix + name in missing:
                 missing.remove(prefix + name)
         self.settle()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.names = self.range.names(self.spec)
         kept = {name: value.data for name, value in self.state.items()}
         for name, value in self.range.as_written_today(kept, self.spec).items():
             kept[name].copy_(value)
@@ -150,8 +159,8 @@ class Quantizer(nn.Module):
 class QuantizerSet(nn.ModuleDict):
     """The quantizers of one owner, by site name."""
 
-    def __init__(self, sites: tuple[LocalSite, ...]) -> None:
-        super().__init__({site.name: Quantizer(site) for site in sites})
+    def __init__(self, sites: Iterable[tuple[LocalSite, int]]) -> None:
+        super().__init__({site.name: Quantizer(site, scales) for site, scales in sites})
 
     def forward(self, value: Any = None, *_: Any, **__: Any) -> Any:
         """The identity: an owner that runs all its children, as nn.Sequential does, runs its quantizers too."""

@@ -33,6 +33,7 @@ class Root:
     copied_compiled: bool = False
     told_replaced: bool = False
     stage: str = ""  # of the schedule that drives the model, in words
+    seen_stepped: bool = False  # an optimizer has stepped parameters of the module
     autocast: torch.dtype | None = None  # that a compiled training graph of the module ran under
     KEY_OF_0_1 = f"{ATTRIBUTE}.plan"  # held the plan as a str
 

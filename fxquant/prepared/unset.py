@@ -21,7 +21,7 @@ def check_ranges(model: nn.Module) -> list[str]:
     Raises RangeNotSet where none is set, or all are of zeros: such a model was neither trained nor calibrated.
     """
     told = []
-    wanted = [(key, q) for key, q in quantizers(model) if q.is_on and q.stateful]
+    wanted = [(key, q) for key, q in quantizers(model) if q.is_on and q.stateful and q.site.role != "weight"]
     unset = [key for key, q in wanted if not q.settle()]
     zero = [key for key, q in wanted if q.resolved and q.range.is_degenerate(q.state)]
     for keys, what in ((unset, "no data yet"), (zero, "only zeros")):
@@ -57,7 +57,8 @@ def unset_in_float(model: nn.Module) -> Iterator[None]:
 
     Elsewhere they would take the range of the tensor at hand, which a file cannot.
     """
-    unset: list[Quantizer] = [q for _, q in quantizers(model) if q.is_on and not q.is_set()]
+    held = [q for _, q in quantizers(model) if q.is_on and q.site.role != "weight"]  # a weight has its range itself
+    unset: list[Quantizer] = [q for q in held if not q.is_set()]
     for quantizer in unset:
         quantizer.enabled = False
     try:

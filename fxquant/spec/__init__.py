@@ -3,7 +3,7 @@
 from fxquant.numerics.division import ROUNDINGS, Rounding
 from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
-from fxquant.spec.ranges import RANGES, CurrentTensor, Fixed, MovingAverage, Range, get_range
+from fxquant.spec.ranges import RANGES, CurrentTensor, Fixed, Learned, MovingAverage, Range, get_range
 from fxquant.spec.recipes import RECIPES, Recipe, get_recipe
 from fxquant.spec.rules import Rule, first_layer, last_layer, skip
 
@@ -13,6 +13,7 @@ __all__ = [
     "ROUNDINGS",
     "CurrentTensor",
     "Fixed",
+    "Learned",
     "Mode",
     "MovingAverage",
     "QuantSpec",

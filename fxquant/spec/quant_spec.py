@@ -71,6 +71,7 @@ class QuantSpec:
             self._check_groups(self.group_size)
         if self.scale_format is not None:
             self._check_scale_format()
+        self.range.check(self)
 
     def _check_element(self, element: str) -> None:
         if element not in FLOAT_FORMATS:
@@ -99,7 +100,8 @@ class QuantSpec:
         of_tensor = self.scale_format == "e4m3" and "activation" in self.range.roles
         if not self.range.per_group and not of_tensor:
             raise InvalidArgument(
-                f"QuantSpec per group must have range=CurrentTensor(): got {self.range}. A group has no history."
+                f"QuantSpec per group must have range=CurrentTensor() or Learned(): got {self.range}. "
+                "A group has no history."
             )
 
     def _check_scale_format(self) -> None:

@@ -27,11 +27,16 @@ def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
             raise InvalidArgument(f"{subject}.axis must be None: got {spec.axis}. An activation has one scale.")
         if role not in spec.range.roles:
             raise InvalidArgument(f"{subject}.range must be one for activations: got {spec.range}.")
+        if spec.group_size is not None and spec.range.per_group and spec.range.stateful:
+            raise InvalidArgument(
+                f"{subject}.range must be CurrentTensor() for an activation in groups: got {spec.range}. They are "
+                "other values in every batch, which no kept scale stands for."
+            )
         return
     if role not in spec.range.roles:
         raise InvalidArgument(
             f"{subject}.range must be CurrentTensor: got {spec.range}. "
-            "Set range=fxquant.CurrentTensor(): a weight needs no history."
+            "Set range=fxquant.CurrentTensor(), or fxquant.Learned() to train the scale: a weight needs no history."
         )
     if not (spec.signed and spec.symmetric):
         raise InvalidArgument(f"{subject} must be signed and symmetric: got {spec}. Runtimes take zero point 0 there.")

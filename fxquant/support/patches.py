@@ -334,6 +334,10 @@ OTHERS: Mapping[str, str] = {
         "Off while torch.export runs one of a prepared model's layers of attention, then what it was. Under Dynamo "
         "only the trace sees the change."
     ),
+    "fxquant/prepared/optimizers.py: register_optimizer_step_post_hook": (
+        "From the first model with learned ranges on: warns once of a model whose ranges no optimizer holds. Changes "
+        "no optimizer; `unwatch_optimizers` there removes it."
+    ),
     "fxquant/backend/reuse.py: register_optimizer_step_post_hook": (
         "With options={'reuse_weights': True}: drops what was computed from the parameters that an optimizer has "
         "stepped. Changes no optimizer; `unwatch_optimizers` there removes it."

@@ -17,6 +17,7 @@ from fxquant.graph.meta import site_of, source_of
 from fxquant.graph.moves import AGNOSTIC
 from fxquant.graph.nodes import call_nodes, is_state, packet
 from fxquant.ops import fake_quantize, qparams
+from fxquant.ops.learned import LEARNED_OPS
 
 aten = torch.ops.aten
 Reasons = dict[fx.Node, str | None]
@@ -24,7 +25,7 @@ Reasons = dict[fx.Node, str | None]
 
 
 # Whose results are the same with autocast on: they compute in a type of their own, or not at all.
-WITHOUT_AUTOCAST = frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, aten.detach.default})
+WITHOUT_AUTOCAST = frozenset({*fake_quantize.FAKE_QUANTIZE, *qparams.QPARAM_OPS, *LEARNED_OPS, aten.detach.default})
 
 
 def is_weight(node: fx.Node) -> bool:

@@ -17,13 +17,14 @@ from fxquant.graph.moves import is_agnostic, unmoved
 from fxquant.graph.nodes import call_nodes
 from fxquant.graph.views import FakeQuant
 from fxquant.ops import qparams
+from fxquant.ops.learned import LEARNED_OPS
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.stages import CAPTURED
 
 aten = torch.ops.aten
 
 _PURE = (
-    *(*qparams.QPARAM_OPS, operator.getitem, aten.detach.default, aten.full.default),
+    *(*qparams.QPARAM_OPS, *LEARNED_OPS, operator.getitem, aten.detach.default, aten.full.default),
     *(aten.reshape.default, aten.transpose.int),  # before a weight per group
 )
 

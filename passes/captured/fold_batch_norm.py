@@ -9,13 +9,15 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.graph.arguments import argument, argument_at
+from fxquant.graph.arguments import argument, argument_at, set_argument
 from fxquant.graph.bodies import all_graphs
 from fxquant.graph.edit import call
 from fxquant.graph.kinds import bias_of, kind_of, operands, replace_operand, set_bias
+from fxquant.graph.meta import site_of
 from fxquant.graph.moves import COPYING, RESHAPING
 from fxquant.graph.nodes import call_nodes, only_reader, packet
 from fxquant.graph.views import BatchNorm, FakeQuant, SymmetricQparams, qparams_of
+from fxquant.ops.qparams import WEIGHT_SCALE_FLOOR
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.captured.site_nodes import grouped_value
 from fxquant.passes.stages import CAPTURED
@@ -28,12 +30,13 @@ class FoldBatchNorm(Pass):
     """``batch_norm(conv(x, FQ(w), b))``  →  ``conv(x, FQ(w·f), (b − μ)·f + β)`` with ``f = γ / √(σ² + eps)``.
 
     That is the graph with running statistics: eval, and training with frozen statistics. It holds for convolutions,
-    transposed convolutions and linears whose weight has its scale, or scales, from itself, also where a transpose or
-    reshape that keeps the channels whole stands before the BatchNorm. In training with batch statistics the graph
-    stays as it is where ``Folding.commutes``, and `FoldTrainingBatchNorm` rewrites the rest: with one symmetric scale
-    per output channel taken from the current weight, ``FQ(w·f) = f·FQ(w)`` in exact arithmetic (codes only change
-    sign with f), so ``batch_norm(conv(x, FQ(w)))`` already scales the quantized folded weight by
-    ``σ_running / σ_batch`` without ever dividing by γ.
+    transposed convolutions and linears whose weight has its scale, or scales, from itself, or a trained one for each
+    channel, which is then multiplied by |f|; also where a transpose or reshape that keeps the channels whole stands
+    before the BatchNorm. In training with batch statistics the graph stays as it is where ``Folding.commutes``, and
+    `FoldTrainingBatchNorm` rewrites the rest: with one symmetric scale per output channel, taken from the current
+    weight or trained, ``FQ(w·f) = f·FQ(w)`` in exact arithmetic (codes only change sign with f), so
+    ``batch_norm(conv(x, FQ(w)))`` already scales the quantized folded weight by ``σ_running / σ_batch`` without ever
+    dividing by γ.
     """
 
     stages: ClassVar = (CAPTURED,)
@@ -103,8 +106,6 @@ def match(norm: BatchNorm) -> Folding | str:
     if kind.name not in ("conv", "conv_transpose") and packet(head) is not aten.linear:
         return f"{head.name} before it is neither a convolution nor a linear"
     assert kind.weight_axis is not None
-    if not is_scaled_by_itself(quantized):
-        return "the weight before it has no scale taken from itself"
     dims = head.meta["val"].dim()
     if channels != (1 if kind.name != "linear" else dims - 1) or (kind.name != "linear" and _is_batchless(head)):
         return f"{head.name} has its channels in another dimension"
@@ -115,7 +116,20 @@ def match(norm: BatchNorm) -> Folding | str:
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if any(each is not None and each.op == "call_function" for each in parameters):
         return "its parameters or statistics are computed in the graph"
-    return Folding(norm=norm, head=head, quantized=quantized, axis=kind.weight_axis)
+    found = Folding(norm=norm, head=head, quantized=quantized, axis=kind.weight_axis)
+    return found if is_scaled_by_itself(quantized) else _why_not_rescaled(found) or found
+
+
+def _why_not_rescaled(found: Folding) -> str | None:
+    """Why a scale that is not the weight's own cannot be folded into with it: ``FQ(w·f, s·|f|) ≠ f·FQ(w, s)``."""
+    site = site_of(found.quantized.node)
+    if site is None or not site.spec.range.trained:
+        return "the weight before it has no scale taken from itself"
+    if not found.commutes:
+        return "the weight before it has a trained scale that several channels share: it is not folded into"
+    if found.quantized.quant_min != -found.quantized.quant_max:
+        return "the weight before it has a lowest code without a mirror, for factors below 0: set narrow=True"
+    return None
 
 
 def _is_batchless(head: fx.Node) -> bool:
@@ -177,22 +191,26 @@ def own_quantizer(graph: fx.Graph, found: Folding) -> Folding:
 
 def _chain(quantized: FakeQuant) -> list[fx.Node]:
     scale, zero_point, pair = quantized.scale, quantized.zero_point, qparams_of(quantized.scale)
+    if pair is None:  # a scale that is trained, and stays what others read
+        return [quantized.node]
     assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node) and isinstance(pair, SymmetricQparams)
     return [pair.input, pair.node, scale, zero_point, quantized.node]
 
 
 def fold_weight(graph: fx.Graph, found: Folding) -> tuple[fx.Node, fx.Node]:
     """Puts ``w·f`` before the weight's quantizer; the nodes of ``σ² + eps`` and of f."""
-    norm, weight, (detached, *_) = found.norm, found.weight, _chain(found.quantized)
+    norm, weight, (first, *_) = found.norm, found.weight, _chain(found.quantized)
     like, gamma = norm.node, norm.weight
-    with graph.inserting_before(detached):
+    with graph.inserting_before(first):
         variance = call(graph, aten.add.Scalar, norm.running_var, norm.eps, like=like)
         deviation = call(graph, aten.rsqrt.default, variance, like=like)
         factor = deviation if gamma is None else call(graph, aten.mul.Tensor, gamma, deviation, like=like)
         folded = call(graph, aten.mul.Tensor, weight, _along_weight(graph, found, factor), like=weight)
         # Under autocast or in half precision the statistics are float32: the weight keeps its own dtype.
         folded = as_dtype(graph, folded, weight.meta["val"].dtype)
-    detached.replace_input_with(weight, folded)
+        if first is found.quantized.node:
+            set_argument(first, "scale", _rescaled(graph, found, factor))
+    first.replace_input_with(weight, folded)
     found.quantized.node.replace_input_with(weight, folded)
     return variance, factor
 
@@ -211,6 +229,14 @@ def _along_weight(graph: fx.Graph, found: Folding, factor: fx.Node) -> fx.Node:
     by_group = call(graph, aten.view.default, factor, [groups, 1, columns], like=like)
     repeated = call(graph, aten.expand.default, by_group, [groups, rows // groups, columns], like=like)
     return call(graph, aten.reshape.default, repeated, [rows, columns, *ones], like=like)
+
+
+def _rescaled(graph: fx.Graph, found: Folding, factor: fx.Node) -> fx.Node:
+    """``s·|f|``, by which ``w·f`` has the codes of ``w`` by s; f gets no gradient by it, and has that of the weight."""
+    like, scale = found.quantized.node, found.quantized.scale
+    reach = call(graph, aten.abs.default, call(graph, aten.detach.default, factor, like=like), like=like)
+    product = call(graph, aten.mul.Tensor, scale, as_dtype(graph, reach, torch.float32), like=like)
+    return call(graph, aten.clamp_min.default, product, WEIGHT_SCALE_FLOOR, like=like)
 
 
 def as_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

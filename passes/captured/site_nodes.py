@@ -55,7 +55,7 @@ class SiteNodes:
         self._under_tensor = site.spec.scale_format is not None and not site.spec.range.per_group
         grouped = None if self._under_tensor else 0
         self.axis = site.spec.axis if site.spec.group_size is None else grouped
-        self.state = dict(zip(site.spec.range.state_names, site.state, strict=True)) if site.state else {}
+        self.state = dict(zip(site.spec.range.names(site.spec), site.state, strict=True)) if site.state else {}
         self.across_ranks = bool(site.group)
         self._agrees_before_use = site.before and bool(site.group) and site.mode is Mode.TRAIN
         self._last: fx.Node | None = None
@@ -78,10 +78,17 @@ class SiteNodes:
         # Not new_full of the source: export takes for constant what no input reaches.
         return self.call(aten.full.default, [1], number, dtype=torch.float32, device=self.source.meta["val"].device)
 
+    def over_ranks(self, value: fx.Node) -> fx.Node:
+        """The greatest of a value over all ranks."""
+        return reduced(self.call, [value], [value], self.site.group)[1][0] if self.across_ranks else value
+
     def store(self, **values: fx.Node) -> None:
-        """Writes state, by name."""
+        """Writes state, by name: into a parameter unseen by autograd, which lets no leaf be written."""
         for name, value in values.items():
-            self.call(aten.copy_.default, self.state[name], value)
+            state = self.state[name]
+            if state.meta["val"].requires_grad:
+                state = self.call(aten.detach.default, state)
+            self.call(aten.copy_.default, state, value)
 
     def defer(self, average: fx.Node) -> None:
         """Says that `BatchRangeUpdates` is to do this ``average_min_max`` at the end of the graph."""
@@ -127,6 +134,8 @@ class SiteNodes:
             options["pass_through"] = True  # what saturates does so by the rounding of its scale
         if found.scale_gradient:
             options["scale_gradient"] = found.scale_gradient
+            if not found.error_gradient:
+                options["error_gradient"] = False
         where = () if axis is None else (axis,)
         op = fake_quantize.PER_TENSOR if axis is None else fake_quantize.PER_CHANNEL
         qparams = (found.scale, found.zero_point)

@@ -58,7 +58,7 @@ class Learned(Range):
     state_names: ClassVar[tuple[str, ...]] = ("reach",)
     start: float = 1.0
 
-    def initial_state(self, format: Format) -> dict[str, Tensor]:
+    def initial_state(self, format: Format, scales: int = 1) -> dict[str, Tensor]:
         return {"reach": nn.Parameter(torch.tensor([self.start]))}
 
     def describe(self, state: Mapping[str, Tensor]) -> str:

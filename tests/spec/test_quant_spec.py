@@ -141,8 +141,8 @@ def test_fields_of_an_older_version_have_no_groups() -> None:
         ),
         (
             {"axis": 0, "group_size": 8},
-            "QuantSpec per group must have range=CurrentTensor(): got MovingAverage(constant=0.01, delayed=False). "
-            "A group has no history.",
+            "QuantSpec per group must have range=CurrentTensor() or Learned(): got MovingAverage(constant=0.01, "
+            "delayed=False). A group has no history.",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from fxquant.spec.ranges.base import RANGE_KINDS, Range
 from fxquant.spec.ranges.current_tensor import CurrentTensor
 from fxquant.spec.ranges.fixed import Fixed
+from fxquant.spec.ranges.learned import Learned
 from fxquant.spec.ranges.moving_average import MovingAverage
 from fxquant.spec.ranges.named import RANGES, get_range
 from fxquant.spec.ranges.site_graph import Format, Qparams, SiteGraph, affine_qparams
@@ -13,6 +14,7 @@ __all__ = [
     "CurrentTensor",
     "Fixed",
     "Format",
+    "Learned",
     "MovingAverage",
     "Qparams",
     "Range",

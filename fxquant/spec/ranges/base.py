@@ -35,6 +35,7 @@ class Range(abc.ABC):
         roles: what it may be used for.
         per_group: whether it may be used for weights with a scale per group.
         takes_ends: whether a minimum and maximum that were found elsewhere can be its state, see `set_ends`.
+        trained: whether there are parameters in its state.
     """
 
     kind: ClassVar[str]
@@ -42,6 +43,7 @@ class Range(abc.ABC):
     roles: ClassVar[frozenset[str]] = frozenset({"activation", "output"})
     per_group: ClassVar[bool] = False
     takes_ends: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -60,15 +62,22 @@ class Range(abc.ABC):
         """Whether something is kept between steps."""
         return bool(self.state_names)
 
+    def names(self, format: Format) -> tuple[str, ...]:
+        """`state_names`, of which a format may have no use for some."""
+        return self.state_names
+
+    def check(self, format: Format) -> None:  # noqa: B027
+        """Raises InvalidArgument for a format that it cannot find scales of; by default there is none."""
+
     # What stands on the quantizer
 
-    def initial_state(self, format: Format) -> dict[str, Tensor]:
-        """The state of a new quantizer, by `state_names`: a number just below 0, which stands for "unset".
+    def initial_state(self, format: Format, scales: int = 1) -> dict[str, Tensor]:
+        """The state of a new quantizer, by `names`: a number just below 0 for each scale, which stands for "unset".
 
         Finite, so that a moving average of a model's state that starts with it stays finite. A ``nn.Parameter`` is
         trained, anything else is a buffer. All keep their dtype when the model changes its own.
         """
-        return {name: torch.full((1,), -NOTHING_SEEN, dtype=torch.float32) for name in self.state_names}
+        return {name: torch.full((scales,), -NOTHING_SEEN, dtype=torch.float32) for name in self.names(format)}
 
     def is_set(self, state: State) -> bool:
         """Whether the state holds a range: a look on the host."""
@@ -81,6 +90,10 @@ class Range(abc.ABC):
             k: torch.where(v.isnan(), new[k].detach().to(v), v) if v.is_floating_point() else v
             for k, v in state.items()
         }
+
+    def converted(self, state: State, before: Format, now: Format) -> State | None:
+        """A state that was found for another format; None where it says nothing of this one. By default it does."""
+        return state
 
     def is_degenerate(self, state: State) -> bool:
         """Whether a range that is set has seen only zeros: every positive scale is exact for those, none for more."""

@@ -36,7 +36,7 @@ class MovingAverage(Range):
         if not 0.0 < self.constant <= 1.0:
             raise InvalidArgument(f"MovingAverage.constant must be in (0, 1]: got {self.constant}.")
 
-    def initial_state(self, format: Format) -> dict[str, Tensor]:
+    def initial_state(self, format: Format, scales: int = 1) -> dict[str, Tensor]:
         """An empty range: its minimum is above its maximum, both next to 0."""
         unset = {"min_val": qparams.NOTHING_SEEN, "max_val": -qparams.NOTHING_SEEN}
         return {name: torch.full((1,), number, dtype=torch.float32) for name, number in unset.items()}

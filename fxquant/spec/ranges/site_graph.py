@@ -40,13 +40,15 @@ class Qparams(NamedTuple):
 
     Attributes:
         scale: float32, one element, or one for each slice of the site's axis.
-        zero_point: int32, shaped like ``scale``.
-        scale_gradient: factor of the gradient that ``scale`` receives, as in LSQ; 0 for none.
+        zero_point: shaped like ``scale``: int32, or whole numbers in float32 where it is trained.
+        scale_gradient: factor of the gradient that ``scale`` receives, as in LSQ, and a floating zero point; 0: none.
+        error_gradient: whether rounding errors inside the range are part of that, or only what is clipped, as in PACT.
     """
 
     scale: fx.Node
     zero_point: fx.Node
     scale_gradient: float = 0.0
+    error_gradient: bool = True
 
 
 class SiteGraph(Protocol):
@@ -87,6 +89,9 @@ class SiteGraph(Protocol):
 
     def item(self, node: fx.Node, index: int) -> fx.Node:
         """One of several results."""
+
+    def over_ranks(self, value: fx.Node) -> fx.Node:
+        """The greatest of a value of one element over all ranks that keep the state equal."""
 
     def constant(self, number: float) -> fx.Node:
         """A float32 tensor of one element, on the tensor's device."""
