@@ -4,6 +4,7 @@
 
     QuantizeLinear → DequantizeLinear, which stand for it, by the name of the codes
     →   standard    scale of each row or block computed by ONNX's own operators, then Q/DQ with it
+    →   "integer"   the same, and what multiplies rows of it by an int8 weight a MatMulInteger of the codes
     →   "trt"       trt::TRT_FP4DynamicQuantize, trt::TRT_MXFP8DynamicQuantize, and what reads their results
 """
 
@@ -35,17 +36,22 @@ def write_blocks(model: Any, blocks: Mapping[str, Blocks], form: str) -> None:
         quantize.outputs[0].name = f"{label}_replaced"
         nodes = _Nodes(model.graph, quantize, label)
         result = _in_trt(nodes, found) if form == "trt" else _in_onnx(nodes, found)
-        old = dequantize.outputs[0]
-        result.shape, result.type = old.shape, old.type
-        is_output = [index for index, value in enumerate(model.graph.outputs) if value is old]
-        old.replace_all_uses_with(result)
-        for index in is_output:
-            model.graph.outputs[index] = result
+        _put(result, dequantize.outputs[0])
         model.graph.remove([quantize, dequantize], safe=True)
+        if form == "integer" and found.size < 0:
+            _multiply_codes(nodes, result)
     if form == "trt":
         _write_mx_weights(model)
         if any(node.domain == "trt" for node in model.graph):
             model.opset_imports["trt"] = 1
+
+
+def _put(new: Any, old: Any) -> None:
+    """A value in another's place, under its name where that is an output's."""
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name, old.name = old.name, None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _write_mx_weights(model: Any) -> None:
@@ -74,9 +80,7 @@ def _write_mx_weights(model: Any) -> None:
         )
         if axis == 0:
             value = nodes.make("Transpose", value, perm=[1, 0])
-        old = node.outputs[0]
-        value.shape, value.type = old.shape, old.type
-        old.replace_all_uses_with(value)
+        _put(value, node.outputs[0])
         model.graph.remove(node, safe=True)
 
 
@@ -89,6 +93,7 @@ class _Nodes:
         self.count = 0
 
     def make(self, op: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """A node, its result or its results."""
         node = self.ir.node(op, inputs=list(inputs), attributes=attributes, domain=domain, num_outputs=outputs)
         for value in node.outputs:
             value.name = f"{self.label}_blocks{self.count}"
@@ -148,6 +153,37 @@ def _in_trt(nodes: _Nodes, found: Blocks) -> Any:
     )
 
 
+def _multiply_codes(nodes: _Nodes, value: Any) -> None:
+    """``MatMul(Reshape(DQ(codes, rows)), DQ(weight, columns))``  →  ``MatMulInteger(codes, weight) · rows · columns``.
+
+    For weights of int8 codes with a scale each column; float32 takes the sums of products, as integers, exactly up to
+    2^24 and rounds them once beyond.
+    """
+    dequantize, shape = (each for each in (value.producer().inputs[0].producer(), value.producer().inputs[1]))
+    codes, scale = dequantize.inputs[:2]
+    np = require("numpy")
+    for use in list(value.uses()):
+        product, weight = use.node, use.node.inputs[1].producer() if len(use.node.inputs) > 1 else None
+        if product.op_type != "MatMul" or use.idx != 0 or weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        axis = weight.attributes.get("axis")
+        is_int8 = weight.inputs[0].const_value is not None and weight.inputs[0].const_value.dtype.name == "INT8"
+        single = weight.inputs[1].const_value.numpy().size == 1
+        if not is_int8 or not (single or (axis is not None and axis.as_int() == 1)):
+            continue
+        nodes.before = product
+        total = nodes.make("Cast", nodes.make("MatMulInteger", codes, weight.inputs[0]), to=_FLOAT)
+        total.producer().inputs[0].producer().name = product.name
+        column = nodes.constant(np.array([-1, 1], dtype=np.int64))
+        total = nodes.make("Mul", total, nodes.make("Reshape", scale, column))
+        total = nodes.make("Mul", total, weight.inputs[1])
+        last = nodes.constant(np.array([weight.inputs[0].const_value.shape[1]], dtype=np.int64))
+        kept = nodes.make("Slice", shape, *(nodes.constant(np.array([each], dtype=np.int64)) for each in (0, -1)))
+        whole = nodes.make("Reshape", total, nodes.make("Concat", kept, last, axis=0))
+        _put(whole, product.outputs[0])
+        nodes.graph.remove(product, safe=True)
+
+
 def _unit(found: Blocks) -> float:
     """The one float32 scale of a tensor: `fxquant.numerics.blocks.tensor_unit`."""
     import torch
@@ -173,7 +209,7 @@ def _in_onnx(nodes: _Nodes, found: Blocks) -> Any:
     scale = _scale(nodes, found, amax, largest)
     if found.size > 0:  # one scale a block: [..., blocks]
         scale = nodes.make("Squeeze", scale, nodes.constant(np.array([-1], dtype=np.int64)))
-        options = {"axis": -1, "block_size": found.size}
+        options: dict[str, Any] = {"axis": -1, "block_size": found.size}
         x = nodes.input
     else:  # one scale a row: QuantizeLinear has them along an axis of a matrix
         shape = nodes.make("Shape", nodes.input)

@@ -6,11 +6,12 @@ For what a file really became, see `fxquant.verify_onnx` and ``python -m fxquant
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fxquant.graph.kinds import KINDS
 from fxquant.plan.plan import Edge, Plan, Site
+from fxquant.spec.quant_spec import QuantSpec
 from fxquant.targets.expected import FLOAT, WeightOnly
 from fxquant.targets.registry import get_target
 
@@ -131,7 +132,11 @@ def expected_kernel(operation: Operation, operand: str, target: str) -> str:
         if bits not in forecast.codes:
             return f"{FLOAT}its {name} has {bits}-bit codes"
     name = kernel.joined if kernel.joined and operation.result else kernel.name
-    return name.format(code=_code(operation))
+    specs = [site.local.spec for site in read.values()]
+    family = next((spec.family for spec in specs if spec.family), "")
+    if family in forecast.families:
+        return forecast.families[family].format(name=name)
+    return name.format(code=_code(operation), kind=_kind(specs))
 
 
 def _of_weight(operation: Operation, known: WeightOnly | None) -> str | None:
@@ -141,14 +146,23 @@ def _of_weight(operation: Operation, known: WeightOnly | None) -> str | None:
     if site is None or site.local.role != "weight" or known is None:
         return None
     size, alone = site.local.spec.group_size, activation in operation.why_float
+    if not alone and site.local.spec.scale_format is not None:
+        return None
     bits = 4 if site.local.spec.bits <= 4 and size is not None else 8
+    words = {"bits": bits, "kind": f"int{bits}" if site.local.spec.element is None else _kind([site.local.spec])}
     if not alone:
-        return None if size is None else known.beside.format(bits=bits)
+        return None if size is None else known.beside.format(**words)
     if size is None:
-        return known.name.format(bits=bits) if known.channels else None
+        return known.name.format(**words) if known.channels else None
     if known.groups is not None and size not in known.groups:
         return f"{FLOAT}{known.name} has no groups of {size}"
-    return known.name.format(bits=bits)
+    return known.name.format(**words)
+
+
+def _kind(specs: Sequence[QuantSpec]) -> str:
+    """``int8``, ``fp8`` or ``fp4``: what the widest operand's codes are."""
+    widest = max(specs, key=lambda spec: spec.bits, default=None)
+    return "int8" if widest is None or widest.element is None else f"fp{widest.bits}"
 
 
 def _code(operation: Operation) -> str:

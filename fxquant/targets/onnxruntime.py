@@ -26,6 +26,7 @@ _PROFILE = Profile(
     integer_bias=True,
     float_pads=True,
     families=frozenset({"token"}),
+    block_form="integer",
     # Beside a quantized activation it takes wider blocks for scales per column, and fails at run time.
     group_bits=range(2, 5),
     # 1.31 has no bfloat16 kernels, reads no float32 scale beside float16, and multiplies in float after a Cast.
@@ -48,6 +49,7 @@ _FORECAST = Forecast(
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },
     codes=range(2, 9),
+    families={"token": "MatMulInteger"},
     weight_only=WeightOnly(
         name="MatMulNBits",
         beside=f"{FLOAT}onnxruntime's integer products have no scales per group",

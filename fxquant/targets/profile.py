@@ -35,7 +35,8 @@ class Profile:
         float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
         families: formats beyond integers that it runs, by `QuantSpec.family`; None: any.
-        block_form: how activations in blocks are written: by ONNX's own operators, or "trt", by TensorRT's.
+        block_form: how activations in blocks are written: by ONNX's own operators; the same with
+            products of tokens as MatMulInteger ("integer"); by TensorRT's ("trt").
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
         int4_convolutions: convolutions take weights that are stored as int4.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
@@ -67,7 +68,7 @@ class Profile:
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
     families: frozenset[str] | None = frozenset()
-    block_form: Literal["onnx", "trt"] = "onnx"
+    block_form: Literal["onnx", "integer", "trt"] = "onnx"
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None
     int4_convolutions: bool = True

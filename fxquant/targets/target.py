@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 # The ops of a file whose kernels are reported.
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Attention")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "Attention")
 
 
 @dataclass(frozen=True, kw_only=True)

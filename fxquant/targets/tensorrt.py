@@ -46,19 +46,20 @@ _PROFILE = Profile(
 
 _FORECAST = Forecast(
     kernels={
-        "conv": ExpectedKernel(name="int8 Convolution"),
-        "linear": ExpectedKernel(name="int8 MatrixMultiply"),
-        "matmul": ExpectedKernel(name="int8 MatrixMultiply"),
-        "einsum": ExpectedKernel(name="int8 MatrixMultiply"),
+        "conv": ExpectedKernel(name="{kind} Convolution"),
+        "linear": ExpectedKernel(name="{kind} MatrixMultiply"),
+        "matmul": ExpectedKernel(name="{kind} MatrixMultiply"),
+        "einsum": ExpectedKernel(name="{kind} MatrixMultiply"),
         # Only the operand that comes from elsewhere is quantized: the other never leaves the convolution.
-        "add": ExpectedKernel(name="sum inside the int8 Convolution", needs=()),
-        "cat": ExpectedKernel(name="int8 Concatenation"),
-        "sdpa": ExpectedKernel(name="int8 MatrixMultiply (query·key)", needs=("query", "key")),
+        "add": ExpectedKernel(name="sum inside the {kind} Convolution", needs=()),
+        "cat": ExpectedKernel(name="{kind} Concatenation"),
+        "sdpa": ExpectedKernel(name="{kind} MatrixMultiply (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },
     codes=range(4, 9),  # int4 codes are widened as the kernel runs, others of weights are int8 in the file
+    families={"e4m3 e8m0 32": f"{FLOAT}TensorRT for RTX makes floats of MXFP8 codes before it multiplies"},
     weight_only=WeightOnly(
-        name="MatrixMultiply with an int4 weight",
+        name="MatrixMultiply with an {kind} weight",
         beside=f"{FLOAT}TensorRT multiplies an int4 weight by float activations",
         channels=False,
     ),

@@ -107,15 +107,14 @@ def reason(node: onnx.NodeProto, products: Sequence[Operation], wiring: Wiring, 
 
 
 def _why_float(node: onnx.NodeProto, wiring: Wiring, capability: str | None) -> Iterator[str]:
+    stoppers = [origin(wiring, node, index).stopper for index in range(min(2, len(node.input)))]
+    if any(each is not None and each.op_type == "TRT_MXFP8DequantizeLinear" for each in stoppers):
+        yield "TensorRT for RTX makes floats of MXFP8 codes before it multiplies"
     yield from obstacles(wiring, node)
     if node.op_type == "Einsum" and len(node.input) > 2:
         yield f"it is several products, of {len(node.input)} operands: what they make is multiplied in float"
     if wiring.constants.issuperset(node.input[:2]):
         yield "both its operands are constants"
-    for index in range(min(2, len(node.input))):
-        found = origin(wiring, node, index).source
-        if found is not None and found.op_type == "TRT_MXFP8DequantizeLinear":
-            yield "TensorRT for RTX makes floats of MXFP8 codes before it multiplies"
     for index in range(min(2, len(node.input))):
         if origin(wiring, node, index).pair is None:
             yield f"operand {index} is not quantized"

@@ -149,7 +149,8 @@ class _Freezing:
         """An activation whose quantizer sees a token or a group as a row: see `SiteNodes`."""
         spec = _site(view).spec
         amax = None
-        made = BlockQparams.of(Item.of(view.scale).source) if Item.of(view.scale) else None
+        part = Item.of(view.scale)
+        made = None if part is None else BlockQparams.of(part.source)
         if made is not None and made.tensor_amax is not None:
             if made.tensor_amax not in self.values:
                 raise ExportError(

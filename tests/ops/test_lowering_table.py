@@ -23,7 +23,7 @@ from fxquant.ops.library import ARITHMETIC
 from fxquant.ops.lowering_table import KERNELS, ROLES, Form, Stage, becomes
 from fxquant.ops.marks import BIND
 from fxquant.ops.plain_inductor import fuse_in_inductor
-from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE, QUANTIZE_DEQUANTIZE_BLOCKS
 from fxquant.passes.base import PassResult
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from tests.ops.cases import Case
@@ -36,6 +36,11 @@ OTHERS = (
     Case("bind", BIND, lambda x: ("key", [0], [x])),
     Case("dequantize_affine", DEQUANTIZE, lambda x: (CODES, torch.ones(()), torch.tensor(0), None)),
     Case("quantize_dequantize", QUANTIZE_DEQUANTIZE, lambda x: (x, 0.1, 0, -8, 7, "site")),
+    Case(
+        "quantize_dequantize_blocks",
+        QUANTIZE_DEQUANTIZE_BLOCKS,
+        lambda x: (x, 8, 6, "e2m1", "e4m3", 2.0, "site"),
+    ),
     Case(
         "integer_convolution",
         INTEGER_CONVOLUTION,
@@ -190,11 +195,11 @@ AFFINE = {
 GRADIENTS = {"fake_quantize_per_tensor_affine_backward", "fake_quantize_per_channel_affine_backward"}
 CODING = {
     *("quantize_per_tensor", "quantize_per_tensor.tensor_qparams", "quantize_per_channel"),
-    *("clip_mask_per_tensor_affine", "pack_planes"),
+    *("clip_mask_per_tensor_affine", "pack_planes", "quantize_elements"),
 }
 READING = {
     *("dequantize_per_tensor", "dequantize_per_tensor.tensor_qparams", "dequantize_per_channel"),
-    "unpack_planes",
+    *("unpack_planes", "dequantize_elements"),
 }
 STATE = {"average_min_max", "affine_qparams"}
 ALL_FOUR = AFFINE | GRADIENTS | CODING | READING
@@ -221,7 +226,8 @@ DECISIONS = (
         AFFINE
         | GRADIENTS
         | STATE
-        | {"bind", "materialize", "dequantize_affine", "quantize_dequantize", "integer_convolution"},
+        | {"bind", "materialize", "integer_convolution"}
+        | {"dequantize_affine", "quantize_dequantize", "quantize_dequantize_blocks"},
     ),
     Decision("joint", "cpu", "arithmetic", GRADIENTS),
     Decision("joint", "cuda", "arithmetic", GRADIENTS),

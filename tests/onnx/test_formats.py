@@ -1,0 +1,151 @@
+"""Files of every recipe for every target that runs it: codes equal to training's, in types that the target reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import QuantSpec, Recipe
+from fxquant.errors import ExportError, InvalidArgument
+from fxquant.spec.ranges import CurrentTensor
+from fxquant.spec.recipes import RECIPES
+
+WIDTH = 64
+
+
+class Head(nn.Module):
+    """Two linears and a bare product with a weight, which stands the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.last = nn.Parameter(torch.randn(WIDTH, 32) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()) @ self.last
+
+
+@dataclass(frozen=True)
+class Case:
+    """``kernels``: of the three products, as the runtime names them; None where no runtime is run."""
+
+    recipe: str
+    target: str
+    types: tuple[str, ...]
+    kernels: str | None = None
+    integer: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.recipe} {self.target}"
+
+
+CASES = (
+    Case("w4a4", "generic", ("INT8", "UINT8")),
+    Case("w2a8", "generic", ("INT8", "UINT8")),
+    Case("int8_dynamic", "generic", ("INT8",)),
+    Case("fp8", "generic", ("FLOAT8E4M3FN",)),
+    Case("mxfp8", "generic", ("FLOAT8E4M3FN",)),
+    Case("mxfp4", "generic", ("FLOAT4E2M1",)),
+    Case("nvfp4", "generic", ("FLOAT4E2M1", "FLOAT8E4M3FN")),
+    Case("w4a16_nvfp4", "generic", ("FLOAT4E2M1", "FLOAT8E4M3FN")),
+    Case("int8_dynamic", "onnxruntime", ("INT8",), "MatMulInteger"),
+    Case("fp8", "tensorrt", ("FLOAT8E4M3FN",), "matrix product fp8_e4m3·fp8_e4m3"),
+    Case("nvfp4", "tensorrt", ("FLOAT4E2M1", "FLOAT8E4M3FN"), "matrix product fp4_e2m1·fp4_e2m1"),
+    Case("mxfp8", "tensorrt", ("FLOAT8E4M3FN", "UINT8"), "matrix product float·float", integer=0),
+    Case("w4a16_nvfp4", "tensorrt", ("FLOAT4E2M1", "FLOAT8E4M3FN"), "matrix product float·float", integer=0),
+)
+
+
+def made(recipe: str | Recipe, target: str) -> tuple[nn.Module, tuple[Tensor]]:
+    torch.manual_seed(0)
+    model, x = Head(), torch.randn(3, 5, WIDTH)
+    fxquant.prepare(model, (x,), recipe=recipe, target=target)
+    return fxquant.calibrate(model, [x], progress=False), (x,)
+
+
+def test_every_recipe_that_has_a_format_of_its_own_is_here() -> None:
+    assert {case.recipe for case in CASES} == RECIPES.keys() - {"int8", "w4a8", "int4_weight_only"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_codes_are_those_of_training(case: Case, tmp_path: Path) -> None:
+    model, args = made(case.recipe, case.target)
+    path = tmp_path / "model.onnx"
+    report = fxquant.export_onnx(model, args, path)
+    assert report.notes == () and len(report.weights) == 3
+    kinds = onnx.TensorProto.DataType
+    codes = {kinds.Name(t.data_type) for t in onnx.load(path).graph.initializer if len(t.dims) == 2}
+    assert codes - {"FLOAT"} == {kind for kind in case.types if kind != "UINT8" or case.target == "tensorrt"}
+    found = fxquant.verify_onnx(model, args, path, rounds=0)
+    weight_only = RECIPES[case.recipe].activation is None
+    # Sums of integers are exact, where those of training's floats are rounded: a code may fall to the other side.
+    most = 2 if case.kernels == "MatMulInteger" else 0
+    assert found.differing_codes <= most and found.largest_code_difference <= 1
+    assert found.compared_codes > 2000 or weight_only
+    assert found.max_output_difference < 1e-5
+    if case.kernels is None:
+        assert found.lint is not None and bool(found.lint)
+    else:
+        assert [row.kernel for row in found.rows] == [case.kernels] * 3, found
+        assert sum(row.integer for row in found.rows) == case.integer
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "message"),
+    [
+        (
+            "mxfp4",
+            "onnxruntime",
+            "recipe 'mxfp4' must have a format that target 'onnxruntime' runs: got e2m1 axis 0 group 32 scale e8m0 for "
+            "a weight. It runs integers, token; target='generic' takes any format.",
+        ),
+        (
+            "fp8",
+            "openvino",
+            "recipe 'fp8' must have a format that target 'openvino' runs: got e4m3 axis 0 for a weight. It runs "
+            "integers; target='generic' takes any format.",
+        ),
+    ],
+)
+def test_a_target_that_cannot_says_what_it_can(recipe: str, target: str, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        made(recipe, target)
+    assert str(caught.value) == message
+
+
+def test_blocks_that_do_not_divide_are_left_in_float() -> None:
+    model, x = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 8)), torch.randn(2, 40)
+    fxquant.prepare(model, (x,), recipe="mxfp4", target="generic")
+    declined = [place.reason for place in fxquant.explain(model, (x,)).declined]
+    assert declined == ["groups of 32 must divide the 40 values of a channel"]
+
+
+def test_six_bit_floats_train_and_have_no_file(tmp_path: Path) -> None:
+    fields = {"element": "e3m2", "group_size": 32, "scale_format": "e8m0"}
+    spec = QuantSpec(range=CurrentTensor(), **fields)
+    model, args = made(
+        Recipe(name="mxfp6", activation=spec, weight=QuantSpec(axis=0, range=CurrentTensor(), **fields)), "generic"
+    )
+    with pytest.raises(ExportError, match=r"element must be one that ONNX has a type for, 'e4m3', 'e5m2', 'e2m1'"):
+        fxquant.export_onnx(model, args, tmp_path / "model.onnx")
+
+
+def test_an_opset_without_the_type(tmp_path: Path) -> None:
+    model, args = made("nvfp4", "generic")
+    with pytest.raises(InvalidArgument, match=r"opset must be at least 23 for codes of e2m1: got 21. Leave it out."):
+        fxquant.export_onnx(model, args, tmp_path / "model.onnx", opset=21)
+    assert not any(tmp_path.iterdir())
+
+
+def test_scales_of_each_tensor_are_refused_by_tensorrt(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Head(), torch.randn(3, 5, WIDTH)
+    fxquant.prepare(model, (x,), recipe="nvfp4", target="tensorrt", ranges=CurrentTensor())
+    with pytest.raises(ExportError, match=r"the range of up.input must be known before it runs, for TensorRT"):
+        fxquant.export_onnx(model, (x,), tmp_path / "model.onnx")
