@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,6 +45,9 @@ class Damping:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._graphs: dict[tuple[str, QuantSpec], _Quantize] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_graphs": {}}  # made anew, as pickle has no place for their operators
 
     def loss(self, factors: Mapping[str, float]) -> Tensor:
         """The loss, in float32; ``factors`` by the plan's keys."""

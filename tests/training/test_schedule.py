@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import fxquant
 from fxquant import Stage
-from fxquant.errors import NotQuantizedWarning, PlanMismatch
+from fxquant.errors import InvalidArgument, NotQuantizedWarning, PlanMismatch
 from fxquant.prepared.bound_forward import bound_forwards
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import plan_of
@@ -260,14 +260,17 @@ def by_pickle(both: Any) -> Any:
 def test_a_copy_is_in_the_stage_and_a_copied_schedule_drives_it(duplicate: Any) -> None:
     model = convnet()
     schedule = fxquant.Schedule(model, STAGES)
-    for _ in range(6):
+    for _ in range(8):
         schedule.step()
+    damped = schedule.damping()
+    schedule.seek(6)
     twin, driven = duplicate((model, schedule))
     assert driven.model is twin and formats(twin) == formats(model)
     out = torch.compile(twin, backend=EAGER)(BATCHES[0])
     assert torch.equal(out, torch.compile(model, backend=EAGER)(BATCHES[0]))
     for _ in range(2):
         driven.step()
+    assert damped > 0 and torch.equal(driven.damping(), damped)
     assert formats(twin)["conv2.weight"][1].startswith("s4") and formats(model)["conv2.weight"][1].startswith("s6")
     alone = duplicate(model)
     fxquant.Schedule(alone, [Stage(at=3, freeze_ranges=True)])
@@ -289,6 +292,14 @@ def test_override_changes_what_the_stages_lead_to() -> None:
     for _ in range(2):
         schedule.step()
     assert formats(model)["conv2.weight"][1].startswith("s3")
+
+
+def test_a_model_that_was_stripped_is_driven_no_more() -> None:
+    model = convnet()
+    schedule = fxquant.Schedule(model, STAGES)
+    fxquant.strip(model)
+    with pytest.raises(InvalidArgument, match="Schedule must be given a prepared model: got ConvNet without a plan"):
+        schedule.step()
 
 
 def test_calibration_looks_at_sites_that_a_stage_leaves_float() -> None:
