@@ -130,14 +130,17 @@ def start(
 
 
 def range_of(parameter: Tensor, second: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The least and the greatest value that a state clips to; of symmetric formats the codes that have a mirror."""
+    """The least and the greatest value that a state clips to; where it is a reach from 0, by codes with a mirror."""
     scale = scale_of(parameter, None if grid.method == "lsq_plus" else second, grid)
     if grid.symmetric:
         reach = scale * ((grid.quant_max - grid.quant_min) // 2)
         return -reach, reach
     assert second is not None, "a zero point that is not fixed is part of the state"
     point = second if grid.method != "lsq_plus" else point_of(second, scale, grid.quant_min, grid.quant_max)
-    return (grid.quant_min - point) * scale, (grid.quant_max - point) * scale
+    above = grid.quant_max - point
+    below = grid.quant_min - point
+    # A lowest code without a mirror is no part of a reach: ranges that are widened by their own would grow.
+    return (torch.maximum(below, -above) if grid.sided else below) * scale, above * scale
 
 
 def state_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
