@@ -102,6 +102,10 @@ class _Nodes:
         self.graph.insert_before(self.before, node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
+    def type(self, kind: int) -> Any:
+        """The type of a tensor of ONNX's data type ``kind``."""
+        return self.ir.TensorType(self.ir.DataType(kind))
+
     def constant(self, value: Any) -> Any:
         """An initializer of an array, or of a number in float32."""
         np = require("numpy")
@@ -135,15 +139,15 @@ def _in_trt(nodes: _Nodes, found: Blocks) -> Any:
             block_size=16,
             scale_type=_E4M3,
         )
-        codes.name = nodes.label
-        return nodes.make(
-            "DequantizeLinear", codes, nodes.make("DequantizeLinear", scales, unit), axis=-1, block_size=16
-        )
+        codes.name, codes.type, scales.type = nodes.label, nodes.type(_E2M1), nodes.type(_E4M3)
+        steps = nodes.make("DequantizeLinear", scales, unit)
+        steps.type = nodes.type(_FLOAT)
+        return nodes.make("DequantizeLinear", codes, steps, axis=-1, block_size=16)
     if (found.element, found.scale_format, found.size) == ("e4m3", "e8m0", 32):
         codes, scales = nodes.make(
             "TRT_MXFP8DynamicQuantize", nodes.input, domain="trt", outputs=2, axis=-1, block_size=32, output_dtype=_E4M3
         )
-        codes.name = nodes.label
+        codes.name, codes.type = nodes.label, nodes.type(_E4M3)
         return nodes.make(
             "TRT_MXFP8DequantizeLinear", codes, scales, domain="trt", axis=-1, block_size=32, output_dtype=_FLOAT
         )
@@ -223,7 +227,7 @@ def _in_onnx(nodes: _Nodes, found: Blocks) -> Any:
         divisor = nodes.make("Where", is_zero, nodes.constant(1.0), scale)
     output = _E2M1 if found.element == "e2m1" else nodes.ir.DataType.from_numpy(np.dtype(kind)).value
     codes = nodes.make("QuantizeLinear", x, divisor, **options, output_dtype=int(output))
-    codes.name = nodes.label
+    codes.name, codes.type = nodes.label, nodes.type(int(output))
     value = nodes.make("DequantizeLinear", codes, scale, **options)
     return value if found.size > 0 else nodes.make("Reshape", value, shape)
 

@@ -124,8 +124,12 @@ class _Typing:
                     names[index] = formals[min(index, len(formals) - 1)].type_str if formals else "unknown"
         slots = _Slots(inputs=inputs, outputs=outputs)
         slots.wide = {name for name in (*inputs, *outputs) if name is not None and kind not in allowed.get(name, ())}
+        if node.op_type == "TRT_MXFP8DequantizeLinear":  # its attribute says what it gives
+            slots.wide = set()
         if node.op_type in _QDQ:
-            slots.keep([1])
+            # TensorRT has no DQ of fp4 codes from float32 scales to half: their block scales are half, the tensor's not.
+            if node.inputs[0].dtype != self.ir.DataType.FLOAT4E2M1:
+                slots.keep([1])
         elif node.op_type in ("Sin", "Cos", "ReduceL2", "ReduceSumSquare") or self._is_root_of_sum(node):
             slots.keep([0])
         elif node.op_type in self.without or (any(outputs) and not any(inputs) and not self._says_type(node)):

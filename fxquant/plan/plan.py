@@ -97,7 +97,8 @@ class Site:
     def scales(self) -> int | None:
         """How many scales its format has; None where that is not known."""
         spec = self.local.spec
-        if spec.group_size is None and spec.axis is None:
+        below_tensor = spec.group_size is not None and not spec.range.per_group  # kept is the range of the tensor
+        if below_tensor or (spec.group_size is None and spec.axis is None):
             return 1
         if self.shape is None:
             return None

@@ -90,6 +90,7 @@ def _operators() -> list[Any]:
 
         def _run(self, codes: Any, exponents: Any, axis: int = -1, block_size: int = 32, output_dtype: int = 1) -> Any:
             scale = np.ldexp(np.float32(1.0), exponents.astype(np.int32) - 127).astype(np.float32)
-            return ((rows(codes, block_size) * scale[..., None]).reshape(codes.shape).astype(np.float32),)
+            kind = require("onnx.helper").tensor_dtype_to_np_dtype(output_dtype)
+            return ((rows(codes, block_size) * scale[..., None]).reshape(codes.shape).astype(kind),)
 
     return [TRT_FP4DynamicQuantize, TRT_MXFP8DynamicQuantize, TRT_MXFP8DequantizeLinear]

@@ -119,6 +119,11 @@ def test_a_target_that_cannot_says_what_it_can(recipe: str, target: str, message
     assert str(caught.value) == message
 
 
+def test_ranges_of_tokens_are_not_kept() -> None:
+    with pytest.raises(InvalidArgument, match=r"Recipe.activation.range must be CurrentTensor for an activation per"):
+        Recipe(name="learned", activation=QuantSpec(group_size=-1, range=fxquant.Learned()))
+
+
 def test_blocks_that_do_not_divide_are_left_in_float() -> None:
     model, x = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 8)), torch.randn(2, 40)
     fxquant.prepare(model, (x,), recipe="mxfp4", target="generic")
@@ -149,3 +154,39 @@ def test_scales_of_each_tensor_are_refused_by_tensorrt(tmp_path: Path) -> None:
     fxquant.prepare(model, (x,), recipe="nvfp4", target="tensorrt", ranges=CurrentTensor())
     with pytest.raises(ExportError, match=r"the range of up.input must be known before it runs, for TensorRT"):
         fxquant.export_onnx(model, (x,), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernel"),
+    [
+        ("fp8", "matrix product fp8_e4m3·fp8_e4m3"),
+        ("nvfp4", "matrix product fp4_e2m1·fp4_e2m1"),
+        ("mxfp8", "matrix product half·half"),
+    ],
+)
+def test_half_files_multiply_the_same_codes(recipe: str, kernel: str, tmp_path: Path) -> None:
+    """Of fp4 the scales of blocks are half in such a file, those of tensors not: no other form builds."""
+    model, args = made(recipe, "tensorrt")
+    path = tmp_path / "model.onnx"
+    report = fxquant.export_onnx(model, args, path, float_dtype=torch.float16)
+    assert report.typed_difference is not None and report.typed_difference < 0.03
+    found = fxquant.verify_onnx(model, args, path, rounds=0)
+    assert [row.kernel for row in found.rows] == [kernel] * 3
+    assert found.differing_codes <= 0.03 * found.compared_codes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "forecast"),
+    [
+        ("fp8", "tensorrt", "fp8 MatrixMultiply"),
+        ("nvfp4", "tensorrt", "fp4 MatrixMultiply"),
+        ("mxfp8", "tensorrt", "float: TensorRT for RTX makes floats of MXFP8 codes before it multiplies"),
+        ("w4a16_nvfp4", "tensorrt", "MatrixMultiply with an fp4 weight"),
+        ("int8_dynamic", "onnxruntime", "MatMulInteger"),
+    ],
+)
+def test_explain_forecasts_what_was_seen(recipe: str, target: str, forecast: str) -> None:
+    model, args = made(recipe, target)
+    found = fxquant.explain(model, args)
+    assert {row.kernel for row in found.sites} == {forecast}
+    assert recipe in str(found) and forecast.split()[0] in str(found)
