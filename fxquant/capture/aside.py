@@ -30,6 +30,17 @@ def is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
+def traces_recurrent_layers() -> bool:
+    """Whether Dynamo makes graphs of `nn.LSTM` and its like: only where its user has set it. Private; tried on 2.13."""
+    return bool(torch._dynamo.config.allow_rnn)
+
+
+def tracing_recurrent_layers() -> contextlib.AbstractContextManager[None]:
+    """Inside, it does."""
+    found: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch({"allow_rnn": True})
+    return found
+
+
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Runs a block and puts buffers, attributes, training flags and random state back, whatever the block did.

@@ -76,7 +76,7 @@ def weight_computations(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node
 def _reads_as_weight(user: fx.Node, value: fx.Node) -> bool:
     kind = kind_of(user)
     reading = [name for name, operand in operands(user).items() if operand is value]
-    return kind is not None and kind.weight is not None and reading == [kind.weight]
+    return kind is not None and len(reading) == 1 and kind.is_weight(reading[0])
 
 
 def same_views(graph: fx.Graph, constants: set[fx.Node]) -> dict[fx.Node, fx.Node]:

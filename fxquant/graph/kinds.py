@@ -20,13 +20,18 @@ class Kind:
     """What an operator is to placement: its name and where its operands stand in the arguments.
 
     ``operands`` maps operand name → argument index. ``weight`` names the operand that may be a parameter, and
-    ``weight_axis`` its output-channel axis (None: no such axis, one scale for the tensor).
+    ``weight_axis`` its output-channel axis (None: no such axis, one scale for the tensor). The operands of a recurrent
+    layer are its weights, by torch's names (``"weight_hh_l0"``).
     """
 
     name: str
     operands: dict[str, int]
     weight: str | None = None
     weight_axis: int | None = None
+
+    def is_weight(self, name: str) -> bool:
+        """Whether an operand may be a parameter."""
+        return name == self.weight or self.name in _RECURRENT
 
 
 _CONV = Kind("conv", {"input": 0, "weight": 1}, "weight", 0)
@@ -47,7 +52,9 @@ KINDS: dict[Any, Kind] = {
     **dict.fromkeys((aten.mv, aten.dot, aten.vdot), Kind("mv", {"lhs": 0, "rhs": 1})),
     aten.addmv: Kind("mv", {"lhs": 1, "rhs": 2}),
     aten.bilinear: Kind("bilinear", {}),
-    **dict.fromkeys((aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu), Kind("recurrent_layer", {})),
+    aten.lstm: Kind("lstm", {}, None, 0),
+    aten.gru: Kind("gru", {}, None, 0),
+    **dict.fromkeys((aten.rnn_tanh, aten.rnn_relu), Kind("rnn", {})),
     aten.einsum: Kind("einsum", {}),
     **dict.fromkeys((aten.embedding, aten.embedding_bag), Kind("embedding", {"weight": 0}, "weight", None)),
     aten.scaled_dot_product_attention: Kind("sdpa", {"query": 0, "key": 1, "value": 2}),
@@ -64,6 +71,14 @@ KINDS: dict[Any, Kind] = {
 }
 
 _LISTS = ("einsum", "cat")  # kinds whose operands are a list
+_RECURRENT = ("lstm", "gru")  # whole layers
+# The tensors of one direction of one layer in ``params``, by how many there are: as nn.RNNBase has them.
+_OF_LAYER = {
+    2: ("weight_ih", "weight_hh"),
+    3: ("weight_ih", "weight_hh", "weight_hr"),
+    4: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    5: ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"),
+}
 _NAMED = {aten.relu: "relu", aten.relu6: "relu6"}
 _BETWEEN = {(0, None): "relu", (0, 6): "relu6"}
 
@@ -88,8 +103,20 @@ def operands(node: fx.Node) -> dict[str, fx.Node]:
     if kind.name in _LISTS:
         listed = argument(node, "tensors")
         return {f"operand{i}": n for i, n in enumerate(listed) if isinstance(n, fx.Node)}
+    if kind.name in _RECURRENT:
+        listed = argument(node, "params")
+        return {name: listed[index] for name, index in _weights_of_layers(node).items()}
     values = {name: argument_at(node, index) for name, index in kind.operands.items()}
     return {name: value for name, value in values.items() if isinstance(value, fx.Node)}
+
+
+def _weights_of_layers(node: fx.Node) -> dict[str, int]:
+    """Weight → where it stands in ``params`` of a recurrent layer."""
+    listed, layers = argument(node, "params"), argument(node, "num_layers")
+    directions = ("", "_reverse") if argument(node, "bidirectional") else ("",)
+    kinds = _OF_LAYER[len(listed) // (layers * len(directions))]
+    names = [f"{kind}_l{layer}{way}" for layer in range(layers) for way in directions for kind in kinds]
+    return {name: index for index, name in enumerate(names) if name.startswith("weight")}
 
 
 def replace_operand(node: fx.Node, name: str, new: fx.Node) -> None:
@@ -100,6 +127,10 @@ def replace_operand(node: fx.Node, name: str, new: fx.Node) -> None:
         listed = list(argument(node, "tensors"))
         listed[int(name.removeprefix("operand"))] = new
         set_argument(node, "tensors", listed)
+    elif kind.name in _RECURRENT:
+        listed = list(argument(node, "params"))
+        listed[_weights_of_layers(node)[name]] = new
+        set_argument(node, "params", listed)
     else:
         set_argument(node, name_at(node, kind.operands[name]), new)
 

@@ -28,6 +28,7 @@ from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
 from fxquant.onnx.precision import Precision, choose_precision
 from fxquant.onnx.typed import type_floats
+from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.onnx.zero_points import imply_zero_points
 from fxquant.passes.base import run_all
@@ -197,7 +198,10 @@ def _finish(model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, weigh
     write_blocks(model, frozen.blocks, profile.block_form)
     if profile.implied_zero:
         imply_zero_points(model.graph)
-    return pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
+    notes = pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
+    if profile.unpacks:
+        unpack_recurrent_weights(model)
+    return notes
 
 
 def _elements(plan: Plan) -> set[str]:

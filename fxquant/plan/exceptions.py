@@ -51,8 +51,8 @@ def weighted(graph: fx.Graph, profile: Profile) -> list[fx.Node]:
     found = []
     for node in call_nodes(graph):
         kind = kind_of(node)
-        if kind is None or kind.weight is None or kind.name not in profile.hard or node in computing:
+        if kind is None or kind.name not in profile.hard or node in computing:
             continue
-        if operands(node).get(kind.weight) in constants:
+        if any(kind.is_weight(name) and operand in constants for name, operand in operands(node).items()):
             found.append(node)
     return found

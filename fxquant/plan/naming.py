@@ -103,7 +103,7 @@ class Naming:
 
 def _name(edge: Edge, taken: set[str]) -> str:
     """``weight`` where the owner itself runs the operator, else with the operator's place in it."""
-    own = not edge.path and edge.ordinal == 0 and edge.kind in ("conv", "linear", "embedding")
+    own = not edge.path and edge.ordinal == 0 and edge.kind in ("conv", "linear", "embedding", "lstm", "gru")
     if own and edge.operand not in taken:
         return edge.operand
     prefix = edge.path.replace(".", "_") + "_" if edge.path else ""

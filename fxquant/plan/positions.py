@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
@@ -87,10 +88,13 @@ def enclosing(node: fx.Node, root: str) -> tuple[Frame, ...]:
     return (Frame("", root), *frames(node))
 
 
-def modules_around(gm: fx.GraphModule) -> Callable[[fx.Node], tuple[tuple[str, Any], ...]]:
+def modules_around(
+    gm: fx.GraphModule, classes: Mapping[str, type] = MappingProxyType({})
+) -> Callable[[fx.Node], tuple[tuple[str, Any], ...]]:
     """Gives, for a node, path and class of each module around it, outermost first; the model itself is ``""``.
 
     Where `prepare` has put marks, they hold the paths; a graph that begins inside a module has no other way to know.
+    ``classes`` has the class of that module, by path.
     """
     root = root_path(gm.graph)
     marked: dict[str, str] = {}
@@ -101,7 +105,7 @@ def modules_around(gm: fx.GraphModule) -> Callable[[fx.Node], tuple[tuple[str, A
     base = marked.get("", "")
 
     def around(node: fx.Node) -> tuple[tuple[str, Any], ...]:
-        found: list[tuple[str, Any]] = [("", None)] + ([(base, None)] if base else [])
+        found: list[tuple[str, Any]] = [("", None)] + ([(base, classes.get(base))] if base else [])
         stack = node.meta.get("nn_module_stack") or {}
         for key, (path, kind) in stack.items():
             below = relative(normalize_path(path), root)

@@ -53,7 +53,7 @@ class Problem:
 
     def is_weight(self, kind: Kind, name: str, operand: fx.Node) -> bool:
         """Whether an operand is quantized as a weight."""
-        return operand in self.constants and is_float(operand) and (name == kind.weight or kind.name == "einsum")
+        return operand in self.constants and is_float(operand) and (kind.is_weight(name) or kind.name == "einsum")
 
     def weight_spec(self, edge: Operand) -> QuantSpec | None:
         """The format that a weight would get."""

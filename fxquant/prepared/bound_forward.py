@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.aside import in_compiled_region, is_compiled
+from fxquant.capture.aside import in_compiled_region, is_compiled, traces_recurrent_layers
 from fxquant.capture.sharded import refuse_sharded
 from fxquant.errors import NotQuantizedWarning
 from fxquant.ops.marks import bind
@@ -21,6 +21,7 @@ from fxquant.plan.site_lists import register
 from fxquant.prepared.live import LIVE
 from fxquant.prepared.own_forward import OwnForward
 from fxquant.prepared.quantizer import ATTRIBUTE, Quantizer, owners
+from fxquant.prepared.recurrent import quantized_weights
 from fxquant.prepared.root import Root
 from fxquant.support.patches import BUCKETS
 
@@ -52,10 +53,27 @@ def _bound_call(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
     if bound is None:  # on a module that was stripped
         return type(owner).forward(owner, *args, **kwargs)
     if bound.active:
+        if bound.recurrent and not traces_recurrent_layers():
+            return _run_in_python(bound, args, kwargs)
         if torch.compiler.is_dynamo_compiling() or is_exporting():
             bound.bind()
         else:
             bound.note_eager()
+    return bound.run(args, kwargs)
+
+
+@torch.compiler.disable
+def _run_in_python(bound: BoundForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Quantizes the weights of a recurrent layer within a compiled call, as a graph would."""
+    if is_exporting():
+        bound.bind()
+    elif bound.names and in_compiled_region():
+        layer: Any = bound.module
+        bound.python_runs += 1
+        with quantized_weights(layer, bound.quantizers(), bound.functions):
+            return bound.run(args, kwargs)
+    else:
+        bound.note_eager()
     return bound.run(args, kwargs)
 
 
@@ -69,12 +87,16 @@ class BoundForward(OwnForward):
         group, before: over which ranks and when ranges are reduced, as `fxquant.sync_ranges` sets it for
             `fxquant.ops.marks.bind`.
         root: of the prepared model.
+        recurrent: whether the module is a recurrent layer, which Dynamo leaves to Python.
+        python_runs: how often such a one ran quantized; ``functions`` did it.
     """
 
     SLOT: ClassVar[str] = "_fxquant_bound"
     CALL: ClassVar[Callable[..., Any]] = staticmethod(_bound_call)
     root: Root | None = None
     before: bool = False
+    recurrent: bool = False
+    python_runs: int = 0
 
     def __init__(self, module: nn.Module, root: Root) -> None:
         super().__init__(module)
@@ -86,7 +108,9 @@ class BoundForward(OwnForward):
         self.sites, self.target = sites, target
         self.names = tuple(site.name for site in sites)
         self.key = register(sites, target)
-        self.eager_runs = 0
+        self.eager_runs = self.python_runs = 0
+        self.functions: dict[Any, Any] = {}
+        self.recurrent = isinstance(self.module, nn.RNNBase)
         LIVE.add(self)
         self.attach()
 
@@ -147,9 +171,12 @@ class BoundForward(OwnForward):
         """Equal site lists on one class share a code object."""
         return f"{super().code_name()}.{self.key}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "functions": {}}  # of tensors that another copy does not have
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # An older version may have given its list another digest.
-        super().__setstate__({**state, "key": register(state["sites"], state["target"])})
+        super().__setstate__({**state, "key": register(state["sites"], state["target"]), "functions": {}})
         quantize_before_buckets()
         LIVE.add(self)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.capture.aside import uncompiled, untouched
+from fxquant.capture.aside import tracing_recurrent_layers, uncompiled, untouched
 from fxquant.capture.dynamo import dynamo_graphs
 from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
 from fxquant.graph.kinds import kind_of
@@ -41,8 +41,9 @@ def make_plan(
     layers = [node for gm in graphs for node in weighted(gm.graph, profile)]
     ends = (layers[0], layers[-1]) if layers else (None, None)
     book = Rulebook(recipe.rules)
+    classes = {path: type(module) for path, module in model.named_modules()}
     for gm in graphs:
-        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm), ends))
+        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm, classes), ends))
         declined += (*found.described_declines(), *unreached(gm, profile))
         naming = Naming(gm, sites, may_own(model))
         for placed in found.placed:
@@ -63,9 +64,13 @@ def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The graphs that the model runs, normalized, with marks where the frames of modules begin."""
     failed: Exception | None = None
     graphs: list[fx.GraphModule] = []
-    with untouched(model), unfused(model), frame_marks(model):
+    layers = dict(model.named_modules())
+    with untouched(model), unfused(model), frame_marks(model) as recurrent:
         try:
             graphs = dynamo_graphs(model, args, kwargs)
+            with tracing_recurrent_layers():
+                for path, given in recurrent.items():
+                    graphs += [graph for one in given[:1] for graph in dynamo_graphs(layers[path], (one,), {})]
         except FxquantError:
             raise
         except Exception as error:

@@ -53,7 +53,7 @@ class Explanation:
     @property
     def unbound(self) -> tuple[str, ...]:
         """Sites that no compiled graph has used, or whose module ran in eager Python instead."""
-        return tuple(row.key for row in self.rows if row.status != "compiled")
+        return tuple(row.key for row in self.rows if row.status in ("eager", "not yet run"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nothing shortened."""
@@ -122,7 +122,8 @@ def explain(
     """Every site of a prepared model with its reason, range and status, and every place left in float.
 
     Status: ``compiled`` once a compiled graph bound the site's owner; ``eager`` if Dynamo left the owner's frame
-    in Python, where it runs in float; ``not yet run`` before the first compiled step.
+    in Python, where it runs in float; ``in Python`` for recurrent layers, which run quantized there; ``not yet run``
+    before the first compiled step.
 
     Args:
         model: prepared, maybe compiled.

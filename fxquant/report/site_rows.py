@@ -79,6 +79,9 @@ def _statuses(model: nn.Module) -> dict[str, str]:
     ran = {path for path, those in held.items() if any(q.is_set() for q in those)}
     statuses = {}
     for path, bound in bound_forwards(model).items():
+        if bound.python_runs:
+            statuses[path] = "in Python"
+            continue
         seen = path in ran if held[path] else bool(ran) or not any(held.values())
         statuses[path] = "eager" if bound.eager_runs else "compiled" if seen and bound.key in digests else "not yet run"
     return statuses

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 FLOAT = "float: "  # begins the forecast for what stays float
 FLOAT_PROBABILITIES = "the probabilities it multiplies are not quantized"  # of attention's second product
 
+FLOAT_RECURRENT = "recurrent layers multiply in float, with the weights that their codes stand for"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedKernel:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fxquant.targets.expected import ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.expected import FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.profile import FLOAT_CELLS, PRODUCT_KINDS, Profile
 from fxquant.targets.target import Target
 
 _PROFILE = Profile(
     name="generic",
-    hard=PRODUCT_KINDS | {"conv_transpose", "embedding"},
+    hard=PRODUCT_KINDS | {"conv_transpose", "embedding", "lstm", "gru"},
     soft=frozenset({"add", "cat", "avg_pool"}),
     families=None,
     refused=FLOAT_CELLS,
@@ -23,6 +23,8 @@ _FORECAST = Forecast(
                 *(("einsum", "Einsum"), ("add", "Add"), ("cat", "Concat"), ("avg_pool", "AveragePool")),
             )
         },
+        "lstm": ExpectedKernel(never=FLOAT_RECURRENT),
+        "gru": ExpectedKernel(never=FLOAT_RECURRENT),
         "embedding": ExpectedKernel(name="DequantizeLinear + Gather"),
         "sdpa": ExpectedKernel(name="MatMul between Q/DQ (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(name="MatMul with DQ (·value)", needs=("value",)),

@@ -10,7 +10,7 @@ from types import ModuleType
 from fxquant.support.require import require
 from fxquant.targets.cpu import integer_dot_support
 from fxquant.targets.document import Feeds, ModelPath
-from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute, title
 from fxquant.targets.onnxruntime_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, PRODUCT_KINDS, Profile
@@ -19,12 +19,13 @@ from fxquant.targets.target import Ran, Runtime, Target
 
 _PROFILE = Profile(
     name="onnxruntime",
-    hard=PRODUCT_KINDS | {"embedding"},
+    hard=PRODUCT_KINDS | {"embedding", "lstm", "gru"},
     soft=frozenset({"add", "cat", "avg_pool"}),
     needs_output=frozenset({"conv"}),
     bias_apart=True,
     integer_bias=True,
     float_pads=True,
+    unpacks=True,
     families=frozenset({"token"}),
     block_form="integer",
     # Beside a quantized activation it takes wider blocks for scales per column, and fails at run time.
@@ -45,6 +46,8 @@ _FORECAST = Forecast(
         "cat": ExpectedKernel(name="QLinearConcat"),
         "avg_pool": ExpectedKernel(name="QLinearAveragePool"),
         "embedding": ExpectedKernel(name="DequantizeLinear + Gather"),
+        "lstm": ExpectedKernel(never=FLOAT_RECURRENT),
+        "gru": ExpectedKernel(never=FLOAT_RECURRENT),
         "sdpa": ExpectedKernel(name="MatMulIntegerToFloat (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },

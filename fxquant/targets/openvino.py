@@ -15,7 +15,7 @@ from fxquant.errors import ExportError
 from fxquant.support.require import require
 from fxquant.targets.cpu import integer_dot_support
 from fxquant.targets.document import Feeds, ModelPath
-from fxquant.targets.expected import FLOAT_PROBABILITIES, ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.expected import FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute
 from fxquant.targets.openvino_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # products of two activations and transposed convolutions run in float beside any zero point but 0.
 _PROFILE = Profile(
     name="openvino",
-    hard=PRODUCT_KINDS | {"conv_transpose"},
+    hard=PRODUCT_KINDS | {"conv_transpose", "lstm", "gru"},
     soft=frozenset({"cat", "avg_pool"}),
     symmetric_operands=frozenset({"matmul.rhs", "sdpa.key"}),
     zero_based_operands=frozenset({"matmul.lhs", "sdpa.query", "conv_transpose.input"}),
@@ -53,6 +53,8 @@ _FORECAST = Forecast(
         "einsum": ExpectedKernel(never="OpenVINO runs Einsum in float"),
         "cat": ExpectedKernel(name="Concat {code}"),
         "avg_pool": ExpectedKernel(name="AvgPool {code}"),
+        "lstm": ExpectedKernel(never=FLOAT_RECURRENT),
+        "gru": ExpectedKernel(never=FLOAT_RECURRENT),
         "sdpa": ExpectedKernel(name="MatMul {code} (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },

@@ -31,6 +31,8 @@ class Profile:
             that is read in float is a maximum, and so is what stands after a weight in float.
         integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
         implied_zero: int8 pairs whose codes are moved may leave out their zero point, see `fxquant.onnx.zero_points`.
+        unpacks: it computes the weights of recurrent layers as it loads a file that has them as codes times scales, and
+            before every run where a DequantizeLinear does.
         float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
         float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
@@ -64,6 +66,7 @@ class Profile:
     integer_bias: bool = False
     implied_zero: bool = False
     float_pads: bool = False
+    unpacks: bool = False
     float_volume_pools: bool = False
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
@@ -148,7 +151,7 @@ class Profile:
 PRODUCT_KINDS = frozenset({"conv", "linear", "matmul", "einsum", "sdpa"})
 
 FLOAT_CELLS = {
-    "recurrent_layer": "a fused recurrent layer is not looked into: its products stay float",
+    "rnn": "a file holds a recurrent layer without gates as its steps: its products stay float",
     "mv": "products of a matrix and a vector stay float",
     "bilinear": "no runtime multiplies two activations and a weight in one integer kernel",
 }

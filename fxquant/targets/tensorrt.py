@@ -5,7 +5,7 @@ Measured with TensorRT for RTX 1.7.1, whose builder needs no GPU.
 
 from __future__ import annotations
 
-from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.lint_reader import Lint
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
 from fxquant.targets.target import Runtime, Target
@@ -14,7 +14,7 @@ from fxquant.targets.tensorrt_run import CAPABILITIES, kernel_rows, require_buil
 
 _PROFILE = Profile(
     name="tensorrt",
-    hard=PRODUCT_KINDS,
+    hard=PRODUCT_KINDS | {"lstm"},
     soft=frozenset({"cat"}),
     skips=frozenset({"conv"}),
     symmetric=True,
@@ -35,6 +35,7 @@ _PROFILE = Profile(
         "conv_transpose": "TensorRT has no integer transposed convolution",
         "avg_pool": "TensorRT averages in float",
         "embedding": "TensorRT looks tables up in float",
+        "gru": "TensorRT's builder fails on a GRU whose weights have codes",
         **FLOAT_CELLS,
     },
     float_pools=("bfloat16",),
@@ -53,6 +54,7 @@ _FORECAST = Forecast(
         # Only the operand that comes from elsewhere is quantized: the other never leaves the convolution.
         "add": ExpectedKernel(name="sum inside the {kind} Convolution", needs=()),
         "cat": ExpectedKernel(name="{kind} Concatenation"),
+        "lstm": ExpectedKernel(never=FLOAT_RECURRENT),
         "sdpa": ExpectedKernel(name="{kind} MatrixMultiply (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },

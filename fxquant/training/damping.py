@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxquant.capture.fake_inputs import fake_inputs
 from fxquant.errors import InvalidArgument
 from fxquant.graph.frames import without_wrappers
-from fxquant.passes.captured.site_nodes import Insertion, SiteNodes
 from fxquant.plan.plan import LocalSite, Site
 from fxquant.prepared.quantizer import Quantizer, planned_quantizers
+from fxquant.prepared.weight_function import weight_function
 from fxquant.spec.mode import Mode
 from fxquant.spec.quant_spec import QuantSpec
 
@@ -35,7 +34,7 @@ def weight_of(model: nn.Module, owner: str, site: LocalSite) -> Tensor | None:
     """The weight that a site quantizes, where it is its module's own."""
     path = ".".join(filter(None, (owner, site.edges[0].path)))
     module = model.get_submodule(path)
-    found = (getattr(module, name, None) for name in _PARAMETERS)
+    found = (getattr(module, name, None) for name in (site.edges[0].operand, *_PARAMETERS))
     return next((value for value in found if isinstance(value, Tensor)), None)
 
 
@@ -75,21 +74,10 @@ class Damping:
         state = [value.detach() for value in quantizer.state.values()]
         name = key, quantizer.spec
         if name not in self._graphs:
-            self._graphs[name] = _quantize(quantizer.spec, weight, state)
+            self._graphs[name] = weight_function(quantizer.spec, weight, state, Mode.STATIC)
         with torch.enable_grad():
             given = weight.detach().requires_grad_()
             quantized = self._graphs[name](given, *state)
             (inside,) = torch.autograd.grad(quantized, given, torch.ones_like(quantized))
         apart = (weight - quantized.detach()) * (inside != 0)
         return apart.float().square().sum()
-
-
-def _quantize(spec: QuantSpec, weight: Tensor, state: list[Tensor]) -> _Quantize:
-    """The weight's quantizer as compiled graphs have it, a function of the weight and the range's state."""
-    graph = fx.Graph()
-    source, *nodes = fake_inputs(graph, [weight.detach(), *state])
-    site = Insertion(label="", role="weight", spec=spec, edges=(), mode=Mode.STATIC, state=tuple(nodes))
-    with graph.inserting_after((source, *nodes)[-1]):
-        quantized = SiteNodes(graph, source, site).quantized()
-    graph.output(quantized)
-    return fx.GraphModule({}, graph)

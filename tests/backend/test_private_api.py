@@ -29,6 +29,7 @@ SYMBOLS: Mapping[str, str] = {
         "(decompositions, fw_compiler, inference_compiler, keep_inference_input_mutations, partition_fn)"
     ),
     "torch._dynamo.config": "module",
+    "torch._dynamo.config.allow_rnn": "value",
     "torch._dynamo.config.patch": "(_)",
     "torch._dynamo.convert_frame.compile_lock": "value",
     "torch._dynamo.exc.BackendCompilerFailed": "class",
@@ -134,6 +135,8 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
 ATTRIBUTES: Mapping[str, Callable[[], object]] = {
     "_cdata": lambda: torch.ones(1).untyped_storage(),
     "_compiled_call_impl": torch.nn.Module,
+    "_flat_weights": lambda: torch.nn.GRU(1, 1),
+    "_flat_weights_names": lambda: torch.nn.GRU(1, 1),
     "_getframe": lambda: sys,
     "_overloadname": lambda: torch.ops.aten.add.Tensor,
     "_parameters": torch.nn.Module,
