@@ -72,8 +72,14 @@ class Root:
         device = next(self.module.parameters(), torch.empty(0)).device if held is None else held.device
         if self._text.device != device:
             self._text = self._text.to(device)
-        flags = frozen_flags(self.module, [site.key for site in self.plan.sites])
+        flags = frozen_flags(self.module, self.plan.sites)
         return {Root.PLAN: self._text.clone(), Root.FROZEN: flags.to(device)}
+
+    def take_formats(self) -> None:
+        """Has what brings the sites into graphs know the formats that the quantizers have now."""
+        parts: list[Any] = [part for part in LIVE if getattr(part, "root", None) is self]
+        for part in parts:
+            part.take_formats()
 
     def replaced(self) -> list[str]:
         """Keys of sites that stand no more where they stood: other layers are there, or they were moved elsewhere.
@@ -140,7 +146,8 @@ def _refuse_other_plan(module: nn.Module, state_dict: dict[str, Any], prefix: st
     if saved is not None:
         _check_same(root.plan, saved)
         if flags is not None:
-            freeze_as(module, [site.key for site in saved.sites], _integers(flags))
+            freeze_as(module, root.plan.sites, _integers(flags))
+            root.take_formats()
     root.hold_places()
     state_dict.update({prefix + name: value for name, value in root.saved().items()})
 

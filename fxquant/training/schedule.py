@@ -11,7 +11,7 @@ from fxquant.capture.aside import allow_recompiles
 from fxquant.errors import InvalidArgument, PlanMismatch
 from fxquant.prepared.freeze import freeze_batch_norm, freeze_ranges
 from fxquant.prepared.root import Root, require_plan, unwrap
-from fxquant.prepared.staged import stage_sites
+from fxquant.prepared.staged import Converted, stage_sites
 from fxquant.support.table import table
 from fxquant.training.batch_norm import reestimate_batch_norm
 from fxquant.training.callbacks import lightning_callback, trainer_callback
@@ -43,8 +43,8 @@ class Schedule:
     stages are kept, ``torch._dynamo.config.recompile_limit`` is raised where it is lower. The last stage leaves every
     site as the plan has it: what is deployed was trained.
 
-    Where it is stands in `state_dict`; the model's own state dict holds the plan, whatever the stage. A new one on a
-    model begins at step 0. With ``torch.distributed`` each rank makes and steps its own.
+    Where it is stands in `state_dict`; the model's own state dict holds the plan, and the bits that sites have. A new
+    one on a model begins at step 0. With ``torch.distributed`` each rank makes and steps its own.
 
     Args:
         model: a prepared model, or what torch.compile or DistributedDataParallel made of it.
@@ -66,7 +66,7 @@ class Schedule:
         self._root = self.model.__dict__[Root.SLOT]
         self._damping = Damping(self.model)
         allow_recompiles(_GRAPHS * len(self.stages))
-        self._hold(entering=True)
+        self._made = self._hold(entering=True)
         self._begin_stage()
 
     @property
@@ -86,7 +86,7 @@ class Schedule:
 
     def step(self) -> None:
         """Counts a step of the optimizer, and begins the stage that comes after it, if one does."""
-        self._steps += 1
+        self._steps, self._made = self._steps + 1, []
         overridden = self._root is not self.model.__dict__.get(Root.SLOT)
         if overridden:
             self._states = resolved(self.model, require_plan(self.model, "Schedule"), self.stages)
@@ -133,7 +133,9 @@ class Schedule:
         """Goes to where ``steps`` steps are done, as `load_state_dict` does: BatchNorm and ranges are left alone."""
         if not isinstance(steps, int) or steps < 0:
             raise InvalidArgument(f"steps must be a whole number of at least 0: got {steps!r}.")
-        self._steps = steps
+        for converted in self._made:  # of a state that was loaded before the schedule was made
+            converted.undo()
+        self._steps, self._made = steps, []
         self._hold(entering=False)
         self._tell()
 
@@ -158,13 +160,14 @@ class Schedule:
     def _described(self) -> list[list[Any]]:
         return [[begin, str(stage)] for begin, stage in zip(self._begins, self.stages, strict=True)]
 
-    def _hold(self, *, entering: bool) -> None:
+    def _hold(self, *, entering: bool) -> list[Converted]:
         """Has the model be as the stage says."""
-        stage_sites(self.model, self._state.sites, entering=entering)
+        converted = stage_sites(self.model, self._state.sites, entering=entering)
         if self._state.freeze_ranges is not None:
             freeze_ranges(self.model, self._state.freeze_ranges)
         if self._state.freeze_batch_norm is not None:
             freeze_batch_norm(self.model, self._state.freeze_batch_norm)
+        return converted
 
     def _begin_stage(self) -> None:
         """What is done once, as a stage begins."""

@@ -236,13 +236,83 @@ def test_a_run_taken_up_is_the_run_that_was_whole(after: int, order: str, whole:
 
 
 def test_a_checkpoint_of_any_stage_has_the_plan(whole: Any) -> None:
-    """It loads into a model without a schedule, which then quantizes as planned."""
+    """It loads into a model without a schedule, which then quantizes in the bits that sites had."""
     _, files = whole
-    for file in (files[3], files[7]):
-        file.seek(0)
-        model = convnet()
-        model.load_state_dict(torch.load(file, weights_only=True)["model"])
-        assert {doing for doing, _ in formats(model).values()} == {"quantize"}
+    model = convnet()
+    planned, keys = formats(model), {path: bound.key for path, bound in bound_forwards(model).items()}
+    for number, bits in ((3, 4), (7, 6), (9, 4)):
+        files[number].seek(0)
+        model.load_state_dict(torch.load(files[number], weights_only=True)["model"])
+        assert formats(model)["conv1.weight"] == ("quantize", f"s{bits} axis 0")
+        assert (formats(model) == planned) == (bits == 4)
+        assert ({path: bound.key for path, bound in bound_forwards(model).items()} == keys) == (bits == 4)
+
+
+LEARNED = fxquant.Recipe(
+    name="learned",
+    activation=fxquant.QuantSpec(bits=4, signed=False, symmetric=False, range=fxquant.Learned(method="lsq")),
+    weight=fxquant.QuantSpec(bits=4, narrow=True, axis=0, range=fxquant.Learned(method="lsq")),
+)
+NARROWING = (
+    Stage(at=0, weights=8, activations=8),
+    Stage(at=2, weights=6, activations=6),
+    Stage(at=4, weights="quantize", activations="quantize"),
+)
+
+
+class Learning:
+    """A small training of learned ranges that go on to fewer bits."""
+
+    def __init__(self, state: Any = None, order: str = "") -> None:
+        torch.manual_seed(0)
+        self.model = fxquant.prepare(Mlp(), (torch.randn(2, 8),), recipe=LEARNED)
+        if order == "before it is made":
+            self.model.load_state_dict(state["model"])
+        self.schedule = fxquant.Schedule(self.model, NARROWING)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05)
+        self.compiled = torch.compile(self.model, backend=EAGER)
+        for name in ("schedule", "model") if order == "schedule first" else ("model", "schedule"):
+            if state is not None and (order, name) != ("before it is made", "model"):
+                getattr(self, name).load_state_dict(state[name])
+
+    def step(self) -> float:
+        self.optimizer.zero_grad()
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(self.schedule.steps))
+        loss = (self.compiled(x) - x).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.item()
+
+    def saved(self) -> dict[str, Any]:
+        return copy.deepcopy({"model": self.model.state_dict(), "schedule": self.schedule.state_dict()})
+
+
+def test_a_learned_range_goes_on_in_fewer_bits_and_is_taken_up_in_any_order() -> None:
+    run, states, reaches = Learning(), [], []
+    losses = []
+    for _ in range(6):
+        states.append(run.saved())
+        losses.append(run.step())
+        found = dict(quantizers(run.model))["first.input"]
+        reaches.append((found.spec.bits, (found.state["scale"].abs() * found.spec.quant_max).item()))
+    assert [bits for bits, _ in reaches] == [8, 6, 6, 4, 4, 4]
+    assert all(a == pytest.approx(b, rel=0.1) for (_, a), (_, b) in itertools.pairwise(reaches)), reaches
+    for number, order in ((3, "schedule first"), (3, "before it is made")):
+        torch._dynamo.reset()
+        again = Learning(states[number], order)
+        assert [again.step() for _ in range(2)] == losses[number : number + 2], (number, order)
+
+
+def test_bits_that_a_site_cannot_have() -> None:
+    model = convnet()
+    state = model.state_dict()
+    flags = state["quantizers_frozen"].clone()
+    flags[[site.local.role for site in plan_of(model).sites].index("weight")] = 2 * 3  # type: ignore[union-attr]
+    with pytest.raises(
+        PlanMismatch, match=r"checkpoint must have sites of planned bits or more: got 3 bits for \w+\.w"
+    ):
+        model.load_state_dict({**state, "quantizers_frozen": flags})
 
 
 def test_the_state_of_other_stages_is_refused() -> None:
