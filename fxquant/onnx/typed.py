@@ -127,7 +127,7 @@ class _Typing:
         if node.op_type == "TRT_MXFP8DequantizeLinear":  # its attribute says what it gives
             slots.wide = set()
         if node.op_type in _QDQ:
-            # TensorRT has no DQ of fp4 codes from float32 scales to half: their block scales are half, the tensor's not.
+            # TensorRT has no DQ of fp4 codes from float32 scales to half: scales of blocks are half, the tensor's not.
             if node.inputs[0].dtype != self.ir.DataType.FLOAT4E2M1:
                 slots.keep([1])
         elif node.op_type in ("Sin", "Cos", "ReduceL2", "ReduceSumSquare") or self._is_root_of_sum(node):

@@ -51,7 +51,8 @@ def prepare(
     Args:
         model: any module that torch.compile can run, with floating-point parameters, not yet prepared.
         args: positional example inputs, a tuple; ``kwargs``: keyword ones.
-        recipe: ``"int8"``, ``"w4a8"``, ``"int4_weight_only"`` (in groups of 32), a `Recipe`, or a `fxquant.Mixed` that
+        recipe: a name of `fxquant.spec.RECIPES`, as ``"int8"``, ``"w4a8"``, ``"int4_weight_only"``, ``"fp8"`` or
+            ``"nvfp4"`` (`docs/formats.md` says which target runs which), a `Recipe`, or a `fxquant.Mixed` that
             measures formats on data.
         target: the runtime that the model will be deployed to: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, or
             ``"generic"`` for none in particular.

@@ -188,5 +188,5 @@ def test_half_files_multiply_the_same_codes(recipe: str, kernel: str, tmp_path: 
 def test_explain_forecasts_what_was_seen(recipe: str, target: str, forecast: str) -> None:
     model, args = made(recipe, target)
     found = fxquant.explain(model, args)
-    assert {row.kernel for row in found.sites} == {forecast}
+    assert {kernel for row in found.rows for kernel in row.kernels} == {forecast}
     assert recipe in str(found) and forecast.split()[0] in str(found)
