@@ -1,6 +1,6 @@
 """Any model in TensorRT: every entry of a model zoo exported, then parsed and built by NVIDIA's libraries, on a CPU.
 
-    python bench/bench_tensorrt.py path/to/zoo.py [--dtypes float32,float16,bfloat16] [--only NAME,...]
+    python bench/bench_tensorrt.py path/to/zoo.py [--dtypes float32,float16,bfloat16] [--recipe nvfp4] [--only NAME,...]
                                    [--without labels] [--out bench/results/tensorrt.jsonl]
     python bench/bench_tensorrt.py --summary bench/results/tensorrt.jsonl
 
@@ -55,12 +55,12 @@ def plain(entry: Any, args: Any, kwargs: Any, folder: Path) -> Row:
     return row
 
 
-def quantized(entry: Any, args: Any, kwargs: Any, dtype: str, folder: Path) -> Row:
+def quantized(entry: Any, args: Any, kwargs: Any, recipe: str, dtype: str, folder: Path) -> Row:
     """The quantized file of one float type."""
-    row: Row = {"dtype": dtype}
+    row: Row = {"recipe": recipe, "dtype": dtype}
     with noted(row, "build"):
         torch.manual_seed(0)
-        model = fxquant.prepare(entry.build(), args, kwargs=kwargs, target="tensorrt")
+        model = fxquant.prepare(entry.build(), args, kwargs=kwargs, recipe=recipe, target="tensorrt")
         bound = inspect.signature(model.forward).bind_partial(*args).arguments
         fxquant.calibrate(model, [{**bound, **kwargs} if kwargs else args], progress=False)
         path, kind = folder / f"{dtype}.onnx", getattr(torch, dtype)
@@ -75,7 +75,7 @@ def quantized(entry: Any, args: Any, kwargs: Any, dtype: str, folder: Path) -> R
     return row
 
 
-def child(zoo: Path, name: str, dtypes: list[str], without: list[str]) -> list[Row]:
+def child(zoo: Path, name: str, recipe: str, dtypes: list[str], without: list[str]) -> list[Row]:
     """The rows of one entry."""
     warnings.simplefilter("ignore")
     entry = load_zoo(zoo).get(name)
@@ -84,7 +84,7 @@ def child(zoo: Path, name: str, dtypes: list[str], without: list[str]) -> list[R
     with tempfile.TemporaryDirectory() as folder:
         float_row = plain(entry, args, kwargs, Path(folder))
         return [
-            {"entry": name, **quantized(entry, args, kwargs, dtype, Path(folder)), **float_row, **environment()}
+            {"entry": name, **quantized(entry, args, kwargs, recipe, dtype, Path(folder)), **float_row, **environment()}
             for dtype in dtypes
         ]
 
@@ -92,7 +92,7 @@ def child(zoo: Path, name: str, dtypes: list[str], without: list[str]) -> list[R
 def in_process(options: argparse.Namespace, name: str) -> list[Row]:
     """``child`` in a process of its own: what ends it is a row."""
     command = [sys.executable, __file__, str(options.zoo), "--child", name]
-    command += ["--dtypes", options.dtypes, "--without", options.without]
+    command += ["--recipe", options.recipe, "--dtypes", options.dtypes, "--without", options.without]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -103,18 +103,23 @@ def in_process(options: argparse.Namespace, name: str) -> list[Row]:
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
+def _kind(row: Row) -> tuple[str, str]:
+    """Recipe and type; rows of before there were recipes are of int8."""
+    return row.get("recipe", "int8"), row.get("dtype", "none")
+
+
 def summary(rows: list[Row]) -> str:
     """The promises, counted for each dtype."""
     lines = []
-    for dtype in dict.fromkeys(row.get("dtype", "none") for row in rows):
-        own = [row for row in rows if row.get("dtype", "none") == dtype]
+    for recipe, dtype in dict.fromkeys(map(_kind, rows)):
+        own = [row for row in rows if _kind(row) == (recipe, dtype)]
         built = [row for row in own if "build_s" in row]
         meant = sum(row["integer"] + len(row["lost"]) for row in built)
         integer = sum(row["integer"] for row in built)
         both = [row for row in built if "float_build_s" in row]
         ratio = sum(row["build_s"] for row in both) / max(sum(row["float_build_s"] for row in both), 1e-9)
         lines.append(
-            f"{dtype}: {len(built)} of {len(own)} built; {integer} of {meant} products that are meant to on integers, "
+            f"{recipe}, {dtype}: {len(built)} of {len(own)} built; {integer} of {meant} products that are meant to on codes, "
             f"{sum(row['products'] for row in built) - meant} float by plan; builds take {ratio:.2f} of float's time"
         )
         for row in own:
@@ -129,6 +134,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path, nargs="?")
+    parser.add_argument("--recipe", default="int8")
     parser.add_argument("--dtypes", default="float32,float16,bfloat16")
     parser.add_argument("--only", default="")
     parser.add_argument("--without", default="labels", help="keywords of forward to leave out")
@@ -142,7 +148,7 @@ def main() -> None:
     if options.zoo is None:
         parser.error("name a zoo, or a file to sum up with --summary")
     if options.child:
-        rows = child(options.zoo, options.child, options.dtypes.split(","), options.without.split(","))
+        rows = child(options.zoo, options.child, options.recipe, options.dtypes.split(","), options.without.split(","))
         print(json.dumps(rows))
         return
     names = options.only.split(",") if options.only else load_zoo(options.zoo).names()

@@ -88,7 +88,7 @@ def test_codes_are_those_of_training(case: Case, tmp_path: Path) -> None:
     most = 2 if case.kernels == "MatMulInteger" else 0
     assert found.differing_codes <= most and found.largest_code_difference <= 1
     assert found.compared_codes > 2000 or weight_only
-    assert found.max_output_difference < 1e-5
+    assert found.max_output_difference < (0.05 * found.output_spread if found.differing_codes else 1e-5)
     if case.kernels is None:
         assert found.lint is not None and bool(found.lint)
     else:
