@@ -118,9 +118,10 @@ def summary(rows: list[Row]) -> str:
         integer = sum(row["integer"] for row in built)
         both = [row for row in built if "float_build_s" in row]
         ratio = sum(row["build_s"] for row in both) / max(sum(row["float_build_s"] for row in both), 1e-9)
+        others = sum(row["products"] for row in built) - meant
         lines.append(
-            f"{recipe}, {dtype}: {len(built)} of {len(own)} built; {integer} of {meant} products that are meant to on codes, "
-            f"{sum(row['products'] for row in built) - meant} float by plan; builds take {ratio:.2f} of float's time"
+            f"{recipe}, {dtype}: {len(built)} of {len(own)} built; {integer} of {meant} products that are meant to on "
+            f"codes, {others} float by plan; builds take {ratio:.2f} of float's time"
         )
         for row in own:
             if "build_error" in row:
