@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxquant import errors, ops, tensor_quant
+    from fxquant import errors, ops, ptq, tensor_quant
     from fxquant.onnx import export_onnx, verify_onnx
     from fxquant.prepared.freeze import freeze_batch_norm, freeze_ranges
     from fxquant.prepared.optimizers import parameter_groups
@@ -57,7 +57,7 @@ _HOMES = {
     "reestimate_batch_norm": "fxquant.training.batch_norm",
     **dict.fromkeys(("Rule", "first_layer", "last_layer", "skip"), "fxquant.spec"),
 }
-_MODULES = ("backend", "errors", "kernels", "onnx", "ops", "plan", "report", "spec", "tensor_quant")
+_MODULES = ("backend", "errors", "kernels", "onnx", "ops", "plan", "ptq", "report", "spec", "tensor_quant")
 _FORMER = ("formats", "profiles", "recipes", "rules", "state")
 # Modules that had another name in version 0.1, and checkpoints of whole models that name them, load from there.
 __path__.append(str(Path(__file__).parent / "formerly"))
@@ -89,6 +89,7 @@ __all__ = [
     "override",
     "parameter_groups",
     "prepare",
+    "ptq",
     "reestimate_batch_norm",
     "sensitivity",
     "skip",

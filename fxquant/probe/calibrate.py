@@ -45,8 +45,8 @@ def calibrate(
     What was in the ranges before is forgotten, but for sites that the batches did not run, which a warning names;
     after an error all of it is back. BatchNorm statistics, modes and weights
     stay; weights are made better by `fxquant.ptq`. Histograms take the same memory however much data there is. Raises
-    InvalidArgument for an unprepared model, no data, an unknown method or a percentile that is none, and with a
-    histogram for activations that are not finite and for kinds of ranges that are not a minimum and a maximum.
+    InvalidArgument for an unprepared model, no data, an unknown method or a percentile that is none, and for
+    histograms activations that are not finite, and formats and kinds of ranges that the method has no answer for.
     """
     require_plan(model, "calibrate")
     methods = (*_MODES, *_HISTOGRAMS)
@@ -57,11 +57,9 @@ def calibrate(
     plain = unwrap(model)
     ranged = [(key, q) for key, q in quantizers(plain) if q.stateful]
     for key, q in ranged if method in _HISTOGRAMS else ():
-        if not q.range.takes_ends:
-            raise InvalidArgument(
-                f"method must be 'max' or 'moving_average' for a range that is not two ends: got {method!r} "
-                f"({key} has {q.range})."
-            )
+        why = histograms.why_not(q.spec, method)
+        if why is not None:
+            raise InvalidArgument(f"method must be 'max' or 'moving_average' for {key}: got {method!r}, but {why}.")
     kept = [({name: value.detach().clone() for name, value in q.state.items()}, q.resolved) for _, q in ranged]
     try:
         if method in _HISTOGRAMS:

@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxquant.numerics import affine
-from fxquant.ops import qparams
+from fxquant.ops import fake_quantize, qparams
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.tensor_quant.calibrators import HistogramCalibrator, entropy_end, percentile_end
 
@@ -17,6 +16,17 @@ _BINS = 2048
 _START, _STRIDE = 128, 4  # the fewest bins that entropy keeps, and how many it goes on by
 _ENDS = 256  # that are tried for the least squared error: k/256 of the largest magnitude
 _AT_ONCE = 32
+
+
+def why_not(spec: QuantSpec, method: str) -> str | None:
+    """Why a method finds no range for a format; None if it does."""
+    if not spec.range.takes_ends:
+        return f"the range {spec.range} is not two ends"
+    if method != "percentile" and spec.group_size is not None:
+        return f"most of the rounding of {spec} is by the scales of groups"
+    if method == "entropy" and spec.element is not None:
+        return f"{spec} has no even levels"
+    return None
 
 
 class SiteHistogram:
@@ -90,7 +100,8 @@ class SiteHistogram:
         spec = self.spec
         low, high = ends.neg().clamp(min=self.low).float(), ends.clamp(max=self.high).float()
         scale, point = qparams.affine_qparams(low, high, spec.quant_min, spec.quant_max, spec.symmetric)
-        x = values.expand(len(ends), -1)
+        x = values.expand(len(ends), -1).contiguous()
         limits = (spec.quant_min, spec.quant_max)
-        y = affine.fake_quantize_per_channel(x, scale, point, 0, *limits, spec.rounding)
+        form = {"rounding": spec.rounding, "element": spec.element}
+        y: Tensor = fake_quantize.PER_CHANNEL(x, scale, point, 0, *limits, **form)
         return ((y.double() - values) ** 2 * counts).sum(1)

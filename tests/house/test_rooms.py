@@ -34,6 +34,7 @@ ROOMS = (
     "probe",
     "training",
     "search",
+    "ptq",
     "onnx",
     "report",
     "formerly",

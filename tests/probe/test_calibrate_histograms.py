@@ -191,10 +191,32 @@ def test_bad_input_leaves_the_ranges(model):
 
 def test_ranges_that_take_no_ends_are_refused():
     other = fxquant.prepare(Pair(), (BATCHES[0],), ranges=Peak())
-    with pytest.raises(
-        InvalidArgument, match=r"'max' or 'moving_average' for a range .* got 'mse' \(up\.input has Peak"
-    ):
+    with pytest.raises(InvalidArgument, match=r"for up\.input: got 'mse', but the range Peak"):
         fxquant.calibrate(other, BATCHES, method="mse")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "why"),
+    [("fp8", "entropy", "e4m3 has no even levels"), ("nvfp4", "mse", "is by the scales of groups")],
+)
+def test_formats_that_a_method_has_no_answer_for_are_refused(recipe, method, why):
+    net = nn.Linear(16, 16)
+    other = fxquant.prepare(net, (torch.randn(4, 16),), recipe=recipe, target="generic")
+    with pytest.raises(InvalidArgument, match=rf"for input: got '{method}', but .*{why}"):
+        fxquant.calibrate(other, [torch.randn(4, 16)], method=method)
+
+
+def test_mse_of_small_floats_is_that_of_their_values():
+    x = long_tailed() * np.float32(100)
+    spec = QuantSpec(element="e4m3")
+    low, high = found(x, spec, "mse")
+
+    def error(end: float) -> float:
+        scaled = torch.from_numpy(x / np.float32(end / 448)).clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy()
+        return float(((scaled * (end / 448) - x) ** 2).sum())
+
+    top = float(np.abs(x).max())
+    assert error(max(-low, high)) <= 1.002 * min(error(top * k / 256) for k in range(256, 0, -1))
 
 
 def test_sites_that_the_data_do_not_run_are_named(model):
