@@ -91,6 +91,10 @@ class Demands:
         if unblocked is not None:
             self.declined.append((node, unblocked))
             return False
+        apart = self._why_not_together(node, weights, others)
+        if apart is not None:
+            self.declined.append((node, apart))
+            return False
         if self.profile.float_beside_groups and any(problem.has_float_scales((node, name)) for name in weights):
             beside = [name for name in others if problem.is_wanted(node, name)]
             self.declined += [(node, f"its {name}: {_BESIDE}") for name in beside]
@@ -143,6 +147,17 @@ class Demands:
         if spec is None or spec.group_size is None:
             return None
         return why_not_blocked(node, name, spec, has_weight)
+
+    def _why_not_together(self, node: fx.Node, weights: list[str], others: list[str]) -> str | None:
+        """Why the codes that the operands of an operator would get cannot be multiplied; None if they can."""
+        wanted = [name for name in others if self.problem.is_wanted(node, name)]
+        specs = {name: self.problem.activation_spec((node, name)) for name in wanted}
+        specs |= {name: self.problem.weight_spec((node, name)) for name in weights}
+        kinds = {name: spec.element or "integer" for name, spec in specs.items() if spec is not None}
+        if not self.profile.one_kind_of_codes or len(set(kinds.values())) < 2:
+            return None
+        words = " and ".join(f"its {name} has {kind} codes" for name, kind in kinds.items())
+        return f"{words}: {self.profile.name} multiplies codes of one kind"
 
     def _demand_skip(self, node: fx.Node) -> None:
         """Demands the one operand of an add that does not come out of the convolution which the add fuses into."""

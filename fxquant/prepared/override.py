@@ -81,6 +81,13 @@ def _with_spec(site: Site, spec: QuantSpec, pattern: str, profile: Profile) -> S
     if not isinstance(spec, QuantSpec):
         raise InvalidArgument(f"changes[{pattern!r}] must be a QuantSpec, or None for float: got {spec!r}.")
     check_spec(site.local.role, spec, f"changes[{pattern!r}]")
+    if spec.family:
+        profile.check_format(site.local.role, spec, f"changes[{pattern!r}]")
+    if spec.group_size is not None and site.local.role != "weight":
+        raise InvalidArgument(
+            f"changes[{pattern!r}] must not be per token or group for {site.key}: got {spec} for an activation, whose "
+            "place follows from its format. Prepare the model with fxquant.Rule(operand='input', spec=…) or a recipe."
+        )
     if spec.group_size is not None:
         spec = dataclasses.replace(spec, axis=_group_axis(site, spec.group_size, pattern))
         profile.check_format("weight", spec, f"changes[{pattern!r}]")

@@ -39,6 +39,7 @@ class Profile:
         families: formats beyond integers that it runs, by `QuantSpec.family`; None: any.
         block_form: how activations in blocks are written: by ONNX's own operators; the same with
             products of tokens as MatMulInteger ("integer"); by TensorRT's ("trt").
+        one_kind_of_codes: a product reads integers, or one kind of small float, of both operands.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
         int4_convolutions: convolutions take weights that are stored as int4.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
@@ -71,6 +72,7 @@ class Profile:
     activation_bits: range = range(2, 17)
     weight_bits: range = range(2, 17)
     families: frozenset[str] | None = frozenset()
+    one_kind_of_codes: bool = False
     block_form: Literal["onnx", "integer", "trt"] = "onnx"
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None

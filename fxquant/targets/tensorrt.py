@@ -27,6 +27,7 @@ _PROFILE = Profile(
     weight_bits=range(4, 9),
     families=frozenset({"e4m3", "e4m3 e8m0 32", "e2m1 e4m3 16"}),
     block_form="trt",
+    one_kind_of_codes=True,
     group_bits=range(4, 5),
     group_sizes=(16, 32, 64, 128),
     int4_convolutions=False,

@@ -131,6 +131,50 @@ def test_blocks_that_do_not_divide_are_left_in_float() -> None:
     assert declined == ["groups of 32 must divide the 40 values of a channel"]
 
 
+def test_codes_of_two_kinds_are_not_multiplied_by_tensorrt() -> None:
+    torch.manual_seed(0)
+    model, x = Head(), torch.randn(3, 5, WIDTH)
+    fp8 = QuantSpec(element="e4m3", axis=0, range=CurrentTensor())
+    rule = fxquant.Rule(path="up", operand="weight", spec=fp8)
+    fxquant.prepare(model, (x,), target="tensorrt", rules=[rule])
+    declined = {place.where: place.reason for place in fxquant.explain(model, (x,)).declined}
+    assert declined == {
+        "linear": "its input has integer codes and its weight has e4m3 codes: tensorrt multiplies codes of one kind"
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            QuantSpec(group_size=-1, range=CurrentTensor()),
+            "changes['up.input'] must not be per token or group for up.input: got s8 token for an activation, whose "
+            "place follows from its format. Prepare the model with fxquant.Rule(operand='input', spec=…) or a recipe.",
+        ),
+        (
+            QuantSpec(element="e4m3"),
+            "changes['up.input'] must have a format that target 'onnxruntime' runs: got e4m3 for an activation. "
+            "It runs integers, token; target='generic' takes any format.",
+        ),
+    ],
+    ids=str,
+)
+def test_formats_that_a_site_cannot_change_to(spec: QuantSpec, message: str) -> None:
+    model, _ = made("int8", "onnxruntime")
+    with pytest.raises(InvalidArgument) as caught:
+        fxquant.override(model, {"up.input": spec})
+    assert str(caught.value) == message
+
+
+def test_a_site_changes_to_small_floats(tmp_path: Path) -> None:
+    model, args = made("int8", "generic")
+    weight = QuantSpec(element="e5m2", axis=0, range=CurrentTensor())
+    fxquant.override(model, {"up.input": QuantSpec(element="e4m3"), "up.weight": weight})
+    fxquant.calibrate(model, [args[0]], progress=False)
+    fxquant.export_onnx(model, args, tmp_path / "model.onnx")
+    assert fxquant.verify_onnx(model, args, tmp_path / "model.onnx", rounds=0).differing_codes == 0
+
+
 def test_six_bit_floats_train_and_have_no_file(tmp_path: Path) -> None:
     fields = {"element": "e3m2", "group_size": 32, "scale_format": "e8m0"}
     spec = QuantSpec(range=CurrentTensor(), **fields)
