@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,19 @@ def _convert(quantizer: Quantizer, spec: QuantSpec) -> list[Converted]:
         value.copy_(found[name])
     after = {name: value.detach().clone() for name, value in quantizer.state.items()}
     return [Converted(quantizer=quantizer, spec=was, before=before, after=after)]
+
+
+@contextlib.contextmanager
+def all_quantized(model: nn.Module) -> Iterator[None]:
+    """Inside, sites that a stage leaves float are quantized, too."""
+    before = [(quantizer, quantizer.doing) for _, quantizer in planned_quantizers(model).values()]
+    try:
+        for quantizer, _ in before:
+            quantizer.doing = "quantize"
+        yield
+    finally:
+        for quantizer, doing in before:
+            quantizer.doing = doing
 
 
 def off_plan(model: nn.Module, plan: Plan) -> dict[str, str]:

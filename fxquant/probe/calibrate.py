@@ -14,6 +14,7 @@ from fxquant.capture.aside import compiled_aside, evaluating
 from fxquant.errors import InvalidArgument, NotQuantizedWarning
 from fxquant.prepared.quantizer import Quantizer, quantizers
 from fxquant.prepared.root import require_plan, unwrap
+from fxquant.prepared.staged import all_quantized
 from fxquant.probe import histograms
 from fxquant.probe.visitor import Use, visiting
 from fxquant.spec.mode import Mode
@@ -126,7 +127,7 @@ def _collect(
         return use.input
 
     count = 0
-    with visiting(model, "calibrate") as run:
+    with all_quantized(model), visiting(model, "calibrate") as run:
         for batch in track(data, "calibrating", show=progress):
             run(*batch_arguments(batch), visit)
             count += 1

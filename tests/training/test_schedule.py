@@ -372,10 +372,11 @@ def test_a_model_that_was_stripped_is_driven_no_more() -> None:
         schedule.step()
 
 
-def test_calibration_looks_at_sites_that_a_stage_leaves_float() -> None:
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_calibration_looks_at_sites_that_a_stage_leaves_float(method: Any) -> None:
     model = convnet()
     fxquant.Schedule(model, STAGES)
-    fxquant.calibrate(model, BATCHES[:2], progress=False)
+    fxquant.calibrate(model, BATCHES[:2], method=method, progress=False)
     assert not unset(model) and formats(model)["conv1.input"][0] == "float"
 
 
