@@ -40,7 +40,7 @@ from fxquant.plan.plan import Plan
 from fxquant.prepared.bound_forward import exporting
 from fxquant.prepared.quantizer import quantizers
 from fxquant.prepared.root import require_plan, unwrap
-from fxquant.prepared.unset import check_ranges, unset_in_float
+from fxquant.prepared.unset import check_ranges, unset_as_deployed
 from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
@@ -138,7 +138,7 @@ def export_onnx(
         InvalidArgument: not prepared, unusable path or opset; a ``float_dtype`` or ``io_dtype`` that is none, that the
             target or the opset does not have, or in which a tensor overflows on the given inputs: it is named.
         RangeNotSet: no activation range has been set. Of some that no data reached, what the evaluated graph has
-            stays float, with a warning.
+            takes the range of its neighbours in a ModuleList, as experts have them, or stays float, with a warning.
         ExportError: torch.export or the exporter failed on the model, the target is onnxruntime and refuses the file,
             or the file computes another thing; the first tensor that is off is named. An earlier file stays.
         MissingDependency: onnx or onnxscript is not installed.
@@ -159,7 +159,7 @@ def export_onnx(
         args, named = _at_least_two(args), _at_least_two(named)
         sizes = open_batch(args, named)
     edges = Edges.of(plain, args, named)
-    with in_float32(plain):
+    with in_float32(plain), unset_as_deployed(plain):
         wide: Inputs = widened((args, named))
         float_pools = precision.name in profile.float_pools
         gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, float_pools=float_pools)
@@ -234,7 +234,7 @@ def quantized_graph(
     Second, the graph as it is between the two.
     """
     try:
-        with evaluating(model), unset_in_float(model), scaled_tables(model), exporting(), torch.no_grad():
+        with evaluating(model), scaled_tables(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, sizes)
     except Exception as error:
         hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."

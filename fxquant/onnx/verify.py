@@ -25,7 +25,7 @@ from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
 from fxquant.prepared.root import require_plan, unwrap
-from fxquant.prepared.unset import unset_in_float
+from fxquant.prepared.unset import unset_as_deployed
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath
 from fxquant.targets.registry import configured, get_target
@@ -71,7 +71,7 @@ def verify_onnx(
     asked = configured(target, capability=capability, timeout=timeout)
     run = _runtime(target, asked, path, named=runtime is not None)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
-    with unset_in_float(case.model), scaled_tables(case.model):
+    with unset_as_deployed(case.model), scaled_tables(case.model):
         compared, cascaded, trained = compare_codes(case, [site.key for site in plan.sites])
     unoptimized = run_outputs(path, case.feeds, optimize=False)
     return VerifyReport(

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from fxquant.errors import NotQuantizedWarning, RangeNotSet
@@ -31,6 +32,13 @@ def check_ranges(model: nn.Module) -> list[str]:
                 "with torch.compile(model, backend='fxquant') or call fxquant.calibrate(model, data) on representative "
                 "data."
             )
+    near = neighbours(model)
+    borrowed, unset = [key for key in unset if key in near], [key for key in unset if key not in near]
+    if borrowed:
+        told.append(
+            f"{len(borrowed)} sites saw no data, and take the range that others of their list of modules have there: "
+            f"{_names(borrowed)}"
+        )
     if unset:
         told.append(f"{len(unset)} sites saw no data; what the evaluated graph has of them is float: {_names(unset)}")
     if zero:
@@ -52,20 +60,63 @@ def check_ranges(model: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def unset_in_float(model: nn.Module) -> Iterator[None]:
-    """Inside, sites whose range is not set quantize nothing.
+def unset_as_deployed(model: nn.Module) -> Iterator[None]:
+    """Inside, sites whose range is not set have that of their `neighbours`, and quantize nothing where there are none.
 
     Elsewhere they would take the range of the tensor at hand, which a file cannot.
     """
-    held = [q for _, q in quantizers(model) if q.is_on and q.site.role != "weight"]  # a weight has its range itself
-    unset: list[Quantizer] = [q for q in held if not q.is_set()]
-    for quantizer in unset:
-        quantizer.enabled = False
+    held = [(key, q) for key, q in quantizers(model) if q.is_on and q.site.role != "weight"]  # it has its range itself
+    unset = [(key, q) for key, q in held if not q.is_set()]
+    near = neighbours(model)
+    before = [{name: value.detach().clone() for name, value in q.state.items()} for _, q in unset]
     try:
+        for key, quantizer in unset:
+            if key in near:
+                _take_range(quantizer, near[key])
+            else:
+                quantizer.enabled = False
         yield
     finally:
-        for quantizer in unset:
-            quantizer.enabled = True
+        for (_, quantizer), state in zip(unset, before, strict=True):
+            quantizer.enabled, quantizer.resolved = True, False
+            with torch.no_grad():
+                for name, value in quantizer.state.items():
+                    value.copy_(state[name])
+
+
+def neighbours(model: nn.Module) -> dict[str, list[Quantizer]]:
+    """Activation sites without a range, such as those of experts that no token came to → those whose range will do.
+
+    They quantize the same tensor, in the same format, of another module in the same ModuleList, and have seen data.
+    """
+    held, found = dict(quantizers(model)), {}
+    for key, quantizer in held.items():
+        where = _in_list(model, key)
+        if where is None or not quantizer.is_on or not quantizer.range.takes_ends or quantizer.is_set():
+            continue
+        alike = [q for name, q in held.items() if _in_list(model, name) == where and q.spec == quantizer.spec]
+        seen = [other for other in alike if other.is_set() and not other.range.is_degenerate(other.state)]
+        if seen:
+            found[key] = seen
+    return found
+
+
+def _in_list(model: nn.Module, key: str) -> tuple[str, str] | None:
+    """Of a site in a module of a ModuleList, the innermost one: the list's path, and the site's key from there on."""
+    parts = key.split(".")
+    for index in reversed(range(1, len(parts) - 1)):
+        path = ".".join(parts[:index])
+        if parts[index].isdigit() and isinstance(model.get_submodule(path), nn.ModuleList):
+            return path, ".".join(parts[index + 1 :])
+    return None
+
+
+def _take_range(quantizer: Quantizer, others: list[Quantizer]) -> None:
+    """Gives a quantizer the union of what others have seen."""
+    ends = [other.range.ends(other.state) for other in others]
+    with torch.no_grad():
+        quantizer.range.set_ends(quantizer.state, min(low for low, _ in ends), max(high for _, high in ends))
+    quantizer.settle()
 
 
 def _names(keys: list[str]) -> str:

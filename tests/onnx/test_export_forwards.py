@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 import fxquant
@@ -159,7 +160,7 @@ def test_a_tensor_of_zeros_is_exported_and_told(tmp_path):
 
 
 def test_experts_that_saw_no_token_and_heads_of_training_only(tmp_path):
-    """What data did not reach is float in the file, where the file has it, and is told; the rest is as trained."""
+    """The expert has the range of the others, the head, which is not in the file, none; both are told."""
 
     class Experts(nn.Module):
         def __init__(self):
@@ -178,8 +179,17 @@ def test_experts_that_saw_no_token_and_heads_of_training_only(tmp_path):
     model.gate.bias.data[1] = -100.0  # nothing goes to the second
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         model = calibrated(model, x)
-        with pytest.warns(NotQuantizedWarning, match=r"2 sites saw no data; .*: experts\.1\.input, auxiliary\.input\."):
+        ranges = {key: q.range.describe(q.state) for key, q in quantizers(model)}
+        with pytest.warns(NotQuantizedWarning) as said:
             report = fxquant.export_onnx(model, (x,), path)
+        near, far, _ = [str(one.message) for one in said if one.category is NotQuantizedWarning]
+        assert near.startswith("1 sites saw no data, and take the range that others") and "experts.1.input" in near
+        assert far.startswith("1 sites saw no data; what the evaluated graph has") and "auxiliary.input" in far
         assert_codes_agree(fxquant.verify_onnx(model, (x,), path, rounds=0))
-    assert set(report.activations) == {"gate.input", "experts.0.input"}
+    assert set(report.activations) == {"gate.input", "experts.0.input", "experts.1.input"} and len(report.notes) == 2
+    graph = onnx.load(path).graph
+    numbers = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pairs = {n.output[0]: [numbers[name] for name in n.input[1:]] for n in graph.node if n.op_type == "QuantizeLinear"}
+    assert pairs["experts.0.input"] == pairs["experts.1.input"]
     assert all(quantizer.enabled for _, quantizer in quantizers(model))
+    assert {key: q.range.describe(q.state) for key, q in quantizers(model)} == ranges

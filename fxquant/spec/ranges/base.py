@@ -152,6 +152,10 @@ class Range(abc.ABC):
         """Makes a minimum and maximum that calibration has chosen the state, for kinds that ``takes_ends``."""
         raise NotImplementedError(f"{type(self).__name__} takes no ends, and must not say so.")
 
+    def ends(self, state: State) -> tuple[float, float]:
+        """The minimum and maximum that a state stands for, for kinds that ``takes_ends``."""
+        raise NotImplementedError(f"{type(self).__name__} takes no ends, and must not say so.")
+
     def follow(self, state: State, low: float, high: float) -> bool:
         """Moves a range that is set with its tensor, whose ends have become ``low`` and ``high`` times what they were.
 

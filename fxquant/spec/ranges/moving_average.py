@@ -81,6 +81,10 @@ class MovingAverage(Range):
         state["min_val"].fill_(qparams.ONLY_ZEROS if only_zeros else low)
         state["max_val"].fill_(-qparams.ONLY_ZEROS if only_zeros else high)
 
+    def ends(self, state: Mapping[str, Tensor]) -> tuple[float, float]:
+        """The two numbers."""
+        return state["min_val"].item(), state["max_val"].item()
+
     def follow(self, state: Mapping[str, Tensor], low: float, high: float) -> bool:
         """Multiplies both; one of zeros only stays."""
         if not self.is_degenerate(state):
