@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch.utils import _traceback
 
 from fxquant.backend import reports
 from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
 from tests.one_translation_unit import compile_waiting, compiled_together
+from tests.quick import collect_rarely, guards_are_made_fast, torchlib_is_read_once
 from tests.uncompiled import kernels_write_zeros
 
 
@@ -35,44 +32,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the test modules import stays to the end: half a million objects that no collection need look through.
-
-    A compile makes as many of its own, nearly all of which live until it ends: collected after every 700, a seventh of
-    the Python. Tests of what is let go collect by themselves.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 10, 10)
+    """Tests of what is let go collect by themselves."""
+    collect_rarely()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def guards_are_made_fast() -> Iterator[None]:
-    """Dynamo flushes the caches of the processor to time a frame's guards, for a log: half the time of a small one."""
-    with pytest.MonkeyPatch.context() as patch:  # private; read in 2.13
-        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
-        # Each guard tells the line that it comes from, whose path is compared with torch's: ever the same few paths.
-        patch.setattr(_traceback, "shorten_filename", functools.cache(_traceback.shorten_filename))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torchlib_is_read_once() -> Iterator[None]:
-    """torch.onnx.export parses the sources of a thousand operators in every call: half the time of a small model."""
-    # Private; tried on 2.13. An export adds to its registry: each gets lists of its own.
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    read = functools.cache(ONNXRegistry.from_torchlib)
-
-    def from_torchlib(cls: type[ONNXRegistry], *args: Any, **kwargs: Any) -> ONNXRegistry:
-        registry = copy.copy(read(*args, **kwargs))
-        registry.functions = {target: list(known) for target, known in registry.functions.items()}
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
-        # Once for each of sixty operators of an export, all of torch's are looked up, which are there from then on.
-        once = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
-        patch.setattr("torch._export.utils._materialize_cpp_cia_ops", once)
+def compiles_and_exports_are_quick() -> Iterator[None]:
+    with guards_are_made_fast(), torchlib_is_read_once():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Every example runs, in a process of its own, and prints what docs/stacks.md shows."""
+"""Every example runs, in a process of its own (`tests/quick.py`), and prints what docs/stacks.md shows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def test_an_example(command: str) -> None:
     if missing := lacking(command):
         pytest.skip(f"needs {', '.join(missing)}: pip install -e '.[examples]'")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, "-W", "error::fxquant.errors.NotQuantizedWarning", f"examples/{command.split()[0]}"]
+    script = [f"examples/{command.split()[0]}"]
+    if "mp.spawn" not in (ROOT / script[0]).read_text(encoding="utf-8"):  # ranks begin with the script itself
+        script = ["-m", "tests.quick", *script]
+    run = [sys.executable, "-W", "error::fxquant.errors.NotQuantizedWarning", *script]
     run += [*command.split()[1:], "fxquant_eager"]
     done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,79 @@
+"""What costs time in a process of many compiles and exports and changes no result, left out.
+
+python -m tests.quick SCRIPT [ARGUMENT …]    a script, as `python SCRIPT` runs it
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils import _traceback
+
+
+def collect_rarely() -> None:
+    """What is imported stays to the end: half a million objects that no collection need look through.
+
+    A compile makes as many of its own, nearly all of which live until it ends: collected after every 700, a seventh of
+    the Python.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
+@contextmanager
+def guards_are_made_fast() -> Iterator[None]:
+    """Dynamo flushes the caches of the processor to time a frame's guards, for a log: half the time of a small one.
+
+    Each guard tells the line that it comes from, whose path is compared with torch's: ever the same few paths.
+    """
+    from torch._dynamo import guards  # private, and so is what is replaced; read in 2.13
+
+    shorten = functools.cache(_traceback.shorten_filename)
+    with ExitStack() as patches:
+        if hasattr(guards, "profile_guard_manager"):
+            patches.enter_context(mock.patch.object(guards, "profile_guard_manager", lambda *_: 0.0))
+        patches.enter_context(mock.patch.object(_traceback, "shorten_filename", shorten))
+        yield
+
+
+@contextmanager
+def torchlib_is_read_once() -> Iterator[None]:
+    """torch.onnx.export parses the sources of a thousand operators in every call: half the time of a small model."""
+    # Private; tried on 2.13. An export adds to its registry: each gets lists of its own.
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(cls: type[ONNXRegistry], *args: Any, **kwargs: Any) -> ONNXRegistry:
+        registry = copy.copy(read(*args, **kwargs))
+        registry.functions = {target: list(known) for target, known in registry.functions.items()}
+        return registry
+
+    # Once for each of sixty operators of an export, all of torch's are looked up, which are there from then on.
+    once = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
+    with (
+        mock.patch.object(ONNXRegistry, "from_torchlib", classmethod(from_torchlib)),
+        mock.patch("torch._export.utils._materialize_cpp_cia_ops", once),
+    ):
+        yield
+
+
+def main(arguments: list[str]) -> None:
+    with guards_are_made_fast(), torchlib_is_read_once():
+        collect_rarely()
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
