@@ -59,6 +59,11 @@ class Rescaling:
         require_some(self.caller, self.regions, "layers between which channels can be scaled", self.declined.items())
 
     def _why_not_moved(self, region: Region) -> str | None:
+        products = [product for product, _ in region.readers]
+        for product in [*products, *filter(None, [region.source.product])]:
+            quantizer = self.held.get(product.key)
+            if quantizer is not None and quantizer.stateful:
+                return f"the scale of {product.key} is kept apart from the weight"
         for site in region.sites:
             for key in region.graph.keys[site]:
                 quantizer = self.held.get(key)

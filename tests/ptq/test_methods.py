@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,12 +105,18 @@ def test_clipped_weights_have_the_range_that_was_chosen(group):
 
 
 def test_all_of_them_then_training_then_the_file(tmp_path):
+    """Nothing but weights and ranges changes before, and QAT goes on from there."""
     data = images()
     model = ready(Forms, data)
-    for name in ("smooth", "equalize", "clip_weights", "correct_bias", "gptq", "adaround", "smooth"):
+    model.norm.eval()
+    modes, before = [m.training for m in model.modules()], tensors(model)
+    for name in ("smooth", "equalize", "clip_weights", "correct_bias", "gptq", "adaround"):
         options = {"steps": 20} if name == "adaround" else {}
         assert call(name, model, data, **options).method == name
     fxquant.calibrate(model, data, method="mse", progress=False)
+    assert [m.training for m in model.modules()] == modes
+    assert not any("running" in key or "num_batches" in key for key in changed(model, before))
+    assert all(q.calibrating is None and q.is_set() for _, q in quantizers(model))
     step = torch.compile(model.train(), backend="fxquant_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     step(data[0]).square().mean().backward()
@@ -118,16 +126,12 @@ def test_all_of_them_then_training_then_the_file(tmp_path):
     assert_codes_agree(fxquant.verify_onnx(model, (data[0],), tmp_path / "model.onnx"))
 
 
-def test_nothing_but_weights_and_ranges_changes():
-    data = images()
-    model = ready(Forms, data)
-    model.norm.eval()
-    modes, before = [m.training for m in model.modules()], tensors(model)
-    for name in METHODS:
-        call(name, model, data, **({"steps": 20} if name == "adaround" else {}))
-    assert [m.training for m in model.modules()] == modes
-    assert not any("running" in key or "num_batches" in key for key in changed(model, before))
-    assert all(q.calibrating is None and q.is_set() for _, q in quantizers(model))
+def test_the_guide_s_example_runs(capsys):
+    guide = (Path(__file__).parents[2] / "docs" / "ptq.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    exec(compile(example, "ptq.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert all(f"{name}: " in shown for name in ("equalize", "gptq", "correct_bias"))
 
 
 FAULTS = {  # what is broken in its last step

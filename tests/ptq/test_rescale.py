@@ -132,6 +132,16 @@ def test_fixed_ranges_do_not_move():
         ptq.equalize(model, data, progress=False)
 
 
+def test_weights_with_scales_of_their_own_are_left_alone():
+    data = vectors(1)
+    weight = fxquant.QuantSpec(axis=0, narrow=True, range=fxquant.Learned())
+    model = ready(Perceptron, data, recipe=fxquant.Recipe(name="learned", weight=weight))
+    with pytest.raises(fxquant.errors.InvalidArgument, match=r"scale of down\.weight is kept apart from the weight"):
+        ptq.equalize(model, data, progress=False)
+    report = ptq.gptq(model, data, progress=False)
+    assert [row.key for row in report.rows] == ["up.weight", "down.weight"], str(report)
+
+
 @pytest.mark.parametrize("recipe", ["int8_dynamic", "fp8"])
 def test_other_formats_are_scaled_too(recipe):
     data = vectors(1)
