@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxquant.graph.meta import is_saved_as_codes
 from fxquant.graph.nodes import packet
 from fxquant.graph.views import FakeQuant, Item
+from fxquant.ops.learned import LEARNED_START
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.stages import JOINT
 
@@ -23,6 +24,7 @@ class TagRecompute(Pass):
     - The clip mask is a function of the float input, which backward needs anyway to rebuild the result; no mask
       and no second copy is kept.
     - Scales come from ranges that the same step updates: read again in backward, they would be the new ones.
+    - What a trained range starts with is saved too: the same step stores it, and a search is not made twice.
     - Zero points that are constants are made again: weights of several layers that read one saved tensor would be
       quantized in one loop, which is another one for each few layers.
     - Nodes in the user's own checkpoint regions keep the user's tags, except for those few scale values.
@@ -34,6 +36,9 @@ class TagRecompute(Pass):
         """Sets ``meta["recompute"]``."""
         done = 0
         for node in gm.graph.nodes:
+            if node.target is LEARNED_START:
+                for each in (node, *node.users):
+                    done += _tag(each, CheckpointPolicy.MUST_SAVE, override=True)
             site = FakeQuant.of(node)
             if site is None:
                 continue
