@@ -30,9 +30,10 @@ def widened(values: Any) -> Any:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, parameters and buffers of half and double precision are float32; halves keep their values.
 
-    The parameters stay the objects that they are, and have their own memory again afterwards.
+    The parameters stay the objects that they are, and have their own memory and gradients again afterwards: torch.export
+    puts one in the place of a recurrent layer's parameter with its gradient, which must be of its type.
     """
-    parameters = [(value, value.data) for value in model.parameters() if value.dtype in OTHERS]
+    parameters = [(value, value.data, value.grad) for value in model.parameters() if value.dtype in OTHERS]
     buffers = [
         (module, name, value)
         for module in model.modules()
@@ -40,14 +41,15 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         if value is not None and value.dtype in OTHERS
     ]
     try:
-        for value, own in parameters:
-            value.data = own.float()
+        for value, own, _ in parameters:
+            value.grad, value.data = None, own.float()
         for module, name, own in buffers:
             module._buffers[name] = own.float()
         yield
     finally:
-        for value, own in parameters:
+        for value, own, grad in parameters:
             value.data = own
+            value.grad = grad
         for module, name, own in buffers:
             module._buffers[name] = own
 

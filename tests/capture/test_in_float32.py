@@ -24,17 +24,19 @@ class Net(nn.Module):
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_itself_again(fails: bool) -> None:
     model = Net()
+    model.fc.weight.grad = grad = torch.ones_like(model.fc.weight)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     held = {name: (value.data_ptr(), value.dtype) for name, value in before.items()}
     try:
         with in_float32(model):
-            assert not is_other(model)
+            assert not is_other(model) and model.fc.weight.grad is None
             assert all(now is before[name] for name, now in model.named_parameters())
             assert torch.equal(model.scale, before["scale"].float())
             if fails:
                 raise KeyError
     except KeyError:
         pass
+    assert model.fc.weight.grad is grad
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(after[name] is value for name, value in before.items())
     assert {name: (value.data_ptr(), value.dtype) for name, value in after.items()} == held

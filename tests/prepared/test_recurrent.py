@@ -113,6 +113,18 @@ def test_the_file_holds_the_codes(kind: Any, options: dict[str, Any], target: st
         assert fxquant.verify_onnx(model, (x,), path).lint
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.layer._flat_weights")
+def test_a_layer_of_half_type_is_exported_with_its_gradients(tmp_path: Path) -> None:
+    """torch.export sets the gradients of a recurrent layer's parameters anew, which must then be of their type."""
+    x, path = torch.randn(3, 5, 4).half(), tmp_path / "model.onnx"
+    model = Recurrent(nn.LSTM(4, 6)).half()
+    fxquant.prepare(model, (x,), target="openvino")
+    torch.compile(model, backend="fxquant_eager")(x).float().square().mean().backward()
+    report = fxquant.export_onnx(model.eval(), (x,), path)
+    assert report.float_dtype == "float16" and "layer.weight_hh_l0" in report.weights
+    assert all(p.grad is not None and p.grad.dtype == torch.float16 for p in model.layer.parameters())
+
+
 def test_onnxruntime_unpacks_the_weights_as_it_loads_the_file(tmp_path: Path) -> None:
     """A DequantizeLinear before the layer would run each time: seven times slower than the float layer."""
     x, path, run = torch.randn(3, 5, 4), tmp_path / "model.onnx", tmp_path / "run.onnx"
