@@ -30,8 +30,8 @@ def widened(values: Any) -> Any:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, parameters and buffers of half and double precision are float32; halves keep their values.
 
-    The parameters stay the objects that they are, and have their own memory and gradients again afterwards: torch.export
-    puts one in the place of a recurrent layer's parameter with its gradient, which must be of its type.
+    The parameters stay the objects that they are, and have their own memory and gradients again afterwards:
+    torch.export puts one in the place of a recurrent layer's parameter with its gradient, which must be of its type.
     """
     parameters = [(value, value.data, value.grad) for value in model.parameters() if value.dtype in OTHERS]
     buffers = [
