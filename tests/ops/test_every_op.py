@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves
 
 from fxquant.support.patches import DTYPE_RULES
-from tests.ops.cases import Case
+from tests.ops.cases import FLOATS, Case
 from tests.ops.oracle import assert_same_bits, hard_values
 
 FAMILIES = sorted(path.stem.removeprefix("cases_") for path in Path(__file__).parent.glob("cases_*.py"))
@@ -163,18 +163,25 @@ def test_gradient_through_vmap(case: Case) -> None:
     assert_same_bits(gradient(torch.vmap(one)), gradient(lambda x: torch.stack([one(each) for each in x])))
 
 
-def compiled_in(case: Case) -> tuple[torch.dtype, ...]:
-    """float32, and one more dtype in turn: how a dtype is loaded and stored is the same code for all operators."""
-    others = [dtype for dtype in case.dtypes if dtype != torch.float32]
-    turn = CASES.index(case) % max(1, len(others))
-    return (torch.float32, *others[turn : turn + 1])
+def compiled_in(family: list[Case]) -> list[tuple[Case, torch.dtype]]:
+    """Each case in float32, and each other dtype in one case of each operator, in turn.
+
+    How a dtype is loaded and stored is the same code for all operators.
+    """
+    pairs = [(case, torch.float32) for case in family]
+    for number, op in enumerate({case.op: None for case in family}):
+        left = [FLOATS[1:][(number + k) % 3] for k in range(3)]
+        for case in (case for case in family if case.op == op):
+            found = [dtype for dtype in left if dtype in case.dtypes][:1]
+            pairs += [(case, dtype) for dtype in found]
+            left = [dtype for dtype in left if dtype not in found]
+    return pairs
 
 
 COMPILED: dict[tuple[str, torch.dtype], list[Case]] = {}
 for each_family, those in BY_FAMILY.items():
-    for one_case in those:
-        for each_dtype in compiled_in(one_case) if one_case.fuses else ():
-            COMPILED.setdefault((each_family, each_dtype), []).append(one_case)
+    for one_case, each_dtype in compiled_in([case for case in those if case.fuses]):
+        COMPILED.setdefault((each_family, each_dtype), []).append(one_case)
 
 
 @pytest.mark.parametrize("device", DEVICES)
