@@ -68,7 +68,7 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
         element: str | None = None,
     ) -> Value:
         given = {"axis": axis, "block_size": block_size}
-        if element is not None:  # the codes become that type when they are written: `fxquant.onnx.elements`
+        if element is not None:  # the codes become that type when they are written: `fxquant.onnx.element_types`
             return op.DequantizeLinear(code, scale, **{k: v for k, v in given.items() if v is not None})
         return op.DequantizeLinear(code, scale, zero_point, **{k: v for k, v in given.items() if v is not None})
 

@@ -22,11 +22,6 @@ def check_spec(role: str, spec: QuantSpec, subject: str) -> None:
             f"{subject}.group_size must be {'None' if role == 'output' else 'at least 2'}: got {spec.group_size}. "
             f"{'A result has one scale.' if role == 'output' else 'A scale per token is for activations.'}"
         )
-    if role == "activation" and spec.group_size is not None and spec.range.per_group and spec.range.stateful:
-        raise InvalidArgument(
-            f"{subject}.range must be CurrentTensor for an activation per token or group: got {spec.range}. Another "
-            "batch has other tokens, whose ranges cannot be kept."
-        )
     if role != "weight":
         if spec.axis is not None:
             raise InvalidArgument(f"{subject}.axis must be None: got {spec.axis}. An activation has one scale.")

@@ -119,11 +119,6 @@ def test_a_target_that_cannot_says_what_it_can(recipe: str, target: str, message
     assert str(caught.value) == message
 
 
-def test_ranges_of_tokens_are_not_kept() -> None:
-    with pytest.raises(InvalidArgument, match=r"Recipe.activation.range must be CurrentTensor for an activation per"):
-        Recipe(name="learned", activation=QuantSpec(group_size=-1, range=fxquant.Learned()))
-
-
 def test_blocks_that_do_not_divide_are_left_in_float() -> None:
     model, x = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 8)), torch.randn(2, 40)
     fxquant.prepare(model, (x,), recipe="mxfp4", target="generic")
