@@ -35,12 +35,13 @@ def _blocks_have_their_opset(reader: LintReader) -> Breaches:
 
 @COMMON.add
 def _scale_is_positive(reader: LintReader) -> Breaches:
-    """Scales are constant, finite and above 0; those of tokens may be computed, for a target that takes them."""
+    """Scales are constant, finite and above 0; of tokens and groups computed ones, for a target that takes them."""
     np = require("numpy")
     computed = reader.profile.families is None or "token" in reader.profile.families
     for node in reader.of(*QDQ):
         if node.input[1] not in reader.constants:
-            if not computed and not reader.is_dynamic(node.input[1]):
+            of_groups = computed and attribute(node, "axis") is not None
+            if not of_groups and not reader.is_dynamic(node.input[1]):
                 yield node, "its scale is computed at run time"
             continue
         scale = reader.array(node, 1)

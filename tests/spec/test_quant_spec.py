@@ -194,7 +194,7 @@ def test_invalid_recipes(fields: dict[str, Any], message: str) -> None:
 def test_names_of_recipes() -> None:
     assert get_recipe("int8") is INT8 and get_recipe(INT8) is INT8
     with pytest.raises(
-        InvalidArgument, match="recipe must be a Recipe or one of 'int8', 'int8_dynamic', 'w4a8', .*: got 'int7'"
+        InvalidArgument, match=r"recipe must be a Recipe or one of 'int8', 'int8_dynamic', 'w4a8', .*: got 'int7'"
     ):
         get_recipe("int7")
     with pytest.raises(InvalidArgument, match="got 8"):
