@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,34 +81,20 @@ def test_only_what_is_quantized_and_trained_is_damped() -> None:
     assert schedule.damping().item() == 0
 
 
-class Stored(fxquant.spec.Range):
-    """A scale for the whole weight that is kept: what lies beyond its codes is clipped."""
-
-    kind = "stored in a test of damping"
-    state_names = ("step",)
-    roles = frozenset({"weight"})
-
-    def initial_state(self, format: Any) -> dict[str, Tensor]:
-        return {"step": torch.full((1,), 0.05)}
-
-    def qparams(self, site: Any, value: Any) -> Any:
-        from fxquant.spec.ranges import Qparams
-
-        zero = site.call(torch.ops.aten.full.default, [1], 0, dtype=torch.int32, device=torch.device("cpu"))
-        return Qparams(site.state["step"], zero)
-
-
 def test_what_is_clipped_is_not_pulled() -> None:
     """``clip(w)`` is ``Q(w)`` there: such a weight is at the end of its codes and oscillates between none."""
-    model = prepared(QuantSpec(bits=3, narrow=True, range=Stored()))
+    model = prepared(QuantSpec(bits=3, narrow=True, range=fxquant.Learned(method="lsq")))
     weight = model[0].weight
     schedule = fxquant.Schedule(model, [Stage(at=0, damping=1.0)])
+    (quantizer,) = (q for key, q in quantizers(model) if key.endswith("weight"))
+    quantizer.state["scale"].data.fill_(0.05)
     schedule.damping().backward()
     w = weight.detach().double()
     assert (w.abs() > 0.175).any() and (w.abs() < 0.175).any()
     quantized = (w / 0.05).round().clamp(-3, 3) * 0.05
     apart = torch.where((w / 0.05).round().abs() > 3, 0.0, w - quantized)
     torch.testing.assert_close(weight.grad.double(), 2 * apart, rtol=1e-4, atol=1e-7)
+    assert quantizer.state["scale"].grad is None, "the scale is trained by the loss of the task alone"
 
 
 def test_weights_come_to_rest_where_they_oscillated() -> None:
