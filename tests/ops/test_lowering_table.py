@@ -226,7 +226,7 @@ DECISIONS = (
         AFFINE
         | GRADIENTS
         | STATE
-        | {"bind", "materialize", "integer_convolution"}
+        | {"bind", "materialize", "integer_convolution", "learned_start"}
         | {"dequantize_affine", "quantize_dequantize", "quantize_dequantize_blocks"},
     ),
     Decision("joint", "cpu", "arithmetic", GRADIENTS),
