@@ -40,23 +40,29 @@ class Always:
 
 SITE = {name: name for name in ("input", "scale", "zero_point", "quant_min", "quant_max", "rounding")}
 TENSOR, CHANNEL = {"axis": Always(None)}, {"axis": "axis"}
+ELEMENT, TRAINED = {"element": "element"}, {"pass_through": "pass_through", "scale_gradient": "scale_gradient"}
 CONV = {name: name for name in ("input", "weight", "bias", "stride", "padding", "dilation", "groups")}
 NORM = {
     name: name for name in ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 }
 
 CASES = [
-    Case(FakeQuant, fake_quantize.PER_TENSOR_SCALAR, SITE | TENSOR | {"pass_through": Always(False)}),
-    Case(FakeQuant, fake_quantize.PER_TENSOR, SITE | TENSOR | {"pass_through": "pass_through"}),
-    Case(FakeQuant, fake_quantize.PER_CHANNEL, SITE | CHANNEL | {"pass_through": "pass_through"}),
-    Case(FakeQuantBackward, fake_quantize.PER_TENSOR_BACKWARD, SITE | TENSOR | {"grad": "grad"}),
-    Case(FakeQuantBackward, fake_quantize.PER_CHANNEL_BACKWARD, SITE | CHANNEL | {"grad": "grad"}),
+    Case(
+        FakeQuant,
+        fake_quantize.PER_TENSOR_SCALAR,
+        SITE | TENSOR | {"pass_through": Always(False), "element": Always(None), "scale_gradient": Always(0.0)},
+    ),
+    Case(FakeQuant, fake_quantize.PER_TENSOR, SITE | TENSOR | ELEMENT | TRAINED),
+    Case(FakeQuant, fake_quantize.PER_CHANNEL, SITE | CHANNEL | ELEMENT | TRAINED),
+    Case(FakeQuantBackward, fake_quantize.PER_TENSOR_BACKWARD, SITE | TENSOR | ELEMENT | {"grad": "grad"}),
+    Case(FakeQuantBackward, fake_quantize.PER_CHANNEL_BACKWARD, SITE | CHANNEL | ELEMENT | {"grad": "grad"}),
     Case(
         views.AffineQparams,
         qparams.AFFINE_QPARAMS,
         {name: name for name in ("min", "max", "quant_min", "quant_max", "symmetric")},
     ),
     Case(views.SymmetricQparams, qparams.SYMMETRIC_QPARAMS, {name: name for name in ("input", "axis", "quant_max")}),
+    Case(views.BlockQparams, qparams.BLOCK_QPARAMS, {"tensor_amax": "tensor_amax"}),
     Case(
         views.AverageMinMax,
         qparams.AVERAGE_MIN_MAX,
@@ -166,7 +172,8 @@ def test_a_gradient_has_the_grid_of_its_site() -> None:
         written = Written(forward)
         node = written.by_keyword()
         grad = written.graph.placeholder("grad")
-        gradient = written.graph.call_function(backward, (grad, *written.in_place().args), {"rounding": "divide"})
+        gradient = written.graph.call_function(backward, (grad, *written.in_place().args), dict(node.kwargs))
+        gradient.kwargs = {"rounding": "divide", "element": node.kwargs["element"]}
         site, back = FakeQuant.of(node), FakeQuantBackward.of(gradient)
         assert site is not None and back is not None
         assert back.has_grid_of(site) and back.input is site.input and back.grad is grad
