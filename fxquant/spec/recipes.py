@@ -11,6 +11,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.spec.quant_spec import TOKEN, QuantSpec
 from fxquant.spec.ranges.base import Range
 from fxquant.spec.ranges.current_tensor import CurrentTensor
+from fxquant.spec.ranges.learned import Learned
 from fxquant.spec.ranges.named import get_range
 from fxquant.spec.rules import Rule, checked
 
@@ -102,7 +103,10 @@ def _mx(element: str) -> tuple[QuantSpec, QuantSpec]:
 
 _MXFP8, _MXFP4 = _mx("e4m3"), _mx("e2m1")
 _NVFP4: dict[str, Any] = {"element": "e2m1", "group_size": 16, "scale_format": "e4m3"}
-_U8, _U4 = (QuantSpec(bits=bits, signed=False, symmetric=False) for bits in (8, 4))
+_U8 = QuantSpec(signed=False, symmetric=False)
+# Of few codes the extremes are a bad range: bench/results/accuracy.jsonl has both.
+_LEARNED_U8, _LEARNED_U4 = (QuantSpec(bits=bits, signed=False, symmetric=False, range=Learned()) for bits in (8, 4))
+_LEARNED_S4, _LEARNED_S2 = (QuantSpec(bits=bits, narrow=True, axis=0, range=Learned()) for bits in (4, 2))
 
 INT8 = Recipe(name="int8")
 INT8_DYNAMIC = Recipe(
@@ -111,8 +115,8 @@ INT8_DYNAMIC = Recipe(
     weight=_weight(narrow=True),
 )
 W4A8 = Recipe(name="w4a8", activation=_U8, weight=_weight(bits=4, narrow=True))
-W4A4 = Recipe(name="w4a4", activation=_U4, weight=_weight(bits=4, narrow=True))
-W2A8 = Recipe(name="w2a8", activation=_U8, weight=_weight(bits=2))
+W4A4 = Recipe(name="w4a4", activation=_LEARNED_U4, weight=_LEARNED_S4)
+W2A8 = Recipe(name="w2a8", activation=_LEARNED_U8, weight=_LEARNED_S2)
 INT4_WEIGHT_ONLY = Recipe(name="int4_weight_only", activation=None, weight=_weight(bits=4, narrow=True, group_size=32))
 FP8 = Recipe(name="fp8", activation=QuantSpec(element="e4m3"), weight=_weight(element="e4m3"))
 MXFP8 = Recipe(name="mxfp8", activation=_MXFP8[0], weight=_MXFP8[1])

@@ -20,7 +20,8 @@ ACTIVATIONS = [name for name, recipe in RECIPES.items() if recipe.activation is 
 def prepared(recipe: str) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model, x = Block(2 * WIDTH), torch.randn(*SHAPE)
-    return fxquant.prepare(model, (x,), recipe=recipe, target="generic"), x
+    fxquant.prepare(model, (x,), recipe=recipe, target="generic")
+    return fxquant.calibrate(model, [x], progress=False), x  # a first step of learned ranges is another graph
 
 
 @pytest.mark.parametrize("recipe", ACTIVATIONS)
