@@ -57,8 +57,8 @@ def rank(number: int, folder: str) -> None:
     if MODE == "fsdp2":
         for part in (*model, model):
             fully_shard(part, mesh=dist.device_mesh.init_device_mesh("cpu", (RANKS,)))
-    wrapped = model if MODE == "fsdp2" else DistributedDataParallel(model)
-    losses = train(wrapped, X[number::RANKS], Y[number::RANKS])
+    # No name for the wrapper: a reducer that outlives the group joins a thread of gloo's that waits for Python's lock.
+    losses = train(model if MODE == "fsdp2" else DistributedDataParallel(model), X[number::RANKS], Y[number::RANKS])
     dcp.save(get_model_state_dict(model), checkpoint_id=folder)
     if number == 0:
         print(f"{RANKS} processes, {MODE}:", " ".join(f"{loss:.6f}" for loss in losses))

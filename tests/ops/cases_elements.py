@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
 from fxquant.ops.fake_quantize import PER_CHANNEL, PER_CHANNEL_BACKWARD, PER_TENSOR, PER_TENSOR_BACKWARD
+from fxquant.ops.qdq import QUANTIZE_DEQUANTIZE_BLOCKS
 from fxquant.ops.qparams import AFFINE_QPARAMS, BLOCK_QPARAMS
 from fxquant.ops.saved import CLIP_MASK
 from tests.ops.cases import Case
@@ -90,5 +91,12 @@ CASES = [
         grads=(),
         elementwise=False,
         takes_x=False,
+    ),
+    Case(
+        "quantize_dequantize, blocks",
+        QUANTIZE_DEQUANTIZE_BLOCKS,
+        lambda x: (x, 8, 6, "e2m1", "e4m3", 2.0, "site"),
+        grads=(),
+        elementwise=False,
     ),
 ]

@@ -116,4 +116,4 @@ def test_digest_is_the_same_in_every_process() -> None:
 
 
 def test_modes_are_numbers_that_graphs_may_hold() -> None:
-    assert [int(mode) for mode in Mode] == list(range(8))
+    assert [int(mode) for mode in Mode] == list(range(9))

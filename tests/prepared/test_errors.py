@@ -112,8 +112,8 @@ def test_kwargs_that_are_no_mapping() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"recipe": "int9"}, "recipe must be a Recipe or one of 'int8', 'w4a8'"),
-        ({"recipe": 8}, "recipe must be a Recipe or one of 'int8', 'w4a8'"),
+        ({"recipe": "int9"}, "recipe must be a Recipe or one of 'int8', 'int8_dynamic', 'w4a8'"),
+        ({"recipe": 8}, "recipe must be a Recipe or one of 'int8', 'int8_dynamic', 'w4a8'"),
         ({"target": "tpu"}, "target must be one of 'onnxruntime'"),
         ({"target": None}, "target must be one of 'onnxruntime'"),
         ({"target": GENERIC}, "target must be one of 'onnxruntime'"),
