@@ -115,12 +115,21 @@ def _learned(model: nn.Module, batches: list[Tensor], format: str) -> Built:
     return _ours(model, batches, dataclasses.replace(recipe, **specs))
 
 
+def _extremes(model: nn.Module, batches: list[Tensor], format: str) -> Built:
+    """The recipe with ranges from extremes: of the current weight, and a moving average of activations'."""
+    recipe = RECIPES[format]
+    ranges = zip(_ROLES, (fxquant.CurrentTensor(), fxquant.MovingAverage()), strict=True)
+    specs = {name: dataclasses.replace(getattr(recipe, name), range=found) for name, found in ranges}
+    return _ours(model, batches, dataclasses.replace(recipe, **specs))
+
+
 _ROLES = ("weight", "activation")
 
 TOOLS: dict[str, Tool] = {
     "float": Tool(_float),
     "fxquant": Tool(_fxquant),
     "fxquant learned": Tool(_learned),
+    "fxquant extremes": Tool(_extremes),
     "fxquant layers": Tool(_layers),
     **{name: Tool(_peer(make), ours=False) for name, make in PEERS.items()},
 }
