@@ -145,8 +145,11 @@ class _Held(Copying):
         ends = [(limit - zero_point) * scale for limit in (low, high)]
         source = self.env[view.input]
         rounded = None if self.rounding is None else self.rounding.sources[label].clamp(*ends)
-        step = scale.max().item() * (1.0 if view.element is None else _largest_step(view.element))
-        self._compare(label, n, read.clamp(*ends), source.clamp(*ends), 0.5 * step, rounded)
+        unit = scale.max().item()
+        # What is read is held as closely as where codes are 8-bit integers; what is given may be the next code.
+        near = unit if view.element is None else unit * high / 127
+        step = unit if view.element is None else unit * _largest_step(view.element)
+        self._compare(label, n, read.clamp(*ends), source.clamp(*ends), 0.5 * near, rounded)
         self._compare(label, n, given, self._quantized(view, read), 1.5 * step)
         return torch.empty_like(value).copy_(given)  # in its strides, which views rely on
 

@@ -40,11 +40,13 @@ def clip_weights(model: nn.Module, data: Iterable[Any], *, progress: bool = True
         )
         products = Products(running.graphs)
         declined = dict(products.declined)
-        quantized = [product for product in products if product.is_quantized]
-        require_some("clip_weights", quantized, "integer weights of products", declined.items())
+        refused = {product: _why_not(product, products) for product in products if product.is_quantized}
+        declined |= {product.key: why for product, why in refused.items() if why is not None}
+        usable = [product for product, why in refused.items() if why is None]
+        require_some("clip_weights", usable, "integer weights of products", declined.items())
         rows = []
-        for product in track(quantized, "clip_weights: weights", show=progress):
-            clipped = _clipped(product, products)
+        for product in track(usable, "clip_weights: weights", show=progress):
+            clipped = _clipped(product)
             if isinstance(clipped, str):
                 declined[product.key] = clipped
                 continue
@@ -54,7 +56,8 @@ def clip_weights(model: nn.Module, data: Iterable[Any], *, progress: bool = True
     return PtqReport(method="clip_weights", measure=measure, rows=tuple(rows), declined=tuple(declined.items()))
 
 
-def _clipped(product: Product, products: Products) -> tuple[Tensor, PtqRow] | str:
+def _why_not(product: Product, products: Products) -> str | None:
+    """Why a product's weight cannot be clamped; None if it can."""
     weight, why = product.weight, product.why_no_codes()
     if why is not None:
         return why
@@ -63,10 +66,13 @@ def _clipped(product: Product, products: Products) -> tuple[Tensor, PtqRow] | st
     other = products.other_reader(weight.tensor, product.key)
     if other is not None:
         return f"{other} reads the same parameter"
-    w, numbers = weight.read(), weight.numbers
-    if not bool(w.isfinite().all()):
-        return "its weight is not finite"
-    grid = weight.grid
+    return None if bool(weight.read().isfinite().all()) else "its weight is not finite"
+
+
+def _clipped(product: Product) -> tuple[Tensor, PtqRow] | str:
+    """The clamped weight, or why it stays."""
+    weight = product.weight
+    w, numbers, grid = weight.read(), weight.numbers, weight.grid
     ends, before, after = best_ends(w.reshape(-1), numbers.reshape(-1), grid.quant_min, grid.quant_max)
     if not after < before:
         return "its whole range has the least error"

@@ -102,8 +102,19 @@ def mixed(
         raise InvalidArgument("mixed must be given a model with quantized weights: got none that are switched on.")
     measure = functools.partial(sweep, plain, "mixed", data, loss, progress=progress)
     if budget == "weight_bytes":
+        _refuse_small_floats(weights)
         return _by_bytes(plan, weights, measure, share, widths_on_target(bits, plan))
     return _by_share(plan, weights, measure, share)
+
+
+def _refuse_small_floats(weights: dict[str, Weight]) -> None:
+    """The widths that are chosen among are those of integers."""
+    for key, weight in weights.items():
+        if weight.site.local.spec.element is not None:
+            raise InvalidArgument(
+                f"mixed must be given a model whose weights are integers, of which it chooses the bits: got "
+                f"{weight.site.local.spec} for {key}. Prepare with another base, as 'int8', or give integer_share."
+            )
 
 
 def _by_bytes(

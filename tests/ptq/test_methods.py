@@ -177,6 +177,16 @@ def test_bad_input(name, perceptron):
         call(name, perceptron, [3])
 
 
+@pytest.mark.parametrize("name", ["adaround", "clip_weights", "gptq"])
+def test_weights_of_small_floats_are_refused(name):
+    """Not answered by a report of nothing."""
+    x = torch.randn(8, 16)
+    model = fxquant.prepare(nn.Sequential(nn.Linear(16, 4)), (x,), recipe="fp8", target="generic")
+    fxquant.calibrate(model, [x], progress=False)
+    with pytest.raises(InvalidArgument, match=rf"{name} must be given .*\(0.weight: its codes are small floats\)"):
+        call(name, model, [x])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_model_without_anything_for_it_is_refused(name):
     class Sums(nn.Module):

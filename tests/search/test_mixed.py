@@ -397,6 +397,14 @@ def test_models_without_plan_ranges_or_weights(model: nn.Module) -> None:
         mixed(bare, [X], weight_bytes=1.0)
 
 
+def test_weights_of_small_floats_have_no_bits_to_choose() -> None:
+    x = torch.randn(8, 16)
+    model = fxquant.prepare(nn.Sequential(nn.Linear(16, 4)), (x,), recipe="fp8", target="generic")
+    fxquant.calibrate(model, [x], progress=False)
+    with pytest.raises(InvalidArgument, match=r"whose weights are integers, .*: got e4m3 axis 0 for 0.weight"):
+        mixed(model, [x], weight_bytes=1.0)
+
+
 def test_it_prints_what_it_chose(model: nn.Module) -> None:
     found = mixed(model, [X], weight_bytes=0.6, bits=(4, 8))
     lines = str(found).splitlines()
