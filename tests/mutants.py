@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+_GROUPS = ' spec.group_size:\n        return f"groups of {spec.group_size} must divide the {length} values '
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ("fxquant", "passes")
 Changes = dict[str, str]
@@ -297,7 +299,12 @@ FAULTS: list[tuple[str, str, Changes]] = [
     (
         "fxquant/plan/weight_groups.py",
         "tests/plan/test_group_weights.py",
-        {"if length % spec.group_size:": "if length < spec.group_size:"},
+        {"if length %" + _GROUPS + "of": "if length <" + _GROUPS + "of"},
+    ),
+    (
+        "fxquant/plan/weight_groups.py",
+        "tests/onnx/test_formats.py",
+        {"if length %" + _GROUPS + "along": "if length <" + _GROUPS + "along"},
     ),
     (
         "fxquant/prepared/quantizer.py",
@@ -327,7 +334,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "fxquant/prepared/freeze.py",
         "tests/prepared/test_state.py tests/backend/test_oracle.py",
         {
-            "quantizer.observing = not frozen": "quantizer.observing = True",
+            "quantizer.let_move(not frozen)": "quantizer.let_move(True)",
         },
     ),
     (
@@ -335,14 +342,14 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "tests/prepared/test_state.py tests/prepared/test_round_trips.py tests/backend/test_oracle.py",
         {
             "type(self.module).train(self.module, False)": "type(self.module).train(self.module, mode)",
-            "now[1].observing = not frozen": "pass",
+            "now[1].let_move(not flag & 1)": "pass",
             "if frozen != _is_held(module):": "if frozen:",
         },
     ),
     (
         "fxquant/prepared/override.py",
         "tests/prepared/test_override.py",
-        {"if length % size:": "if length < size:", "setattr(quantizer, name, kept[name])": "pass"},
+        {"if length % size:": "if length < size:", "setattr(quantizer, name, kept)": "pass"},
     ),
     (
         "fxquant/onnx/translate_operators.py",

@@ -126,6 +126,16 @@ def test_blocks_that_do_not_divide_are_left_in_float() -> None:
     assert declined == ["groups of 32 must divide the 40 values of a channel"]
 
 
+def test_activations_whose_blocks_do_not_divide_leave_their_weights_in_float_too() -> None:
+    model, x = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 8)), torch.randn(2, 40)
+    activation = QuantSpec(group_size=32, scale_format="e8m0", range=CurrentTensor())
+    fxquant.prepare(model, (x,), recipe=Recipe(name="blocks", activation=activation), target="generic")
+    found = fxquant.explain(model, (x,))
+    reasons = [place.reason for place in found.declined]
+    assert reasons == ["groups of 32 must divide the 40 values along the last axis of its input"]
+    assert [row.key for row in found.rows] == ["1.input", "1.weight"]
+
+
 def test_codes_of_two_kinds_are_not_multiplied_by_tensorrt() -> None:
     torch.manual_seed(0)
     model, x = Head(), torch.randn(3, 5, WIDTH)
