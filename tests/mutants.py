@@ -298,7 +298,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
     ),
     (
         "fxquant/plan/weight_groups.py",
-        "tests/plan/test_group_weights.py",
+        "tests/plan/test_group_weights.py tests/onnx/test_formats.py",
         {"if length %" + _GROUPS + "of": "if length <" + _GROUPS + "of"},
     ),
     (
