@@ -28,6 +28,7 @@ from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateR
 from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.joint.tag_recompute import TagRecompute
+from fxquant.passes.joint.use_integer_backward import IntegerBackward, UseIntegerBackward
 from fxquant.passes.joint.use_integer_matmul import IntegerMatmul, UseIntegerMatmul
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from fxquant.passes.post_grad.materialize_shared import MaterializeShared
@@ -68,7 +69,11 @@ Table = Callable[[], Mapping[Any, Callable[..., Any]]]
 
 
 def joint_passes(
-    decompositions: Table | None = None, *, integers: IntegerMatmul = False, save_quantized: bool = True
+    decompositions: Table | None = None,
+    *,
+    integers: IntegerMatmul = False,
+    save_quantized: bool = True,
+    integer_backward: IntegerBackward = IntegerBackward(),  # noqa: B008 - frozen
 ) -> tuple[Pass, ...]:
     """On AOTAutograd's joint graph of forward and backward, before it is partitioned.
 
@@ -76,16 +81,20 @@ def joint_passes(
     partitioner then sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every
     quantizer's input.
     ``integers``: whether products are taken of codes, see `UseIntegerMatmul`; between the tags, which codes take over,
-    and the lowering. ``save_quantized``: whether backward reads codes, see `SaveQuantizedActivations`; before the tags,
-    which it would take for a user's.
+    and the lowering. ``integer_backward``: the same of products in backward, see `UseIntegerBackward`.
+    ``save_quantized``: whether backward reads codes, see `SaveQuantizedActivations`; before the tags, which it would
+    take for a user's.
     """
     tags: tuple[Pass, ...] = (SaveQuantizedActivations(),) if save_quantized else ()
     tags += (TagRecompute(), SaveRunningStatistics())
     if integers is not False:
         tags += (UseIntegerMatmul(mode=integers, decompositions=decompositions),)
+    if integer_backward.mode is not False:
+        tags += (UseIntegerBackward(options=integer_backward, decompositions=decompositions),)
     if decompositions is None:
         return tags
-    where: Literal["joint", "beside integers"] = "joint" if integers is False else "beside integers"
+    floats = integers is False and integer_backward.mode is False
+    where: Literal["joint", "beside integers"] = "joint" if floats else "beside integers"
     return (*tags, LowerFakeQuantize(decompositions=decompositions, where=where))
 
 

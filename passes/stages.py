@@ -16,6 +16,7 @@ from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
 from fxquant.ops.learned import LEARNED_OPS
 from fxquant.ops.marks import BIND, MATERIALIZE, STAND_IN
+from fxquant.ops.rounding_keys import ROUNDING_KEYS
 
 _KEY = "fxquant_stage"  # in the meta of a graph module: its stage's name, as keys of caches hold that meta
 
@@ -61,7 +62,7 @@ CAPTURED = Stage(
 
 JOINT = Stage(
     name="joint",
-    marks=frozenset({INTEGER_CONVOLUTION}),
+    marks=frozenset({INTEGER_CONVOLUTION, ROUNDING_KEYS}),
     makes=frozenset(
         {
             *quantize.QUANTIZE,
@@ -71,6 +72,7 @@ JOINT = Stage(
             *saved.FORWARD,
             *saved.BACKWARD,
             INTEGER_CONVOLUTION,
+            ROUNDING_KEYS,
         },
     ),
     owns=("val", "recompute"),

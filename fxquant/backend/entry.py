@@ -42,12 +42,15 @@ def fxquant(
     - ``inductor``: a mapping of Inductor's own settings.
     - ``integer_matmul``: whether forward products are taken of integer codes: True, False (the default), or "auto",
       which measures where that is faster (`fxquant.passes.joint.use_integer_matmul`).
+    - ``integer_backward``: whether products of backward are taken of integer codes too, the gradient rounded to 8 bits
+      for each: True, False (the default), "auto", or a mapping with ``mode``, one of these, and ``rounding``, of
+      parameters' gradients: "stochastic" (the default) or "nearest" (`fxquant.passes.joint.use_integer_backward`).
     - ``save_quantized``: False keeps floats for backward where codes and packed masks would do
       (`fxquant.passes.joint.save_quantized_activations`).
     - ``reuse_weights``: True keeps quantized weights from call to call, one more copy of them, and quantizes those
       again that have changed: by an optimizer, or in a way that autograd counts. Writes through ``p.data`` it counts
-      not (`fxquant.backend.reuse`). It excludes ``integer_matmul``, and has no effect where torch.distributed is
-      initialized.
+      not (`fxquant.backend.reuse`). It excludes ``integer_matmul`` and ``integer_backward``, and has no effect where
+      torch.distributed is initialized.
     """
     require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)

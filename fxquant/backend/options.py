@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.errors import InvalidArgument
+from fxquant.passes.joint.use_integer_backward import IntegerBackward
 from fxquant.passes.joint.use_integer_matmul import IntegerMatmul
 from fxquant.spec.recipes import Recipe, get_recipe
 from fxquant.targets.profiles import get_profile
 
-_OPTIONS = ("recipe", "target", "inductor", "integer_matmul", "save_quantized", "reuse_weights")
+_OPTIONS = ("recipe", "target", "inductor", "integer_matmul", "integer_backward", "save_quantized", "reuse_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,18 @@ class Options:
     target: str
     given: tuple[str, ...]
     integers: IntegerMatmul
+    integer_backward: IntegerBackward
     save_quantized: bool
     reuse_weights: bool
 
     @property
     def joint(self) -> dict[str, Any]:
         """What `joint_passes` is told."""
-        return {"integers": self.integers, "save_quantized": self.save_quantized}
+        return {
+            "integers": self.integers,
+            "integer_backward": self.integer_backward,
+            "save_quantized": self.save_quantized,
+        }
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
@@ -55,12 +61,36 @@ class Options:
                 f"options['reuse_weights'] must be False where options['integer_matmul'] is {integers!r}: got True. "
                 "Weights are kept as floats, and those products are taken of codes: leave one of the two out."
             )
+        backward = _integer_backward(found.get("integer_backward", False))
+        if reuse and backward.mode is not False:
+            raise InvalidArgument(
+                f"options['reuse_weights'] must be False where options['integer_backward'] is {backward.mode!r}: got "
+                "True. Weights are kept as floats, and those products are taken of codes: leave one of the two out."
+            )
         chosen = None if recipe is None else get_recipe(recipe)
         return cls(
             recipe=chosen,
             target=target,
             given=given,
             integers=integers,
+            integer_backward=backward,
             save_quantized=save,
             reuse_weights=reuse,
         )
+
+
+def _integer_backward(given: object) -> IntegerBackward:
+    """The option as what the pass is told; InvalidArgument where it is none."""
+    fields: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {"mode": given}
+    unknown = sorted(map(repr, fields.keys() - {"mode", "rounding"}))
+    if unknown:
+        raise InvalidArgument(f"options['integer_backward'] must hold 'mode' and 'rounding': got {', '.join(unknown)}.")
+    mode, rounding = fields.get("mode", True), fields.get("rounding", "stochastic")
+    if not (isinstance(mode, bool) or mode == "auto"):
+        where = "options['integer_backward']" + ("['mode']" if isinstance(given, Mapping) else "")
+        raise InvalidArgument(f"{where} must be True, False or 'auto': got {mode!r}.")
+    if rounding not in ("stochastic", "nearest"):
+        raise InvalidArgument(
+            f"options['integer_backward']['rounding'] must be 'stochastic' or 'nearest': got {rounding!r}."
+        )
+    return IntegerBackward(mode=mode, rounding=rounding)

@@ -14,6 +14,7 @@ from torch import fx
 from fxquant.graph.bodies import execution_order
 from fxquant.graph.meta import site_of
 from fxquant.passes.base import Decline, Pass, PassResult
+from fxquant.passes.joint.use_integer_backward import UseIntegerBackward
 from fxquant.passes.joint.use_integer_matmul import UseIntegerMatmul
 from fxquant.passes.stages import Stage
 
@@ -29,6 +30,7 @@ class CompileReport:
         quantized: fake-quant nodes inserted.
         declines: what passes left alone and why.
         integer: products that are taken of integer codes; not counted where the compiled graph came from a cache.
+        integer_backward: the same of products in backward.
         reused: quantized weights that are kept from call to call (``options={"reuse_weights": True}``).
         seconds: time in capture and in passes at every hook, without Inductor; a cached graph meets no later hook.
     """
@@ -38,6 +40,7 @@ class CompileReport:
     declines: tuple[Decline, ...]
     seconds: float
     integer: int = 0
+    integer_backward: int = 0
     reused: int = 0
 
 
@@ -47,7 +50,15 @@ class Log:
 
     report: CompileReport = CompileReport(digests=(), quantized=0, declines=(), seconds=0.0)
 
-    def add(self, declines: Iterable[Decline], *, seconds: float = 0.0, integer: int = 0, reused: int = 0) -> None:
+    def add(
+        self,
+        declines: Iterable[Decline],
+        *,
+        seconds: float = 0.0,
+        integer: int = 0,
+        integer_backward: int = 0,
+        reused: int = 0,
+    ) -> None:
         """What is said behind the report."""
         was, found = self.report, tuple(declines)
         self.report = dataclasses.replace(
@@ -55,6 +66,7 @@ class Log:
             declines=(*was.declines, *found),
             seconds=was.seconds + seconds,
             integer=was.integer + integer,
+            integer_backward=was.integer_backward + integer_backward,
             reused=was.reused + reused,
         )
         for decline in found:
@@ -100,4 +112,5 @@ def run_after(passes: tuple[Pass, ...], gm: fx.GraphModule, told: Log, stage: St
     for each in passes:
         result = each.run(gm, stage)
         integer = result.rewrites if isinstance(each, UseIntegerMatmul) else 0
-        told.add(result.declines, seconds=result.seconds, integer=integer)
+        backward = result.rewrites if isinstance(each, UseIntegerBackward) else 0
+        told.add(result.declines, seconds=result.seconds, integer=integer, integer_backward=backward)

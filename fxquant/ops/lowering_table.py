@@ -117,6 +117,9 @@ EXPORT = Role(aot="node")
 # Not made of operations of ATen's: oneDNN's kernel, on CPU.
 FOREIGN = Role(eager="kernel", plain="node", aot="node")
 
+# Drawn from a generator: called once a step, whoever compiles it.
+DRAWN = Role(plain="node", aot="node")
+
 ROLES: Mapping[str, Role] = {
     **dict.fromkeys(
         (
@@ -150,6 +153,7 @@ ROLES: Mapping[str, Role] = {
     "bind": MARK,
     **dict.fromkeys(("dequantize_affine", "quantize_dequantize", "quantize_dequantize_blocks"), EXPORT),
     "integer_convolution": FOREIGN,
+    "rounding_keys": DRAWN,
 }
 """Operator → role, by its name in the namespace ``fxquant``; every other is a `FUNCTION`."""
 

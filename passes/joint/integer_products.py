@@ -46,22 +46,26 @@ class Rewriter:
 
     def _inputs(self, node: fx.Node, lhs: Operand, rhs: Operand) -> dict[str, Any]:
         """What a product of codes reads, by the names that `integer.matmul` has for it."""
-        x, x_zero = self._moved_codes(lhs, is_signed(node, lhs))
-        w, w_zero = self._moved_codes(rhs, True)
+        x, x_zero = self.moved_codes(lhs, is_signed(node, lhs))
+        w, w_zero = self.moved_codes(rhs, True)
         place = PRODUCTS[node.target][2]
         bias = None if place is None else argument_at(node, place)
         optional = {"lhs_zero": x_zero, "rhs_zero": w_zero, "bias": bias}
         given = {"lhs": x, "rhs": w, "lhs_scale": lhs.quant.scale, "rhs_scale": rhs.quant.scale}
         return {**given, **{name: value for name, value in optional.items() if value is not None}}
 
-    def _moved_codes(self, operand: Operand, signed: bool) -> tuple[fx.Node, fx.Node | None]:
+    def moved_codes(self, operand: Operand, signed: bool) -> tuple[fx.Node, fx.Node | None]:
         """The codes where the operand has its values, and their zero point."""
         code, zero = self._codes(operand, signed)
-        for node in operand.moves:
+        return self.moved(code, operand.moves), zero
+
+    def moved(self, code: fx.Node, moves: Sequence[fx.Node]) -> fx.Node:
+        """Codes, moved as ``moves`` do with the values that they stand for."""
+        for node in moves:
             if packet(node) not in CASTING:
                 args, kwargs = arguments_with(node, argument_at(node, 0), code)
                 code = self._call(node.target, *args, like=node, **kwargs)
-        return code, zero
+        return code
 
     def _codes(self, operand: Operand, signed: bool) -> tuple[fx.Node, fx.Node | None]:
         source, quant, (low, high) = operand.source, operand.quant, operand.limits

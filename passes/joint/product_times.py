@@ -104,8 +104,7 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 
 def _calls(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """The float product and the integer one, on operands as the graph has them."""
-    least = _ROWS if problem.convolution is None else 1
-    lhs = (min(problem.lhs[0], max(least, _WORK // _work(problem))), *problem.lhs[1:])
+    lhs = (rows_timed(problem), *problem.lhs[1:])
     code = torch.full(lhs, 3, dtype=torch.int8 if problem.signed else torch.uint8, device=problem.device)
     x = torch.full(lhs, 0.3, dtype=problem.dtype, device=problem.device)
     if problem.convolution is None:
@@ -120,6 +119,21 @@ def _calls(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], Tensor]
         lambda: aten.convolution(x, v, None, stride, padding, dilation, False, none, groups),
         lambda: integer_convolution(code, w, zero, stride, padding, dilation, groups),
     )
+
+
+def rows_timed(problem: Problem) -> int:
+    """How many rows of a product, or images, `times` multiplies."""
+    least = _ROWS if problem.convolution is None else 1
+    return min(problem.lhs[0], max(least, _WORK // _work(problem)))
+
+
+@functools.cache
+def seconds_of_a_sweep() -> float:
+    """Seconds per element of an elementwise float32 kernel on CPU that reads and writes memory, measured once."""
+    with unset_fake_temporarily(), torch.no_grad(), _one_thread():
+        x = torch.zeros(2**20)
+        out = torch.empty_like(x)
+        return min(_cpu_seconds(lambda: torch.neg(x, out=out)) for _ in range(_ROUNDS)) / x.numel()
 
 
 def _work(problem: Problem) -> int:

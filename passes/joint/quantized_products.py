@@ -69,6 +69,11 @@ def operands_of(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return lhs, rhs
 
 
+def hint(size: int | torch.SymInt) -> int:
+    """A size, of a symbolic one what it was when the graph was traced."""
+    return size if isinstance(size, int) else int(size.node.hint or 1)
+
+
 def is_backward(node: fx.Node) -> bool:
     """Whether the node is a part of the backward half."""
     return node.meta.get("partitioner_tag") == "is_backward"
@@ -105,15 +110,15 @@ def operand_of(source: fx.Node, moves: tuple[fx.Node, ...]) -> Operand:
         raise StaysFloat(f"{source.name} is float64")
     if point.meta["val"].is_floating_point():
         raise StaysFloat(f"the zero point of {source.name} is no integer")
-    axis = None if quant.axis is None else _axis_after(source, quant.axis, moves)
-    found = Operand(quant, moves, axis, None if _is_zero(point) else point)
+    axis = None if quant.axis is None else axis_after(source, quant.axis, moves)
+    found = Operand(quant, moves, axis, None if is_zero(point) else point)
     low, high = found.limits
     if low < -128 or high > 255 or (low < 0 and high > 127):
         raise StaysFloat(f"the codes of {source.name} have more than 8 bits: [{low}, {high}]")
     return found
 
 
-def _axis_after(source: fx.Node, axis: int, moves: Sequence[fx.Node]) -> int:
+def axis_after(source: fx.Node, axis: int, moves: Sequence[fx.Node]) -> int:
     """The dimension that the channels of a fake-quant have after all that moves them."""
     for node in moves:
         name, dims = packet(node), node.meta["val"].dim()
@@ -131,14 +136,14 @@ def _turned(dims: Any, count: int) -> tuple[int, ...]:
     return tuple(dim % count for dim in dims)
 
 
-def _is_zero(point: object) -> bool:
+def is_zero(point: object) -> bool:
     """Whether a zero point is 0 whatever the data."""
     if not isinstance(point, fx.Node) or point.op != "call_function":
         return False
     if packet(point) is aten.full or packet(point) is aten.full_like:
         return bool(argument(point, "fill_value") == 0)
     if packet(point) in KEEPING | SHAPING:
-        return _is_zero(argument_at(point, 0))
+        return is_zero(argument_at(point, 0))
     made = qparams_of(point)
     if isinstance(made, AffineQparams):
         return made.symmetric is True and made.quant_min < 0

@@ -21,6 +21,7 @@ from fxquant.passes.joint.quantized_products import (
     PRODUCTS,
     Operand,
     StaysFloat,
+    hint,
     is_backward,
     is_fake_quantize,
     is_signed,
@@ -120,12 +121,8 @@ def _check_sizes(node: fx.Node) -> None:
     if math.prod(summed) > LONGEST_SUM:
         raise StaysFloat(f"its sums of {math.prod(summed)} products may not fit int32")
     # torch._int_mm on CUDA: more than 16 rows, the other sizes multiples of 8.
-    if x.device.type == "cuda" and (w.shape[0] % 8 or w.shape[1] % 8 or _hint(x.shape[0]) <= 16):
+    if x.device.type == "cuda" and (w.shape[0] % 8 or w.shape[1] % 8 or hint(x.shape[0]) <= 16):
         raise StaysFloat("CUDA multiplies integers of more than 16 rows and sizes that are multiples of 8 only")
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
 def _capability(node: fx.Node, lhs: Operand) -> tuple[str, str, bool]:
@@ -137,7 +134,7 @@ def _problem(node: fx.Node, lhs: Operand) -> Problem:
     x, w = (each.meta["val"] for each in operands_of(node))
     is_conv = node.target is aten.convolution.default
     return Problem(
-        lhs=tuple(map(_hint, x.shape)),
+        lhs=tuple(map(hint, x.shape)),
         rhs=tuple(w.shape),
         dtype=x.dtype,
         device=str(x.device),
@@ -147,5 +144,5 @@ def _problem(node: fx.Node, lhs: Operand) -> Problem:
 
 
 def _window(node: fx.Node) -> Window:
-    stride, padding, dilation = (tuple(map(_hint, argument(node, name))) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (tuple(map(hint, argument(node, name))) for name in ("stride", "padding", "dilation"))
     return stride, padding, dilation, Convolution(node).groups

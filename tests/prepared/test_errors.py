@@ -229,8 +229,8 @@ def test_an_unknown_option(backend: str) -> None:
     model = Mlp()
     with backend_refuses(
         model,
-        "options must be among 'recipe', 'target', 'inductor', 'integer_matmul', 'save_quantized', "
-        "'reuse_weights': got 'recpie'",
+        "options must be among 'recipe', 'target', 'inductor', 'integer_matmul', 'integer_backward', "
+        "'save_quantized', 'reuse_weights': got 'recpie'",
     ):
         torch.compile(model, backend=backend, options={"recpie": "int8"})(X)
 
