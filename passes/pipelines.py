@@ -22,6 +22,7 @@ from fxquant.passes.dynamo.outline_transforms import OutlineTransforms
 from fxquant.passes.export.decompose_attention import DecomposeAttention
 from fxquant.passes.export.decompose_linear import DecomposeAddmm, DecomposeLinear
 from fxquant.passes.export.freeze import Freeze
+from fxquant.passes.export.gather_codes import GatherCodes
 from fxquant.passes.export.quantize_before_repeats import QuantizeBeforeRepeats
 from fxquant.passes.export.requantize_moved import RequantizeMoved
 from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu, SeparateSums
@@ -115,6 +116,7 @@ def export_passes(profile: Profile, *, float_pools: bool = False) -> tuple[Pass,
         DecomposeAddmm(bias_apart=profile.bias_apart),
         RequantizeMoved(pads=profile.float_pads, volume_pools=profile.float_volume_pools, pools=float_pools),
         DecomposeAttention(),
+        GatherCodes(),
     )
     if profile.bias_apart:
         passes += (SeparateSums(), SeparateRelu(), SeparateFloatWeights())

@@ -27,6 +27,7 @@ from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
 from fxquant.onnx.precision import Precision, choose_precision
+from fxquant.onnx.runtime_forms import fold_pads, sum_before_norms
 from fxquant.onnx.typed import type_floats
 from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.write import pack_int4, save, to_onnx
@@ -196,6 +197,9 @@ def _finish(model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, weigh
     model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     type_codes(model, elements_of(graph))
     write_blocks(model, frozen.blocks, profile.block_form)
+    fold_pads(model.graph)
+    if profile.slow_skip_norm:
+        sum_before_norms(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     notes = pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)

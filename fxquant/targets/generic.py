@@ -25,7 +25,7 @@ _FORECAST = Forecast(
         },
         "lstm": ExpectedKernel(never=FLOAT_RECURRENT),
         "gru": ExpectedKernel(never=FLOAT_RECURRENT),
-        "embedding": ExpectedKernel(name="DequantizeLinear + Gather"),
+        "embedding": ExpectedKernel(name="Gather + DequantizeLinear"),
         "sdpa": ExpectedKernel(name="MatMul between Q/DQ (query·key)", needs=("query", "key")),
         "sdpa.value": ExpectedKernel(name="MatMul with DQ (·value)", needs=("value",)),
     },

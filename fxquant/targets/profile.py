@@ -33,6 +33,8 @@ class Profile:
         implied_zero: int8 pairs whose codes are moved may leave out their zero point, see `fxquant.onnx.zero_points`.
         unpacks: it computes the weights of recurrent layers as it loads a file that has them as codes times scales, and
             before every run where a DequantizeLinear does.
+        slow_skip_norm: a residual sum is kept out of the LayerNormalization after it, which the runtime would make one
+            slower kernel of.
         float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
         float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
@@ -66,6 +68,7 @@ class Profile:
     bias_apart: bool = False
     integer_bias: bool = False
     implied_zero: bool = False
+    slow_skip_norm: bool = False
     float_pads: bool = False
     unpacks: bool = False
     float_volume_pools: bool = False

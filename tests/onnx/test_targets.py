@@ -20,6 +20,7 @@ from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
 from fxquant.targets.session import run_outputs
 from tests.onnx.agreement import assert_codes_agree
+from tests.onnx.models import calibrated
 from tests.onnx.nets import IMAGE, exported, scores_file, shown
 
 
@@ -135,3 +136,33 @@ def test_moved_int8_codes_load_in_onnxruntime_with_its_optimizations(target: str
     plain, optimized = (run_outputs(path, {"x": x.numpy()}, optimize=on)[0] for on in (False, True))
     np.testing.assert_allclose(optimized, plain, atol=0.01 * np.ptp(plain))
     assert_codes_agree(fxquant.verify_onnx(model, (x,), path, rounds=1))
+
+
+class Padded(nn.Module):
+    """A table, a convolution padded on one side, and a residual before a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(64, 8), nn.Conv2d(1, 4, 3, 2)
+        self.one, self.norm, self.two = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(F.pad(self.table(x).unsqueeze(1), [0, 1, 0, 1]))).flatten(2).transpose(1, 2)
+        y = y.reshape(y.shape[0], -1, 32)
+        return self.two(self.norm(y + self.one(y)))
+
+
+def test_forms_that_runtimes_run_faster(tmp_path: Path) -> None:
+    """Rows of codes are picked, the convolution pads, and onnxruntime leaves the sum out of the norm."""
+    torch.manual_seed(0)
+    ids, path = torch.randint(0, 64, (2, 8)), tmp_path / "net.onnx"
+    model = calibrated(Padded(), ids)
+    report = fxquant.export_onnx(model, (ids,), path)
+    assert not report.notes
+    text = shown(path)
+    assert "Gather(const2, x)" in text and "Pad(" not in text and text.count("Sum(") == 1
+    verified = fxquant.verify_onnx(model, (ids,), path, rounds=0)
+    assert not sum(row.differing for row in verified.codes)
+    assert all(row.integer for row in verified.rows)
+    pytest.importorskip("openvino")  # which refuses a Pad of codes whose zero point is not 0
+    assert fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino").outputs_within_code == 1

@@ -97,7 +97,7 @@ def test_passes_of_a_joint_graph(table: type | None, integers: bool, save_quanti
 
 def test_what_a_target_needs_of_a_file() -> None:
     common = ["QuantizeBeforeRepeats", "Freeze", "DecomposeLinear", "DecomposeAddmm", "RequantizeMoved"]
-    common += ["DecomposeAttention"]
+    common += ["DecomposeAttention", "GatherCodes"]
     assert names(export_passes(PLAIN)) == common
     apart = export_passes(replace(PLAIN, bias_apart=True))
     assert names(apart) == [*common, "SeparateSums", "SeparateRelu", "SeparateFloatWeights"]

@@ -91,3 +91,40 @@ def test_a_head_of_symbolic_size() -> None:
     gm.graph.find_nodes(op="placeholder")[0].meta["val"] = query
     (decline,) = untouched(DecomposeAttention(), gm).declines
     assert decline.reason == "attention left to the exporter: the head size is symbolic"
+
+
+@pytest.mark.parametrize("made", ["held", "positions", "zeros"])
+def test_a_mask_that_masks_nothing_is_left_out(made: str) -> None:
+    g = Written()
+    q, k, v = (g.input(1, 2, 4, 16) for _ in range(3))
+    if made == "positions":  # as transformers writes it
+        row = g.call(aten.unsqueeze.default, g.call(aten.add.Tensor, g.call(aten.arange.default, 4), 0), 1)
+        mask = g.call(aten.ge.Scalar, row, 0)
+    else:
+        mask = g.held("mask", torch.ones(4, 4).bool() if made == "held" else torch.zeros(1, 4))
+    size = g.call(aten.sym_size.int, q, 0)
+    gm = g.done(g.call(SDPA, q, k, v, g.call(aten.expand.default, mask, [size, 2, 4, 4])))
+    (expected,) = gm(*inputs())
+    assert apply(DecomposeAttention(), gm).rewrites == 1
+    assert "masked_fill" not in show(gm) and "add_tensor_1" not in show(gm)
+    torch.testing.assert_close(gm(*inputs())[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["one False", "of the input", "random", "padded", "written"])
+def test_a_mask_that_may_mask_stays(how: str) -> None:
+    g = Written()
+    q, k, v = (g.input(1, 2, 4, 16) for _ in range(3))
+    allowed = torch.ones(1, 2, 4, 4).bool()
+    allowed[0, 0, 0, 3] = how != "one False"
+    mask, near = g.held("mask", allowed), g.call(aten.ge.Scalar, g.call(aten.slice.Tensor, q, -1, 0, 4), -9.0)
+    if how == "of the input":
+        mask = near
+    if how == "random":
+        mask = g.call(aten.ge.Scalar, g.call(aten.rand.default, [4, 4]), -1.0)
+    if how == "padded":
+        mask = g.call(aten.constant_pad_nd.default, g.held("less", torch.ones(4, 3).bool()), [0, 1])
+    if how == "written":
+        g.call(aten.copy_.default, mask, near)
+    gm = g.done(g.call(SDPA, q, k, v, mask))
+    assert apply(DecomposeAttention(), gm).rewrites == 1
+    assert "masked_fill" in show(gm)

@@ -1,0 +1,88 @@
+"""Forms that a runtime runs faster: files written by hand, held to what they computed, in onnxruntime unoptimized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from fxquant.onnx.runtime_forms import fold_pads, sum_before_norms
+from fxquant.targets.session import run_session, session
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]> net (float[1,2,4,6] x) => (float[?,?,?,?] y)'
+WEIGHT = "float[3,2,3,3] w = {" + ", ".join(str((7 * i) % 11 - 5) for i in range(54)) + "}"
+CONSTANTS = f"{WEIGHT}, float s = {{0.1}}, float s2 = {{0.1}}, uint8 z = {{7}}, float zero = {{0}}, float one = {{1}}"
+UNEVEN, CHANNELS, LESS = "{0,0,0,1,0,0,1,2}", "{0,1,0,1,0,0,1,2}", "{0,0,0,1,0,0,1,-1}"
+QUANTIZE = "c = QuantizeLinear(x, s, z) q = DequantizeLinear(c, s, z)"
+AGAIN = "c2 = QuantizeLinear(p, s2, z) r = DequantizeLinear(c2, s2, z)"
+X = np.random.default_rng(0).normal(size=(1, 2, 4, 6)).astype(np.float32)
+
+
+def written(body: str, pads: str = UNEVEN) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(f"{HEAD} <{CONSTANTS}, int64[8] n = {pads}> {{ {body} }}")
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(model: onnx.ModelProto) -> np.ndarray:
+    return run_session(session(model.SerializeToString(), optimize=False, threads=1), None, {"x": X})[0]
+
+
+def changed(model: onnx.ModelProto, form: Callable[[Any], int], count: int) -> list[str]:
+    """The file's operators after a form that finds ``count`` places, and the same numbers; the second time, none."""
+    found = ir.serde.deserialize_model(model)
+    assert form(found.graph) == count and form(found.graph) == 0
+    after = ir.serde.serialize_model(found)
+    onnx.checker.check_model(after, full_check=True)
+    np.testing.assert_array_equal(run(after), run(model))
+    return [node.op_type for node in after.graph.node]
+
+
+def test_a_pad_between_quantizers_is_the_convolutions() -> None:
+    model = written(f"{QUANTIZE} p = Pad(q, n, zero) {AGAIN} y = Conv <pads = [1, 0, 0, 0]> (r, w)")
+    assert changed(model, fold_pads, 1) == ["QuantizeLinear", "DequantizeLinear", "Conv"]
+
+
+def test_a_pad_of_anything_before_a_convolution_is_too() -> None:
+    assert changed(written("a = Neg(x) p = Pad(a, n) y = Conv(p, w)"), fold_pads, 1) == ["Neg", "Conv"]
+
+
+def test_what_moves_values_between_the_quantizers() -> None:
+    model = written(f"{QUANTIZE} m = MaxPool <kernel_shape = [2, 2]> (q) p = Pad(m, n, zero) {AGAIN} y = Conv(r, w)")
+    assert changed(model, fold_pads, 1) == ["QuantizeLinear", "DequantizeLinear", "MaxPool", "Conv"]
+
+
+def test_a_pad_that_others_read_stays_for_them() -> None:
+    body = f"{QUANTIZE} p = Pad(q, n, zero) {AGAIN} a = Conv(r, w) b = ReduceMax <keepdims = 1> (p) y = Add(a, b)"
+    assert changed(written(body), fold_pads, 1).count("Pad") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "pads"),
+    [
+        ("p = Pad(x, n, one) y = Conv(p, w)", UNEVEN),
+        ('p = Pad <mode = "edge"> (x, n) y = Conv(p, w)', UNEVEN),
+        ("p = Pad(x, n, zero) a = Slice(p, i, j, i) y = Conv(a, w)", CHANNELS),
+        ("p = Pad(x, n, zero) y = Conv(p, w)", LESS),
+        ('p = Pad(x, n, zero) y = Conv <auto_pad = "SAME_UPPER"> (p, w)', UNEVEN),
+        (f"p = Pad(x, n, zero) {AGAIN} y = Conv(r, w)", UNEVEN),
+        (f"{QUANTIZE} p = Pad(q, n, zero) {AGAIN.replace('s2', 'one')} y = Conv(r, w)", UNEVEN),
+        (f"{QUANTIZE} a = Neg(q) p = Pad(a, n, zero) {AGAIN} y = Conv(r, w)", UNEVEN),
+    ],
+    ids=["of ones", "of edges", "of channels", "negative", "automatic", "of floats", "other scale", "computed between"],
+)
+def test_pads_that_stay(body: str, pads: str) -> None:
+    model = onnx.parser.parse_model(
+        f"{HEAD} <{CONSTANTS}, int64[8] n = {pads}, int64[1] i = {{1}}, int64[1] j = {{3}}> {{ {body} }}"
+    )
+    assert "Pad" in changed(model, fold_pads, 0)
+
+
+def test_sums_before_a_norm() -> None:
+    body = "a = Neg(x) b = Add(x, a) d = Add(b, x) c = LayerNormalization(d, k) y = Add(c, b)"
+    model = onnx.parser.parse_model(f"{HEAD} <float[6] k = {{1, 2, 3, 4, 5, 6}}> {{ {body} }}")
+    assert changed(model, sum_before_norms, 1) == ["Neg", "Add", "Sum", "LayerNormalization", "Add"]
