@@ -1,4 +1,4 @@
-"""Every example runs, in a process of its own (`tests/quick.py`), and prints what docs/stacks.md shows."""
+"""Every example runs, in a process of its own (`tests/forked.py`), and prints what docs/stacks.md shows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 STACKS = (ROOT / "docs" / "stacks.md").read_text(encoding="utf-8")
@@ -49,12 +51,14 @@ def test_an_example(command: str) -> None:
     if missing := lacking(command):
         pytest.skip(f"needs {', '.join(missing)}: pip install -e '.[examples]'")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    script = [f"examples/{command.split()[0]}"]
-    if "mp.spawn" not in (ROOT / script[0]).read_text(encoding="utf-8"):  # ranks begin with the script itself
-        script = ["-m", "tests.quick", *script]
-    run = [sys.executable, "-W", "error::fxquant.errors.NotQuantizedWarning", *script]
-    run += [*command.split()[1:], "fxquant_eager"]
-    done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    script = f"examples/{command.split()[0]}"
+    options = ["-W", "error::fxquant.errors.NotQuantizedWarning"]
+    arguments = [script, *command.split()[1:], "fxquant_eager"]
+    if "mp.spawn" in (ROOT / script).read_text(encoding="utf-8"):  # ranks begin with the script itself
+        run = [sys.executable, *options, *arguments]
+        done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    else:
+        done = forked.run([*options, "-m", "tests.quick", *arguments], env)
     assert done.returncode == 0, done.stderr
     assert "NotQuantizedWarning" not in done.stderr
     assert as_pattern(SHOWN[command]).fullmatch(done.stdout.rstrip("\n")), done.stdout

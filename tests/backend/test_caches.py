@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from fxquant.passes.stages import Stage
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import INT8
+from tests import forked
 from tests.nets import Mlp, grads, prepared, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import json, sys, torch, fxquant
 from torch._dynamo.utils import counters
+from tests import forked
 from tests.nets import Mlp, grads, prepared, step
 
 torch.manual_seed(0)
@@ -58,8 +58,7 @@ def elsewhere(cache: Path, package: Path, recipe: str = "int8") -> Found:
     """`STEP` in another process, with fxquant from ``package``."""
     path = os.pathsep.join(map(str, (package, ROOT)))
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": path}
-    command = [sys.executable, "-P", "-c", STEP, recipe]
-    done = subprocess.run(command, env=env, cwd=cache, capture_output=True, text=True, timeout=600, check=False)
+    done = forked.run(["-c", STEP, recipe], env, cwd=cache)
     assert done.returncode == 0, done.stderr
     return Found(**json.loads(done.stdout.splitlines()[-1]))
 

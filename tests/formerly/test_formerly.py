@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 import fxquant
 from fxquant import CurrentTensor, Fixed, MovingAverage, QuantSpec, Rule
 from fxquant.prepared.quantizer import quantizers
+from tests import forked
 from tests.formerly.write_old import images, net, trained
 
 DATA = Path(__file__).parent / "data"
@@ -111,7 +110,7 @@ def test_a_module_has_its_old_name(module: str) -> None:
 @pytest.mark.parametrize("name", ["formats", "plan", "profiles", "recipes", "rules", "spec", "state"])
 def test_a_module_is_an_attribute_of_the_package(name: str) -> None:
     code = f"import fxquant; assert fxquant.{name}.__name__ == 'fxquant.{name}'"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=300)
+    forked.run(["-c", code]).check_returncode()
 
 
 def test_functions_stay_functions_whoever_imports_the_modules() -> None:
@@ -123,5 +122,4 @@ def test_functions_stay_functions_whoever_imports_the_modules() -> None:
 
 def test_an_old_name_is_found_first_thing_in_a_process() -> None:
     code = "import pickle, pathlib, sys; pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()); import fxquant.state"
-    command = [sys.executable, "-c", code, str(DATA / "settings.pickle")]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=300)
+    forked.run(["-c", code, str(DATA / "settings.pickle")]).check_returncode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +26,7 @@ from fxquant.ops import (
 from fxquant.ops.library import DECOMPOSITIONS
 from fxquant.ops.marks import BIND
 from fxquant.passes.pipelines import post_grad_passes
+from tests import forked
 from tests.ops.oracle import assert_same_bits, hard_values
 
 POINT = torch.tensor([7], dtype=torch.int32)
@@ -182,5 +181,5 @@ assert "torch.ops.fxquant" not in "".join(code), "a call is left"
 
 
 def test_a_family_imported_after_the_first_compile_fuses_too() -> None:
-    found = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True)
+    found = forked.run(["-c", LATER])
     assert found.returncode == 0, found.stderr

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxquant
+from tests import forked
 from tests.nets import Mlp, counted, eager_runs, prepared, ranges, step
+from tests.quick import guards_are_made_fast, header_is_read_once
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("delayed", "moving_average", "observe", "off", "group", "checkpoint", "non_finite", "inductor", "plain")
@@ -165,8 +165,9 @@ def train_wrapped(case: str, rank: int, out: str) -> dict[str, Any]:
 
 def main(rank: int, rendezvous: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    found = {case: run(case, rank) for case in CASES}
-    found |= {case: train_wrapped(case, rank, out) for case in WRAPPED}
+    with guards_are_made_fast(), header_is_read_once():
+        found = {case: run(case, rank) for case in CASES}
+        found |= {case: train_wrapped(case, rank, out) for case in WRAPPED}
     Path(f"{out}.{rank}").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
@@ -180,23 +181,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(vectors_are_known: None, folder: Path) -> list[dict[str, Any]]:
     code = "import sys; from tests.prepared.test_distributed_ranges import main; main(int(sys.argv[1]), *sys.argv[2:])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(folder / "meet"), str(folder / "out")],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=540)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    paths = (str(folder / "meet"), str(folder / "out"))
+    ranks = [forked.start(["-c", code, str(rank), *paths], environment) for rank in range(2)]
+    done = [rank.wait(timeout=540) for rank in ranks]
+    assert [each.returncode for each in done] == [0, 0], "\n".join(each.stderr for each in done)
     return [json.loads((folder / f"out.{rank}").read_text(encoding="utf-8")) for rank in range(2)]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from fxquant.prepared.quantizer import quantizers
 from fxquant.probe import visitor
 from fxquant.report import SensitivityReport, SensitivityRow, sqnr
 from fxquant.search import sweep
+from tests import forked
 
 
 class Net(nn.Module):
@@ -383,7 +383,7 @@ def test_a_frame_left_in_python_is_an_error_and_no_row() -> None:
 def test_submodules_do_not_hide_the_functions_of_their_names() -> None:
     code = "import fxquant, fxquant.report, fxquant.override as _; print(callable(fxquant.calibrate), "
     code += "callable(fxquant.prepare), callable(fxquant.override), callable(fxquant.sensitivity))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = forked.run(["-c", code])
     assert result.stdout.split() == ["True"] * 4
 
 

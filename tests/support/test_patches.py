@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import gc
 import json
-import subprocess
 import sys
 import threading
 import types
@@ -24,6 +23,7 @@ from fxquant.capture.exported import exported_graph
 from fxquant.ops import fake_quantize_per_tensor_affine, plain_inductor
 from fxquant.support import patches
 from fxquant.support.patches import BUCKETS, CACHE_KEY, NO_AUTOCAST, OTHERS, PATCHES, Patch
+from tests import forked
 from tests.house.sources import ROOT, package_modules
 from tests.nets import Mlp, prepared, step
 
@@ -350,11 +350,8 @@ def boom(*_: Any) -> None:
 @pytest.mark.slow
 def test_a_neighbour_compiles_as_in_a_process_without_us(vectors_are_known: None) -> None:
     """Byte for byte: cache keys, generated code, gradients; after us, and in another thread while we are at work."""
-    runs = [
-        subprocess.Popen([sys.executable, "-c", NEIGHBOUR + code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for code in (ALONE, BESIDE_US)
-    ]
-    (alone, loaded), (after, meanwhile) = (json.loads(run.communicate(timeout=900)[0].splitlines()[-1]) for run in runs)
+    runs = [forked.start(["-c", NEIGHBOUR + code]) for code in (ALONE, BESIDE_US)]
+    (alone, loaded), (after, meanwhile) = (json.loads(run.wait().stdout.splitlines()[-1]) for run in runs)
     assert not loaded and len(alone["keys"]) == 3 and len(alone["codes"]) == 2
     assert after == alone
     assert meanwhile == alone

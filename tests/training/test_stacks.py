@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"Trainer": ("transformers", "accelerate"), "Lightning": ("lightning",)}
@@ -20,15 +20,8 @@ WAYS = [way for way, names in PACKAGES.items() if all(importlib.util.find_spec(n
 @pytest.mark.skipif(not WAYS, reason="needs transformers and accelerate, or lightning")
 def test_trainers_step_a_schedule_and_take_it_up(tmp_path: Path) -> None:
     """In a process of its own: Lightning is not imported into this one, whose torch.compile it would replace."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.stacks", str(tmp_path), *WAYS],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = forked.run(["-m", "tests.quick", "tests/training/stacks.py", str(tmp_path), *WAYS], env)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"steps"')]
     assert len(found) == len(WAYS)
