@@ -145,7 +145,7 @@ def range_of(parameter: Tensor, second: Tensor | None, grid: Grid) -> tuple[Tens
 
 def state_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The parameter, and the zero point or offset, of a range; `range_of` is its inverse but for rounding."""
-    scale, point = _qparams(low, high, grid)
+    scale, point = qparams_of(low, high, grid)
     above = grid.quant_max - point
     if grid.method == "tqt":
         return scale.log2() + _bits(above), point
@@ -154,7 +154,7 @@ def state_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, -point * scale if grid.method == "lsq_plus" else point
 
 
-def _qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def qparams_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point, as floats, of a range that holds 0."""
     if grid.sided or grid.symmetric:
         point = torch.full_like(low, grid.middle)
@@ -190,7 +190,7 @@ def _least_error(rows: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
     factor = torch.ones_like(low)
     for number in range(_CANDIDATES):
         part = _RATIO**number
-        scale, point = (per_channel_view(each, 2, 0) for each in _qparams(low * part, high * part, grid))
+        scale, point = (per_channel_view(each, 2, 0) for each in qparams_of(low * part, high * part, grid))
         codes = (rows / scale).round().add_(point).clamp_(grid.quant_min, grid.quant_max)
         error = codes.sub_(point).mul_(scale).sub_(rows).square_().sum(1)
         better = error < best

@@ -113,9 +113,10 @@ def _in_list(model: nn.Module, key: str) -> tuple[str, str] | None:
 
 def _take_range(quantizer: Quantizer, others: list[Quantizer]) -> None:
     """Gives a quantizer the union of what others have seen."""
-    ends = [other.range.ends(other.state) for other in others]
+    ends = [other.range.ends(other.state, other.spec) for other in others]
     with torch.no_grad():
-        quantizer.range.set_ends(quantizer.state, min(low for low, _ in ends), max(high for _, high in ends))
+        widest = min(low for low, _ in ends), max(high for _, high in ends)
+        quantizer.range.set_ends(quantizer.state, quantizer.spec, *widest)
     quantizer.settle()
 
 

@@ -44,7 +44,8 @@ def calibrate(
         progress: draw a bar on a terminal.
 
     What was in the ranges before is forgotten, but for sites that the batches did not run, which a warning names;
-    after an error all of it is back. BatchNorm statistics, modes and weights
+    after an error all of it is back. Scales of weights that are trained start from the weights, whatever the method.
+    BatchNorm statistics, modes and weights
     stay; weights are made better by `fxquant.ptq`. Histograms take the same memory however much data there is. Raises
     InvalidArgument for an unprepared model, no data, an unknown method or a percentile that is none, and for
     histograms activations that are not finite, and formats and kinds of ranges that the method has no answer for.
@@ -58,6 +59,8 @@ def calibrate(
     plain = unwrap(model)
     ranged = [(key, q) for key, q in quantizers(plain) if q.stateful]
     for key, q in ranged if method in _HISTOGRAMS else ():
+        if q.site.role == "weight":
+            continue  # is in hand as a whole
         why = histograms.why_not(q.spec, method)
         if why is not None:
             raise InvalidArgument(f"method must be 'max' or 'moving_average' for {key}: got {method!r}, but {why}.")
@@ -89,8 +92,24 @@ def calibrate(
     return model
 
 
-def _observe(model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool) -> int:
-    every = [q for _, q in quantizers(model)]
+def observe_weights(model: nn.Module, batch: Any) -> None:
+    """Starts the trained scales of weights anew, of what the weights are in a run of ``batch``; what it does not run
+    keeps its own."""
+    held = [q for _, q in quantizers(model) if q.stateful and q.site.role == "weight"]
+    before = [{name: value.detach().clone() for name, value in q.state.items()} for q in held]
+    if held:
+        with all_quantized(model):
+            _observe(model, [batch], Mode.EXTEND, False, held)
+    for quantizer, state in zip(held, before, strict=True):
+        if not quantizer.settle():
+            _write(quantizer, state)
+            quantizer.settle()
+
+
+def _observe(
+    model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool, chosen: list[Quantizer] | None = None
+) -> int:
+    every = [q for _, q in quantizers(model)] if chosen is None else chosen
     for quantizer in every:
         _start(quantizer, mode)
     count = 0
@@ -114,7 +133,7 @@ def _collect(
     model: nn.Module, data: Iterable[Any], method: histograms.Method, percentile: float, progress: bool
 ) -> int:
     """A histogram of each site, then the range that it gives; sites that saw nothing become unset."""
-    held = {key: q for key, q in quantizers(model) if q.stateful}
+    held = {key: q for key, q in quantizers(model) if q.stateful and q.site.role != "weight"}
     seen = {key: histograms.SiteHistogram(q.spec, method) for key, q in held.items()}
 
     def visit(use: Use) -> Tensor:
@@ -126,16 +145,19 @@ def _collect(
                     raise InvalidArgument(f"{error} That is the tensor of {key}.") from None
         return use.input
 
-    count = 0
+    count, first = 0, None
     with all_quantized(model), visiting(model, "calibrate") as run:
         for batch in track(data, "calibrating", show=progress):
+            first = batch if first is None else first
             run(*batch_arguments(batch), visit)
             count += 1
+    if first is not None:
+        observe_weights(model, first)
     with torch.no_grad():
         for key, quantizer in held.items():
             quantizer.range.start_calibration(quantizer.state)
             if not seen[key].is_empty:
-                quantizer.range.set_ends(quantizer.state, *seen[key].ends(percentile))
+                quantizer.range.set_ends(quantizer.state, quantizer.spec, *seen[key].ends(percentile))
     return count
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxquant.ops import fake_quantize, qparams
+from fxquant.ops import fake_quantize
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.tensor_quant.calibrators import HistogramCalibrator, entropy_end, percentile_end
 
@@ -99,7 +99,7 @@ class SiteHistogram:
         """Squared error of each end's range, as the site would quantize."""
         spec = self.spec
         low, high = ends.neg().clamp(min=self.low).float(), ends.clamp(max=self.high).float()
-        scale, point = qparams.affine_qparams(low, high, spec.quant_min, spec.quant_max, spec.symmetric)
+        scale, point = spec.range.qparams_of_ends(low.clamp(max=0), high.clamp(min=0), spec)
         x = values.expand(len(ends), -1).contiguous()
         limits = (spec.quant_min, spec.quant_max)
         form = {"rounding": spec.rounding, "element": spec.element}

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.prepared.quantizer import Quantizer, quantizers
 from fxquant.prepared.root import unwrap
+from fxquant.probe.calibrate import observe_weights
 from fxquant.ptq.bound_graph import BoundGraph
 from fxquant.ptq.changes import Changes, undone_on_error
 from fxquant.ptq.products import Products, products_of
@@ -59,15 +60,10 @@ class Rescaling:
         require_some(self.caller, self.regions, "layers between which channels can be scaled", self.declined.items())
 
     def _why_not_moved(self, region: Region) -> str | None:
-        products = [product for product, _ in region.readers]
-        for product in [*products, *filter(None, [region.source.product])]:
-            quantizer = self.held.get(product.key)
-            if quantizer is not None and quantizer.stateful:
-                return f"the scale of {product.key} is kept apart from the weight"
         for site in region.sites:
             for key in region.graph.keys[site]:
                 quantizer = self.held.get(key)
-                if quantizer is not None and not quantizer.range.follow(quantizer.state, 1.0, 1.0):
+                if quantizer is not None and not quantizer.range.follow(quantizer.state, quantizer.spec, 1.0, 1.0):
                     return f"the range of {key} does not move with its tensor"
         return None
 
@@ -136,6 +132,16 @@ class Rescaling:
             factors = [new / old if old and new / old > 0 else 1.0 for old, new in zip(ends, after[key], strict=True)]
             _follow(changes, quantizer, *factors)
 
+    def start_weights(self, changes: Changes) -> None:
+        """Scales of weights that are trained are found again, of the weights as they have become.
+
+        After training, too: what it made of a scale belongs to the weights that it made it for.
+        """
+        trained = [q for q in self.held.values() if q.stateful and q.site.role == "weight"]
+        for value in (value for q in trained for value in q.state.values()):
+            changes.put(value, value)
+        observe_weights(self.running.model, self.batches[0])
+
     def errors(self) -> dict[str, tuple[float, float]]:
         """Of the products that read a region: the squares of their results' errors, and of the results."""
         wanted = {product.key for held in self.regions.values() for region in held for product, _ in region.readers}
@@ -175,7 +181,7 @@ def _compare(kept: dict[str, list[Tensor]], key: str, sums: dict[str, tuple[floa
 
 def _follow(changes: Changes, quantizer: Quantizer, low: float, high: float) -> None:
     state = {name: value.detach().clone() for name, value in quantizer.state.items()}
-    quantizer.range.follow(state, low, high)
+    quantizer.range.follow(state, quantizer.spec, low, high)
     for name, value in quantizer.state.items():
         changes.put(value, state[name])
 
@@ -203,6 +209,7 @@ def rescale(
                 break
         require_some(caller, one.regions, "layers between which channels can be scaled", one.declined.items())
         one.move_ranges(changes, extremes, one.look()[1])
+        one.start_weights(changes)
         after = one.errors()
         rows = [_row(held[0], one.factors[number], errors, after) for number, held in one.regions.items()]
     measure = "error of the products that read it, ‖y_q − y‖ / ‖y‖"

@@ -108,20 +108,25 @@ _U8 = QuantSpec(signed=False, symmetric=False)
 _LEARNED_U8, _LEARNED_U4 = (QuantSpec(bits=bits, signed=False, symmetric=False, range=Learned()) for bits in (8, 4))
 _LEARNED_S4, _LEARNED_S2 = (QuantSpec(bits=bits, narrow=True, axis=0, range=Learned()) for bits in (4, 2))
 
+# No product makes up for the error of a table: in four bits those of a small language model cost more than all its
+# layers' weights (bench/results/accuracy.jsonl). They are looked up, not multiplied: 8 bits take memory, no time.
+_TABLES = Rule(kind="embedding", operand="weight", spec=_weight(narrow=True), optional=True)
+_FLOAT_TABLES = Rule(kind="embedding", operand="weight", spec=_weight(element="e4m3"), optional=True)
+
 INT8 = Recipe(name="int8")
 INT8_DYNAMIC = Recipe(
     name="int8_dynamic",
     activation=QuantSpec(narrow=True, group_size=TOKEN, range=CurrentTensor()),
     weight=_weight(narrow=True),
 )
-W4A8 = Recipe(name="w4a8", activation=_U8, weight=_weight(bits=4, narrow=True))
-W4A4 = Recipe(name="w4a4", activation=_LEARNED_U4, weight=_LEARNED_S4)
-W2A8 = Recipe(name="w2a8", activation=_LEARNED_U8, weight=_LEARNED_S2)
+W4A8 = Recipe(name="w4a8", activation=_U8, weight=_weight(bits=4, narrow=True), rules=(_TABLES,))
+W4A4 = Recipe(name="w4a4", activation=_LEARNED_U4, weight=_LEARNED_S4, rules=(_TABLES,))
+W2A8 = Recipe(name="w2a8", activation=_LEARNED_U8, weight=_LEARNED_S2, rules=(_TABLES,))
 INT4_WEIGHT_ONLY = Recipe(name="int4_weight_only", activation=None, weight=_weight(bits=4, narrow=True, group_size=32))
 FP8 = Recipe(name="fp8", activation=QuantSpec(element="e4m3"), weight=_weight(element="e4m3"))
 MXFP8 = Recipe(name="mxfp8", activation=_MXFP8[0], weight=_MXFP8[1])
-MXFP4 = Recipe(name="mxfp4", activation=_MXFP4[0], weight=_MXFP4[1])
-NVFP4 = Recipe(name="nvfp4", activation=QuantSpec(**_NVFP4), weight=_weight(**_NVFP4))
+MXFP4 = Recipe(name="mxfp4", activation=_MXFP4[0], weight=_MXFP4[1], rules=(_FLOAT_TABLES,))
+NVFP4 = Recipe(name="nvfp4", activation=QuantSpec(**_NVFP4), weight=_weight(**_NVFP4), rules=(_FLOAT_TABLES,))
 W4A16_NVFP4 = Recipe(name="w4a16_nvfp4", activation=None, weight=_weight(**_NVFP4))
 
 _EVERY = (INT8, INT8_DYNAMIC, W4A8, W4A4, W2A8, INT4_WEIGHT_ONLY, FP8, MXFP8, MXFP4, NVFP4, W4A16_NVFP4)

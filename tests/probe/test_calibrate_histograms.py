@@ -189,6 +189,44 @@ def test_bad_input_leaves_the_ranges(model):
     assert all(q.resolved for _, q in quantizers(model) if q.stateful)
 
 
+def test_trained_ranges_begin_with_what_a_method_finds():
+    model = fxquant.prepare(Pair(), (BATCHES[0],), recipe="w4a4")
+    held = dict(quantizers(model))
+    fxquant.calibrate(model, BATCHES)
+    weights = {key: q.scale.detach().clone() for key, q in held.items() if q.site.role == "weight"}
+    for method in ("percentile", "mse"):
+        fxquant.calibrate(model, BATCHES, method=method, percentile=95.0)
+        for key, tensors in {"up.input": BATCHES, "down.input": [torch.relu(model.up(x)) for x in BATCHES]}.items():
+            seen = SiteHistogram(held[key].spec, method)
+            for x in tensors:
+                seen.collect(x.detach())
+            low, high = seen.ends(95.0)
+            scale = (high - low) / 15
+            assert held[key].scale.item() == pytest.approx(scale, rel=1e-5)
+            assert abs(held[key].zero_point.item() + low / scale) <= 0.5 + 1e-5  # ±a lie half a code off
+        assert all(torch.equal(held[key].scale, scale) for key, scale in weights.items()) and len(weights) == 2
+    assert all(quantizer.resolved for quantizer in held.values())
+
+
+@pytest.mark.parametrize(("method", "above"), [("tqt", 7), ("amax", 7), ("lsq_plus", None)])
+def test_ends_of_trained_ranges(method, above):
+    """What the methods make of them, and that they are what the state says again."""
+    learned = fxquant.Learned(method=method)
+    spec = QuantSpec(bits=4, signed=False, symmetric=False, range=learned)
+    state = learned.initial_state(spec)
+    learned.set_ends(state, spec, 0.0, 0.0)
+    assert not learned.is_set(state) and learned.follow(state, spec, 2.0, 2.0)
+    learned.set_ends(state, spec, -0.5, 3.0)
+    low, high = learned.ends(state, spec)
+    scale, point = learned.qparams_of_ends(torch.tensor([-0.5]), torch.tensor([3.0]), spec)
+    step = {"tqt": 0.5, "amax": 3 / 7, "lsq_plus": 3.5 / 15}[method]
+    zero = 8 if above else round(0.5 / step)
+    assert (scale.item(), point.item()) == (pytest.approx(step), zero)
+    assert high == pytest.approx(step * (15 - zero)) and low == pytest.approx(-step * (above or zero))
+    learned.follow(state, spec, 2.0, 2.0)
+    assert learned.ends(state, spec) == (pytest.approx(2 * low), pytest.approx(2 * high))
+
+
 def test_ranges_that_take_no_ends_are_refused():
     other = fxquant.prepare(Pair(), (BATCHES[0],), ranges=Peak())
     with pytest.raises(InvalidArgument, match=r"for up\.input: got 'mse', but the range Peak"):

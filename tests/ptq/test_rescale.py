@@ -132,12 +132,22 @@ def test_fixed_ranges_do_not_move():
         ptq.equalize(model, data, progress=False)
 
 
-def test_weights_with_scales_of_their_own_are_left_alone():
+def test_trained_scales_are_found_again():
+    """Of weights as they have become, and of activations as their extremes have moved."""
     data = vectors(1)
-    weight = fxquant.QuantSpec(axis=0, narrow=True, range=fxquant.Learned())
-    model = ready(Perceptron, data, recipe=fxquant.Recipe(name="learned", weight=weight))
-    with pytest.raises(fxquant.errors.InvalidArgument, match=r"scale of down\.weight is kept apart from the weight"):
-        ptq.equalize(model, data, progress=False)
+    model = ready(Perceptron, data, recipe="w4a4")
+    held, before = dict(quantizers(model)), function(model, data)
+    ends = held["down.input"].range.ends(held["down.input"].state, held["down.input"].spec)
+    scales = held["down.weight"].scale.detach().clone()
+    assert len(ptq.equalize(model, data, progress=False).rows) == 1
+    assert torch.allclose(function(model, data), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    assert all(quantizer.resolved for quantizer in held.values())
+    moved = {key: quantizer.scale.detach().clone() for key, quantizer in held.items()}
+    assert not torch.allclose(moved["down.weight"], scales, rtol=1e-2)
+    assert held["down.input"].range.ends(held["down.input"].state, held["down.input"].spec) != ends
+    fxquant.calibrate(model, data, progress=False)
+    for key in ("up.weight", "down.weight"):
+        assert torch.equal(held[key].scale, moved[key]), key
     report = ptq.gptq(model, data, progress=False)
     assert [row.key for row in report.rows] == ["up.weight", "down.weight"], str(report)
 

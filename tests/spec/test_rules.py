@@ -190,3 +190,36 @@ def test_a_model_that_was_not_prepared_follows_the_rules_of_its_recipe() -> None
     report = fxquant.backend.compile_reports()[-1]
     assert report.quantized == len(formats(plan(skip("layer1"))))
     assert "Rule(path='nowhere', spec=None) matches nothing in this graph" in [d.reason for d in report.declines]
+
+
+class Reader(nn.Module):
+    """A table and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(5, 32), nn.Linear(32, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.up(self.embed(tokens))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "table", "product"),
+    [
+        ("w4a8", "s8", "s4 axis 0"),
+        ("w4a4", "s8", "s4 axis 0 lsq"),
+        ("w2a8", "s8", "s2 axis 0 lsq"),
+        ("nvfp4", "e4m3", "e2m1 axis 0 group 16 scale e4m3"),
+        ("w4a16_nvfp4", "e2m1 axis 0 group 16 scale e4m3", "e2m1 axis 0 group 16 scale e4m3"),
+    ],
+)
+def test_tables_of_recipes_of_few_bits(recipe, table, product):
+    found = plan_of(fxquant.prepare(Reader(), (torch.zeros(2, 3, dtype=torch.int64),), recipe=recipe, target="generic"))
+    held = formats(found)
+    assert (held["embed.weight"], held["up.weight"]) == (table, product)
+    own = Rule(kind="embedding", operand="weight", spec=None)
+    model = fxquant.prepare(
+        Reader(), (torch.zeros(2, 3, dtype=torch.int64),), recipe=recipe, target="generic", rules=[own]
+    )
+    assert "embed.weight" not in formats(plan_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import fxquant
 from fxquant import Stage
 from fxquant.errors import InvalidArgument
 from fxquant.prepared.quantizer import quantizers
+from fxquant.spec.recipes import W4A8
 from tests.nets import Mlp, TiedLanguageModel
 
 X = torch.zeros(2, 8)
@@ -130,7 +132,8 @@ def test_words(stage: dict[str, Any], words: str) -> None:
 
 
 def test_damping_counts_a_tied_weight_once() -> None:
-    tied = fxquant.prepare(TiedLanguageModel(), (torch.zeros(2, 3, dtype=torch.int64),), recipe="w4a8")
+    recipe = dataclasses.replace(W4A8, rules=())  # one format for the table and the product
+    tied = fxquant.prepare(TiedLanguageModel(), (torch.zeros(2, 3, dtype=torch.int64),), recipe=recipe)
     schedule = fxquant.Schedule(tied, [Stage(at=0, damping=1.0)])
     expected = sum(_distance(weight, 7) for weight in {tied.head.weight, tied.mix.weight})
     assert schedule.damping().item() == pytest.approx(float(expected), rel=1e-5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import InvalidArgument
-from fxquant.ops.qparams import NOTHING_SEEN
+from fxquant.ops.qparams import NOTHING_SEEN, affine_qparams
 from fxquant.spec.mode import Mode
 from fxquant.spec.ranges.site_graph import Format, Qparams, SiteGraph
 
@@ -148,15 +148,20 @@ class Range(abc.ABC):
     def end_calibration(self, state: State) -> None:  # noqa: B027
         """Makes of what was seen what the sites are quantized with; by default it is that already."""
 
-    def set_ends(self, state: State, low: float, high: float) -> None:
+    def set_ends(self, state: State, format: Format, low: float, high: float) -> None:
         """Makes a minimum and maximum that calibration has chosen the state, for kinds that ``takes_ends``."""
         raise NotImplementedError(f"{type(self).__name__} takes no ends, and must not say so.")
 
-    def ends(self, state: State) -> tuple[float, float]:
+    def ends(self, state: State, format: Format) -> tuple[float, float]:
         """The minimum and maximum that a state stands for, for kinds that ``takes_ends``."""
         raise NotImplementedError(f"{type(self).__name__} takes no ends, and must not say so.")
 
-    def follow(self, state: State, low: float, high: float) -> bool:
+    def qparams_of_ends(self, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of ends that hold 0, as sites have them once `set_ends` has got those."""
+        codes = format.quant_min, format.quant_max, format.symmetric
+        return affine_qparams(low, high, *codes, element=format.element)
+
+    def follow(self, state: State, format: Format, low: float, high: float) -> bool:
         """Moves a range that is set with its tensor, whose ends have become ``low`` and ``high`` times what they were.
 
         False, and nothing done, for a kind that cannot: what scales activations leaves its sites alone.

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxquant.ops import qparams
 from fxquant.spec.ranges.base import Range
-from fxquant.spec.ranges.site_graph import Qparams, SiteGraph, affine_qparams, of_element
+from fxquant.spec.ranges.site_graph import Format, Qparams, SiteGraph, affine_qparams, of_element
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class CurrentTensor(Range):
         """Where it is from."""
         return "of the tensor"
 
-    def follow(self, state: Mapping[str, Tensor], low: float, high: float) -> bool:
+    def follow(self, state: Mapping[str, Tensor], format: Format, low: float, high: float) -> bool:
         """It does by itself."""
         return True
 

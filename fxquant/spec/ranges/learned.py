@@ -53,6 +53,7 @@ class Learned(Range):
     kind: ClassVar[str] = "learned"
     roles: ClassVar[frozenset[str]] = frozenset({"weight", "activation", "output"})
     per_group: ClassVar[bool] = True
+    takes_ends: ClassVar[bool] = True
     trained: ClassVar[bool] = True
     method: Method = "lsq"
     init: Init = "mse"
@@ -106,6 +107,36 @@ class Learned(Range):
         first, second = self._parts(state)
         low, high = learned.range_of(first, second, self._grid(before, "activation"))
         return dict(zip(state, learned.state_of(low, high, self._grid(now, "activation")), strict=False))
+
+    def set_ends(self, state: Mapping[str, Tensor], format: Format, low: float, high: float) -> None:
+        """What the parameter of an activation starts with; ends of zeros set nothing."""
+        if low == high == 0:
+            return
+        ends = (torch.full_like(self._parts(state)[0], end) for end in (min(low, 0.0), max(high, 0.0)))
+        self._write(state, format, *ends)
+
+    def ends(self, state: Mapping[str, Tensor], format: Format) -> tuple[float, float]:
+        """The least and the greatest value of the codes of an activation."""
+        low, high = learned.range_of(*self._parts(state), self._grid(format, "activation"))
+        return low.item(), high.item()
+
+    def qparams_of_ends(self, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+        """As the method has them: powers of two for "tqt", the zero point at one end or in the middle for some."""
+        scale, point = learned.qparams_of(low, high, self._grid(format, "activation"))
+        return scale, point.to(torch.int32)
+
+    def follow(self, state: Mapping[str, Tensor], format: Format, low: float, high: float) -> bool:
+        """Multiplies both ends of the range that an activation's codes span; one that is not set stays."""
+        if self.is_set(state) and (low, high) != (1.0, 1.0):
+            ends = learned.range_of(*self._parts(state), self._grid(format, "activation"))
+            self._write(state, format, ends[0] * low, ends[1] * high)
+        return True
+
+    @torch.no_grad()
+    def _write(self, state: Mapping[str, Tensor], format: Format, low: Tensor, high: Tensor) -> None:
+        found = learned.state_of(low, high, self._grid(format, "activation"))
+        for value, new in zip(state.values(), found, strict=False):
+            value.copy_(new)
 
     def describe(self, state: Mapping[str, Tensor]) -> str:
         """``scale 0.0123, zero_point 128``; of several, the least and the greatest."""

@@ -75,17 +75,17 @@ class MovingAverage(Range):
         state["min_val"].fill_(qparams.NOTHING_SEEN)
         state["max_val"].fill_(-qparams.NOTHING_SEEN)
 
-    def set_ends(self, state: Mapping[str, Tensor], low: float, high: float) -> None:
+    def set_ends(self, state: Mapping[str, Tensor], format: Format, low: float, high: float) -> None:
         """The two numbers; of 0 and 0, the state of zeros only."""
         only_zeros = low == high == 0
         state["min_val"].fill_(qparams.ONLY_ZEROS if only_zeros else low)
         state["max_val"].fill_(-qparams.ONLY_ZEROS if only_zeros else high)
 
-    def ends(self, state: Mapping[str, Tensor]) -> tuple[float, float]:
+    def ends(self, state: Mapping[str, Tensor], format: Format) -> tuple[float, float]:
         """The two numbers."""
         return state["min_val"].item(), state["max_val"].item()
 
-    def follow(self, state: Mapping[str, Tensor], low: float, high: float) -> bool:
+    def follow(self, state: Mapping[str, Tensor], format: Format, low: float, high: float) -> bool:
         """Multiplies both; one of zeros only stays."""
         if not self.is_degenerate(state):
             state["min_val"].mul_(low)
