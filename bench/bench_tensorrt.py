@@ -1,7 +1,7 @@
 """Any model in TensorRT: every entry of a model zoo exported, then parsed and built by NVIDIA's libraries, on a CPU.
 
     python bench/bench_tensorrt.py path/to/zoo.py [--dtypes float32,float16,bfloat16] [--recipe nvfp4] [--only NAME,...]
-                                   [--without labels] [--out bench/results/tensorrt.jsonl]
+                                   [--without labels] [--known ROWS.jsonl] [--out bench/results/tensorrt.jsonl]
     python bench/bench_tensorrt.py --summary bench/results/tensorrt.jsonl
 
 A zoo is as for ``bench_zoo.py``. Each entry is prepared for tensorrt, calibrated on its own inputs (``--without`` names
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,22 @@ def plain(entry: Any, args: Any, kwargs: Any, folder: Path) -> Row:
     return row
 
 
-def quantized(entry: Any, args: Any, kwargs: Any, recipe: str, dtype: str, folder: Path) -> Row:
+def prepared(entry: Any, args: Any, kwargs: Any, recipe: str) -> torch.nn.Module:
+    """The entry's model, calibrated on its own inputs."""
+    torch.manual_seed(0)
+    model = fxquant.prepare(entry.build(), args, kwargs=kwargs, recipe=recipe, target="tensorrt")
+    bound = inspect.signature(model.forward).bind_partial(*args).arguments
+    fxquant.calibrate(model, [{**bound, **kwargs} if kwargs else args], progress=False)
+    return model.eval()
+
+
+def quantized(model: torch.nn.Module, args: Any, kwargs: Any, dtype: str, folder: Path) -> Row:
     """The quantized file of one float type."""
-    row: Row = {"recipe": recipe, "dtype": dtype}
+    row: Row = {"dtype": dtype}
     with noted(row, "build"):
-        torch.manual_seed(0)
-        model = fxquant.prepare(entry.build(), args, kwargs=kwargs, recipe=recipe, target="tensorrt")
-        bound = inspect.signature(model.forward).bind_partial(*args).arguments
-        fxquant.calibrate(model, [{**bound, **kwargs} if kwargs else args], progress=False)
         path, kind = folder / f"{dtype}.onnx", getattr(torch, dtype)
         typed = {} if dtype == "float32" else {"float_dtype": kind}
-        report = fxquant.export_onnx(model.eval(), args, path, kwargs=kwargs, **typed)
+        report = fxquant.export_onnx(model, args, path, kwargs=kwargs, **typed)
         row["notes"] = list(report.notes)
         row["build_s"], rows = seconds(lambda: kernel_rows(path))
         row["products"], row["integer"] = len(rows), sum(each.integer for each in rows)
@@ -75,24 +80,42 @@ def quantized(entry: Any, args: Any, kwargs: Any, recipe: str, dtype: str, folde
     return row
 
 
-def child(zoo: Path, name: str, recipe: str, dtypes: list[str], without: list[str]) -> list[Row]:
-    """The rows of one entry."""
-    warnings.simplefilter("ignore")
-    entry = load_zoo(zoo).get(name)
+def entry_rows(name: str, entry: Any, recipe: str, dtypes: list[str], without: list[str], known: Row) -> Iterator[Row]:
+    """A row for each type; ``known`` is of the float export where it has been built."""
     args, kwargs = entry.inputs()
     kwargs = {key: value for key, value in kwargs.items() if key not in without}
+    row: Row = {"entry": name, "recipe": recipe}
     with tempfile.TemporaryDirectory() as folder:
-        float_row = plain(entry, args, kwargs, Path(folder))
-        return [
-            {"entry": name, **quantized(entry, args, kwargs, recipe, dtype, Path(folder)), **float_row, **environment()}
-            for dtype in dtypes
-        ]
+        of_float = known or plain(entry, args, kwargs, Path(folder))
+        with noted(row, "build"):
+            model = prepared(entry, args, kwargs, recipe)
+        for dtype in dtypes:
+            own = {"dtype": dtype} if "build_error" in row else quantized(model, args, kwargs, dtype, Path(folder))
+            yield {**row, **own, **of_float, **environment()}
+
+
+def child(options: argparse.Namespace) -> list[Row]:
+    """The rows of one entry."""
+    warnings.simplefilter("ignore")
+    entry, known = load_zoo(options.zoo).get(options.child), known_of(options.known, options.child)
+    dtypes, without = options.dtypes.split(","), options.without.split(",")
+    return list(entry_rows(options.child, entry, options.recipe, dtypes, without, known))
+
+
+def known_of(path: Path | None, name: str) -> Row:
+    """What earlier rows say of an entry's float export."""
+    lines = [] if path is None else path.read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        if row["entry"] == name and ("float_error" in row or "float_build_s" in row):
+            return {key: value for key, value in row.items() if key.startswith("float_") and key != "float_by_plan"}
+    return {}
 
 
 def in_process(options: argparse.Namespace, name: str) -> list[Row]:
     """``child`` in a process of its own: what ends it is a row."""
     command = [sys.executable, __file__, str(options.zoo), "--child", name]
     command += ["--recipe", options.recipe, "--dtypes", options.dtypes, "--without", options.without]
+    command += ["--known", str(options.known)] if options.known else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -140,6 +163,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--without", default="labels", help="keywords of forward to leave out")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--known", type=Path, help="a file that --out wrote, whose float exports are not built again")
     parser.add_argument("--summary", type=Path, help="only sum up a file that --out wrote")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -149,8 +173,7 @@ def main() -> None:
     if options.zoo is None:
         parser.error("name a zoo, or a file to sum up with --summary")
     if options.child:
-        rows = child(options.zoo, options.child, options.recipe, options.dtypes.split(","), options.without.split(","))
-        print(json.dumps(rows))
+        print(json.dumps(child(options)))
         return
     names = options.only.split(",") if options.only else load_zoo(options.zoo).names()
     found: list[Row] = []

@@ -23,6 +23,7 @@ from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
 from fxquant.graph.dependence import written_attributes
 from fxquant.graph.edit import copied
 from fxquant.onnx.block_forms import write_blocks
+from fxquant.onnx.card import check_card
 from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
@@ -30,6 +31,7 @@ from fxquant.onnx.precision import Precision, choose_precision
 from fxquant.onnx.runtime_forms import fold_pads, sum_before_norms
 from fxquant.onnx.typed import type_floats
 from fxquant.onnx.unpacked import unpack_recurrent_weights
+from fxquant.onnx.whole_products import keep_products_whole
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.onnx.zero_points import imply_zero_points
 from fxquant.passes.base import run_all
@@ -109,6 +111,7 @@ def export_onnx(
     float_dtype: torch.dtype | None = None,
     io_dtype: torch.dtype | None = None,
     weight_storage: WeightStorage = "int8",
+    capability: str | None = None,
     verify: bool = True,
 ) -> ExportReport:
     """Writes a prepared, trained (or calibrated) model as ONNX QuantizeLinear/DequantizeLinear.
@@ -130,6 +133,8 @@ def export_onnx(
             float32, since numpy has no such type. Where it is not the type of the rest, a Cast stands there.
         weight_storage: ``"int4"`` packs codes of at most 4 bits as ONNX int4 (half the size; onnxruntime then runs
             them in float). Those of weights per group always are.
+        capability: the compute capability of the card that the file is for, such as ``"8.9"``, for tensorrt: what it
+            cannot run is an error before a file is written. None: any card. The file is the same.
         verify: hold the file to the evaluated graph on the given inputs before it takes its place: one run, in
             onnxruntime without optimizations or, where none that knows the opset is installed, in onnx's own
             evaluator. What cannot be run there is a note, of a file for onnxruntime an error. `verify_onnx` is the
@@ -137,7 +142,8 @@ def export_onnx(
 
     Raises:
         InvalidArgument: not prepared, unusable path or opset; a ``float_dtype`` or ``io_dtype`` that is none, that the
-            target or the opset does not have, or in which a tensor overflows on the given inputs: it is named.
+            target or the opset does not have, or in which a tensor overflows on the given inputs: it is named. A
+            ``capability`` that is none, or whose cards have not the formats of the plan or the type of the file.
         RangeNotSet: no activation range has been set. Of some that no data reached, what the evaluated graph has
             takes the range of its neighbours in a ModuleList, as experts have them, or stays float, with a warning.
         ExportError: torch.export or the exporter failed on the model, the target is onnxruntime and refuses the file,
@@ -150,8 +156,9 @@ def export_onnx(
     plain, profile = unwrap(model), get_profile(plan.target)
     _check_storage(weight_storage)
     precision = choose_precision(plain, profile, float_dtype, io_dtype, opset, _elements(plan))
+    told = check_card(capability, plan, precision, profile)
     destination = _check_path(path)
-    told = check_ranges(plain)
+    told += check_ranges(plain)
     named: dict[str, Any] = dict(kwargs or {})
     sizes = None
     if dynamic_shapes is not None:
@@ -165,7 +172,8 @@ def export_onnx(
         float_pools = precision.name in profile.float_pools
         gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, float_pools=float_pools)
         program = to_onnx(gm, *wide, sizes, precision.opset)
-        notes = [*told, *frozen.notes, *_finish(program.model, gm.graph, frozen, profile, weight_storage)]
+        int4 = weight_storage == "int4"
+        notes = [*told, *frozen.notes, *_finish(program.model, gm.graph, frozen, profile, precision, int4=int4)]
         notes += _set_types(program.model, edges, precision, profile)
         half = precision.compute if precision.is_half else None
         check = None
@@ -179,7 +187,7 @@ def export_onnx(
         path=os.fspath(path),
         target=plan.target,
         opset=precision.opset,
-        activations=tuple(frozen.activations),
+        activations=tuple(label.removesuffix("@0") for label in frozen.activations),
         weights=tuple(frozen.weights),
         dynamic_batch=any(not isinstance(d, int) for i in program.model.graph.inputs for d in (i.shape or [])[:1]),
         file_bytes=size,
@@ -190,7 +198,9 @@ def export_onnx(
     )
 
 
-def _finish(model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, weight_storage: WeightStorage) -> list[str]:
+def _finish(
+    model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, precision: Precision, *, int4: bool
+) -> list[str]:
     """What the exporter's model lacks of the file; notes."""
     written = {value.name for node in model.graph for value in node.outputs}
     merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
@@ -202,7 +212,10 @@ def _finish(model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, weigh
         sum_before_norms(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
-    notes = pack_int4(model, only_blocks=weight_storage != "int4", convolutions=profile.int4_convolutions)
+    if profile.splits_weights:
+        keep_products_whole(model.graph)
+    channels = not (precision.is_half and profile.int4_half_scales)
+    notes = pack_int4(model, only_blocks=not int4, convolutions=profile.int4_convolutions, channels=channels)
     if profile.unpacks:
         unpack_recurrent_weights(model)
     return notes
@@ -221,7 +234,8 @@ def _set_types(model: Any, edges: Edges | None, precision: Precision, profile: P
     if not precision.is_half:
         return [] if edges is None else [NOTE]
     model.metadata_props[FLOAT_DTYPE] = precision.name
-    return type_floats(model, precision.compute, precision.opset, profile.without.get(precision.name, ()))
+    without = profile.without.get(precision.name, ())
+    return type_floats(model, precision.compute, precision.opset, without, int4=profile.int4_half_scales)
 
 
 def quantized_graph(

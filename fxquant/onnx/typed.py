@@ -32,7 +32,9 @@ def data_type(dtype: torch.dtype) -> Any:
     }[dtype]
 
 
-def type_floats(model: Any, dtype: torch.dtype, opset: int, without: Collection[str] = ()) -> list[str]:
+def type_floats(
+    model: Any, dtype: torch.dtype, opset: int, without: Collection[str] = (), *, int4: bool = False
+) -> list[str]:
     """Rewrites a float32 model, an ``onnx_ir.Model``, to ``dtype``, float16 or bfloat16; notes::
 
         Conv(DQ(q, s), DQ(w, t), b)   →  Conv(DQ(q, s, output_dtype=FLOAT16), DQ(w, t, output_dtype=FLOAT16), b16)
@@ -49,10 +51,13 @@ def type_floats(model: Any, dtype: torch.dtype, opset: int, without: Collection[
     each, after what only moves its values, with a Cast where it meets the rest. A quantizer reads them as they are, and
     so it does float32 inputs of the graph: those codes are training's.
 
+    ``int4``: the scales of int4 weights are half where all are normal numbers of the type, as TensorRT has no other
+    form in which a product reads 4 bits; where one is not, a Cast to half stands after the float32 DequantizeLinear.
+
     A finite constant beyond the type becomes its largest value: such are masks. Inputs and outputs of the graph keep
     their types; a Cast to float32 after a half one goes.
     """
-    return _Typing(model, data_type(dtype), opset, without).run()
+    return _Typing(model, data_type(dtype), opset, without, int4).run()
 
 
 @dataclass(kw_only=True)
@@ -79,10 +84,10 @@ class _Slots:
 class _Typing:
     """One rewrite."""
 
-    def __init__(self, model: Any, half: Any, opset: int, without: Collection[str]) -> None:
+    def __init__(self, model: Any, half: Any, opset: int, without: Collection[str], int4: bool) -> None:
         import onnx_ir as ir
 
-        self.without = without
+        self.without, self.int4 = without, int4
         self.ir, self.model, self.half, self.opset = ir, model, half, opset
         self.nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
         self.slots = {node: self._slots(node) for node in self.nodes}
@@ -127,14 +132,27 @@ class _Typing:
         if node.op_type == "TRT_MXFP8DequantizeLinear":  # its attribute says what it gives
             slots.wide = set()
         if node.op_type in _QDQ:
-            # TensorRT has no DQ of fp4 codes from float32 scales to half: scales of blocks are half, the tensor's not.
-            if node.inputs[0].dtype != self.ir.DataType.FLOAT4E2M1:
-                slots.keep([1])
+            self._keep_scale(node, slots)
         elif node.op_type in ("Sin", "Cos", "ReduceL2", "ReduceSumSquare") or self._is_root_of_sum(node):
             slots.keep([0])
         elif node.op_type in self.without or (any(outputs) and not any(inputs) and not self._says_type(node)):
             slots.wide |= {name for name in (*inputs, *outputs) if name is not None}
         return slots
+
+    def _keep_scale(self, node: Any, slots: _Slots) -> None:
+        """Scales are float32, but for codes of 4 bits where TensorRT has no DQ from such scales to half."""
+        kinds, kind = self.ir.DataType, node.inputs[0].dtype
+        if kind == kinds.INT4 and self.int4:
+            if not self._is_normal(node.inputs[1].const_value):
+                slots.keep([1], slots.outputs)
+        elif kind != kinds.FLOAT4E2M1:  # of fp4 the scales of blocks are half, the tensor's not
+            slots.keep([1])
+
+    def _is_normal(self, tensor: Any) -> bool:
+        """Whether all values of a constant keep their digits in the half type."""
+        info = require("ml_dtypes").finfo(self.half.numpy())
+        values = None if tensor is None else abs(tensor.numpy())
+        return values is not None and bool(((values >= info.smallest_normal) & (values <= info.max)).all())
 
     def _says_type(self, node: Any) -> bool:
         """Whether an attribute says that a node's result is float32, or a body of its own."""

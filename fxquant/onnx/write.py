@@ -102,20 +102,33 @@ def save(program: Any, destination: Path, check: Callable[[Path], None] | None =
     return total
 
 
-def pack_int4(model: Any, *, only_blocks: bool, convolutions: bool = True) -> list[str]:
-    """Codes in −8…7 as ONNX int4, with their zero points; ``only_blocks``: those of weights per group.
-
-    ``convolutions``: those of convolutions too.
-    """
+def _as_int4(graph: Any, value: Any) -> Any:
+    """The int4 form of an initializer, made once."""
     import ml_dtypes
     import onnx_ir as ir
 
-    packed = left = 0
+    name = f"{value.name}_int4"
+    if name not in graph.initializers:
+        small = value.const_value.numpy().astype(ml_dtypes.int4)
+        kind, tensor = ir.TensorType(ir.DataType.INT4), ir.tensor(small, name=name)
+        graph.register_initializer(ir.Value(name=name, shape=ir.Shape(small.shape), type=kind, const_value=tensor))
+    return graph.initializers[name]
+
+
+def pack_int4(model: Any, *, only_blocks: bool, convolutions: bool = True, channels: bool = True) -> list[str]:
+    """Codes in −8…7 as ONNX int4, with their zero points; ``only_blocks``: those of weights per group.
+
+    ``convolutions``, ``channels``: those of convolutions, and with other scales than of groups, too; else a note.
+    """
+    import onnx_ir as ir
+
+    packed, left = 0, {"of convolutions": 0, "without groups": 0}
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear":
             continue
         block = node.attributes.get("block_size")  # the exporter writes its default too, 0 for no blocks
-        if only_blocks and (block is None or block.as_int() == 0):
+        is_block = block is not None and block.as_int() != 0
+        if only_blocks and not is_block:
             continue
         codes, zero_point = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
         if codes is None or codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8:
@@ -124,22 +137,17 @@ def pack_int4(model: Any, *, only_blocks: bool, convolutions: bool = True) -> li
         if array.min() < -8 or array.max() > 7:
             continue
         if not convolutions and any(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
-            left += 1
+            left["of convolutions"] += 1
+            continue
+        if not channels and not is_block:
+            left["without groups"] += 1
             continue
         for index, value in ((0, codes), (2, zero_point)):
-            if value is None:  # of int4 codes it is 0
-                continue
-            name = f"{value.name}_int4"
-            if name not in model.graph.initializers:
-                small = value.const_value.numpy().astype(ml_dtypes.int4)
-                tensor = ir.tensor(small, name=name)
-                fresh = ir.Value(
-                    name=name, shape=ir.Shape(small.shape), type=ir.TensorType(ir.DataType.INT4), const_value=tensor
-                )
-                model.graph.register_initializer(fresh)
-            node.replace_input_with(index, model.graph.initializers[name])
+            if value is not None:  # of int4 codes it is 0
+                node.replace_input_with(index, _as_int4(model.graph, value))
         packed += 1
     for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
         del model.graph.initializers[name]
     notes = [f"{packed} weights stored as int4"] if packed or not only_blocks else []
-    return notes + ([f"{left} weights of convolutions stay int8: the runtime has no int4 ones"] if left else [])
+    why = {"of convolutions": "the runtime has no int4 ones", "without groups": "beside half types it has no int4 ones"}
+    return notes + [f"{count} weights {which} stay int8: {why[which]}" for which, count in left.items() if count]

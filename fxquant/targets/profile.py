@@ -10,6 +10,7 @@ from typing import Literal
 from fxquant.errors import InvalidArgument
 from fxquant.numerics.division import Rounding
 from fxquant.spec.quant_spec import QuantSpec
+from fxquant.targets.cards import Cards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Profile:
             that is read in float is a maximum, and so is what stands after a weight in float.
         integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
         implied_zero: int8 pairs whose codes are moved may leave out their zero point, see `fxquant.onnx.zero_points`.
+        splits_weights: it takes a product apart whose result is split in three, see `fxquant.onnx.whole_products`.
         unpacks: it computes the weights of recurrent layers as it loads a file that has them as codes times scales, and
             before every run where a DequantizeLinear does.
         slow_skip_norm: a residual sum is kept out of the LayerNormalization after it, which the runtime would make one
@@ -44,6 +46,7 @@ class Profile:
         one_kind_of_codes: a product reads integers, or one kind of small float, of both operands.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
         int4_convolutions: convolutions take weights that are stored as int4.
+        int4_half_scales: int4 codes become floats of a half type by half scales alone, see `fxquant.onnx.typed`.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
         fused_half_attention: why ``scaled_dot_product_attention`` stays float in half types; empty where it need not.
         rounding: how activations are rounded; None: as their format says.
@@ -51,6 +54,7 @@ class Profile:
         half_types: half types of the float parts beside which its products run on integers.
         without: half type → ONNX operators that it does not run in it, which stay float32.
         strongly_typed: what is float runs in the type that the file has: half is faster than float32.
+        cards: devices that a file can be for, and what they lack; None: any that runs the runtime.
         refused: kind → why it stays in float.
         opset, highest_opset: the ONNX opset written by default, which is the lowest, and the highest that it loads.
     """
@@ -70,6 +74,7 @@ class Profile:
     implied_zero: bool = False
     slow_skip_norm: bool = False
     float_pads: bool = False
+    splits_weights: bool = False
     unpacks: bool = False
     float_volume_pools: bool = False
     activation_bits: range = range(2, 17)
@@ -80,6 +85,7 @@ class Profile:
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None
     int4_convolutions: bool = True
+    int4_half_scales: bool = False
     float_beside_groups: bool = False
     fused_half_attention: str = ""
     rounding: Rounding | None = None
@@ -87,6 +93,7 @@ class Profile:
     half_types: tuple[str, ...] = ("float16", "bfloat16")
     without: dict[str, frozenset[str]] = field(default_factory=dict)
     strongly_typed: bool = False
+    cards: Cards | None = None
     refused: dict[str, str] = field(default_factory=dict)
     opset: int = 21
     highest_opset: int = 26

@@ -156,7 +156,7 @@ def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> d
 
 
 def quantize_outputs(path: ModelPath) -> dict[str, str]:
-    """Label → value name of each activation QuantizeLinear's output, in graph order; the label is that name.
+    """Label → value name of each activation QuantizeLinear's output, in graph order: the label is that name, less "@0".
 
     A Q whose input hangs on constants alone belongs to a weight and is left out; so is one inside a branch or
     a loop body, whose values nobody outside can read.
@@ -192,7 +192,7 @@ def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, t
 
 def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
     return {
-        node.output[0]: node.output[0]
+        node.output[0].removesuffix("@0"): node.output[0]  # where an input of the graph has the site's name
         for node in wiring.model.graph.node
         if (node.op_type == "QuantizeLinear" or (node.domain == TRT and len(node.output) > 1))
         and (node.input[0] not in wiring.constants or node.output[0].partition("@")[0] in also)

@@ -5,12 +5,27 @@ Measured with TensorRT for RTX 1.7.1, whose builder needs no GPU.
 
 from __future__ import annotations
 
+from fxquant.targets.cards import Cards
 from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.lint_reader import Lint
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
 from fxquant.targets.target import Runtime, Target
 from fxquant.targets.tensorrt_rules import FP4_QUANTIZE, MEASURED, RULES, THROUGH, WAIVED
 from fxquant.targets.tensorrt_run import CAPABILITIES, kernel_rows, require_builder, run
+
+# Each built for each card that the builder knows. It does not know 8.7, 9.0, 10.0, 10.3 and 11.0: that fp4 begins with
+# 10.0 is of NVIDIA's documents.
+_CARDS = Cards(
+    known=("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"),
+    least={
+        "e4m3": "8.9",
+        "e2m1": "10.0",
+        "int4 groups": "8.0",
+        "bfloat16": "8.0",
+        "float32 matrices": "8.0",
+    },
+    float_convolutions=("7.5",),
+)
 
 _PROFILE = Profile(
     name="tensorrt",
@@ -22,6 +37,7 @@ _PROFILE = Profile(
     fused_half_attention="TensorRT runs attention in half types as one kernel, which codes of q and k would break",
     implied_zero=True,
     float_volume_pools=True,
+    splits_weights=True,
     rounding="reciprocal",  # it multiplies by 1 / scale, rounded once
     activation_bits=range(8, 9),
     weight_bits=range(4, 9),
@@ -31,6 +47,7 @@ _PROFILE = Profile(
     group_bits=range(4, 5),
     group_sizes=(16, 32, 64, 128),
     int4_convolutions=False,
+    int4_half_scales=True,
     float_beside_groups=True,
     refused={
         "conv_transpose": "TensorRT has no integer transposed convolution",
@@ -43,6 +60,7 @@ _PROFILE = Profile(
     # TensorRT for RTX 1.7.1: build error, parse error.
     without={"bfloat16": frozenset({"ConvTranspose", "GRU", "LSTM"})},
     strongly_typed=True,
+    cards=_CARDS,
     highest_opset=25,
 )
 

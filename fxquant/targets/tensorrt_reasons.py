@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # may stand there, not one to a narrower type and back.
 CARRIERS = (*MOVES, "Slice", "Split", "Gather", "Tile", "DepthToSpace", "SpaceToDepth", "Dropout", "Cast")
 
+_RESHAPES = ("Reshape", "Squeeze", "Unsqueeze")
+
 CODES = frozenset({"int8", "fp8_e4m3", "fp4_e2m1"})
 """Types of operands, as plans name them, that are codes."""
 
@@ -84,6 +86,40 @@ def obstacles(wiring: Wiring, node: onnx.NodeProto) -> Iterator[str]:
         elif not _takes_scale(wiring, node, found.pair):
             shape = scale_shape(wiring, found.pair)
             yield f"the scale of operand {index} must be a scalar: got shape {shape}"
+    if len(node.input) > 1 and _becomes_heads(wiring, node):
+        yield (
+            "its result is split in three parts that become heads, as query, key and value do: TensorRT splits the "
+            "weight instead, after its DequantizeLinear. A Mul by 1 after the product keeps it whole"
+        )
+
+
+def _becomes_heads(wiring: Wiring, node: onnx.NodeProto) -> bool:
+    """Whether a product's result is split in three, and each part is reshaped and then transposed."""
+    weight = origin(wiring, node, 1).pair if node.op_type != "Conv" else None
+    if weight is None or weight.input[0] not in wiring.initializers or attribute(weight, "block_size"):
+        return False
+    if not any(size > 1 for size in scale_shape(wiring, weight)):
+        return False
+    parts = list(_parts(wiring, node.output[0], False))
+    return len(parts) == 3 and all(_is_transposed(wiring, *part) for part in parts)
+
+
+def _parts(wiring: Wiring, name: str, reshaped: bool) -> Iterator[tuple[str, bool]]:
+    """What a value is split into, after what adds to it or reshapes it, and whether one reshaped it."""
+    for reader in wiring.consumers.get(name, []):
+        if reader.op_type == "Split":
+            yield from ((part, reshaped) for part in reader.output if wiring.consumers.get(part))
+        elif reader.op_type in ("Slice", "Gather"):
+            yield reader.output[0], reshaped or reader.op_type == "Gather"
+        elif reader.op_type in (*_RESHAPES, "Add", "Cast", "Identity"):
+            yield from _parts(wiring, reader.output[0], reshaped or reader.op_type in _RESHAPES)
+
+
+def _is_transposed(wiring: Wiring, name: str, reshaped: bool) -> bool:
+    readers = wiring.consumers.get(name, [])
+    if reshaped and any(reader.op_type == "Transpose" for reader in readers):
+        return True
+    return any(_is_transposed(wiring, reader.output[0], True) for reader in readers if reader.op_type in _RESHAPES)
 
 
 def _takes_scale(wiring: Wiring, node: onnx.NodeProto, pair: onnx.NodeProto) -> bool:

@@ -108,6 +108,8 @@ class _Freezing:
     def __init__(self, gm: fx.GraphModule, frozen: Frozen) -> None:
         self.gm, self.frozen, self.values = gm, frozen, _Values(gm)
         self.seen: dict[str, int] = {}
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.taken = {name for node in inputs for name in (node.name, str(node.target))}  # by values of the file
 
     def run(self) -> int:
         """How many nodes it replaced."""
@@ -122,7 +124,7 @@ class _Freezing:
         site = _site(view)
         if view.input not in self.values:
             number = self.seen[site.label] = self.seen.get(site.label, -1) + 1
-            label = site.label if not number else f"{site.label}@{number}"
+            label = f"{site.label}@{number}" if number or site.label in self.taken else site.label
             self._activation(view, label) if site.spec.group_size is None else self._blocks(view, label)
         elif site.spec.group_size is not None:
             self._groups(view)

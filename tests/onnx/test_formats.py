@@ -15,6 +15,7 @@ from fxquant import QuantSpec, Recipe
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import RECIPES
+from tests.onnx.models import calibrated
 
 WIDTH = 64
 
@@ -239,3 +240,14 @@ def test_explain_forecasts_what_was_seen(recipe: str, target: str, forecast: str
     found = fxquant.explain(model, args)
     assert {kernel for row in found.rows for kernel in row.kernels} == {forecast}
     assert recipe in str(found) and forecast.split()[0] in str(found)
+
+
+@pytest.mark.parametrize(("recipe", "target"), [("nvfp4", "tensorrt"), ("int8", "onnxruntime")])
+def test_a_site_with_the_name_of_an_input_is_written_and_compared(recipe: str, target: str, tmp_path: Path) -> None:
+    """A lone Linear: both are called "input", so that the exporter gave the codes another name than the site's."""
+    x = torch.randn(4, 32)
+    model = calibrated(nn.Linear(32, 8), x, target=target, recipe=recipe)
+    assert fxquant.export_onnx(model, (x,), tmp_path / "net.onnx").activations == ("input",)
+    assert [each.name for each in onnx.load(tmp_path / "net.onnx").graph.input] == ["input"]
+    codes = fxquant.verify_onnx(model, (x,), tmp_path / "net.onnx", rounds=0).codes
+    assert [(row.key, row.compared, row.differing) for row in codes] == [("input", 128, 0)]

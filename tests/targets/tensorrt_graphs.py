@@ -235,6 +235,24 @@ def _attention(quantized: str, dtype: Any = np.int8, half: bool = False) -> Call
     return build
 
 
+def _heads(*parts: str, times_one: bool = False) -> Callable[[Graph], str]:
+    """A product with a scale per column, split; each part becomes two heads of 8 ("heads"), or stays as it is."""
+
+    def build(g: Graph) -> str:
+        y = g.op("MatMul", pair(g, g.input(2, 8, 16)), g.weight(16, 16 * len(parts), axis=1))
+        y = g.op("Mul", y, g.const(np.float32(1))) if times_one else y
+        split = [g.fresh("part") for _ in parts]
+        whole = g.op("Add", y, g.floats(16 * len(parts)))
+        g.nodes.append(onnx.helper.make_node("Split", [whole], split, axis=-1, num_outputs=len(parts)))
+        for index, part in enumerate(parts):
+            if part == "heads":
+                apart = g.op("Reshape", split[index], ints(g, 2, 8, 2, 8))
+                split[index] = g.op("Transpose", apart, perm=[0, 2, 1, 3])
+        return g.op("Sum", *(g.op("ReduceSum", each, keepdims=0) for each in split))
+
+    return build
+
+
 def half_pair(g: Graph, x: str, dtype: Any = np.int8) -> str:
     """Q/DQ of a float16 tensor by a float32 scale."""
     scale, zero = g.const(np.float32(0.05)), g.const(np.zeros((), dtype))
@@ -255,6 +273,11 @@ def places() -> Iterator[Case]:
     yield Case("BatchNormalization-after-Conv", _batch_norm)
     for scaled in ("before", "after"):
         yield Case(f"scores-scaled-{scaled}", _scores(scaled))
+    split, said = "products-run-on-codes", "its result is split in three parts that become heads"
+    yield Case("product-split-into-heads", _heads("heads", "heads", "heads"), "float", split, said)
+    yield Case("product-split-into-heads-times-one", _heads("heads", "heads", "heads", times_one=True))
+    yield Case("product-split-into-four", _heads(*["heads"] * 4))
+    yield Case("product-split-into-heads-and-a-rest", _heads("heads", "heads", "rest"))
     yield Case("attention-int8-q-k", _attention("qk"), "as meant")
     yield Case("attention-int8-whole", _attention("qkvp"))
     yield Case("attention-fp8-whole", _attention("qkvp", FP8))
