@@ -33,7 +33,7 @@ def gptq(
         wⱼ ← wⱼ − (wᵢ − qᵢ) · Uᵢⱼ / Uᵢᵢ    for j after i,  UᵀU = (H + λ·I)⁻¹,  H = Σ x xᵀ
 
     Scales stay those of the weights as they were: the element that a scale is taken from keeps the highest code. H is
-    that of the quantized model's inputs, in one pass over the data; for K of them it takes ``8·K²`` bytes.
+    that of the quantized model's inputs, in one pass over the data; for K of them it takes ``12·K²`` bytes.
 
     Args:
         data: batches as for `fxquant.calibrate`.
