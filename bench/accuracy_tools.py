@@ -4,7 +4,8 @@ All get what fxquant's recipe of that name means where they can say it; a format
 `nets.Unavailable` with the reason. Versions tried: torch 2.13, brevitas 0.13, nvidia-modelopt 0.47, torchao 0.18. They
 differ in what they quantize: Brevitas, ModelOpt and torchao the inputs and weights of layers, torchao of ``nn.Linear``
 alone; fxquant also both sides of additions and the products inside attention, as an integer runtime needs. The tool
-"fxquant layers" quantizes no more than the layers' own.
+"fxquant layers" quantizes no more than the layers' own. Rows of a tool "…, tables too" are of the recipes as they were,
+with embeddings in the format of the other weights.
 """
 
 from __future__ import annotations
