@@ -69,7 +69,8 @@ def _fxquant(options: Mapping[str, Any] | None = None, **prepare: Any) -> Varian
         return prepared, torch.compile(prepared, backend=backend, options=dict(options) if options else None)
 
     # Integer products are of float32 and halves.
-    return Variant(build=build, ours=True, same_in_doubles="integer_matmul" not in (options or {}))
+    integers = {"integer_matmul", "integer_backward"} & set(options or {})
+    return Variant(build=build, ours=True, same_in_doubles=not integers)
 
 
 def _peer(make: Callable[[nn.Module, Tensor], nn.Module], compiled: bool) -> Variant:
@@ -99,6 +100,8 @@ VARIANTS: dict[str, Variant] = {
     "fxquant lsq w8a8": _fxquant(recipe=_learned(8)),
     "fxquant lsq w4a4": _fxquant(recipe=_learned(4)),
     "fxquant integer matmul": _fxquant({"integer_matmul": True}),
+    "fxquant integer auto": _fxquant({"integer_matmul": "auto"}),
+    "fxquant integer step": _fxquant({"integer_matmul": "auto", "integer_backward": "auto"}),
 }
 for _name, _make in PEERS.items():
     VARIANTS[f"{_name} eager"] = _peer(_make, compiled=False)

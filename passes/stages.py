@@ -16,7 +16,7 @@ from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
 from fxquant.ops.learned import LEARNED_OPS
 from fxquant.ops.marks import BIND, MATERIALIZE, STAND_IN
-from fxquant.ops.rounding_keys import ROUNDING_KEYS
+from fxquant.ops.rounding_words import ROUNDING_WORDS
 
 _KEY = "fxquant_stage"  # in the meta of a graph module: its stage's name, as keys of caches hold that meta
 
@@ -62,7 +62,7 @@ CAPTURED = Stage(
 
 JOINT = Stage(
     name="joint",
-    marks=frozenset({INTEGER_CONVOLUTION, ROUNDING_KEYS}),
+    marks=frozenset({INTEGER_CONVOLUTION, ROUNDING_WORDS}),
     makes=frozenset(
         {
             *quantize.QUANTIZE,
@@ -72,7 +72,7 @@ JOINT = Stage(
             *saved.FORWARD,
             *saved.BACKWARD,
             INTEGER_CONVOLUTION,
-            ROUNDING_KEYS,
+            ROUNDING_WORDS,
         },
     ),
     owns=("val", "recompute"),

@@ -10,7 +10,6 @@ is summed over, as a weight's channels in the gradient of a layer's input, is mu
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,39 +17,41 @@ from torch import Tensor
 
 from fxquant.numerics.stochastic import round_by_chance
 
-ROUNDS = 6  # of mixing, each with a key of 16 bits; with 4, neighbours are correlated, with 5 they are not seen to be
-_MULTIPLIER = 0x72ED  # odd and below 2^15, so that its products with 16 bits are below 2^31
-_LOW = 0xFFFF
+WORDS = 2**24  # random words are below it, which float32 holds
 _LARGEST = 127  # as large a negative code is allowed as a positive one
-_BLOCK = 32  # rows whose extremes are taken together, which stay in cache
+_BLOCK = 32  # rows that are reduced together, which stay in cache
 
 
-def chance(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A multiple of 2^−24 in [0, 1) for each element of ``shape``, from its row-major position and ``keys``.
+def chance(words: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``(a[m] + b[n]) mod 1``: a multiple of 2^−24 in [0, 1) for each element [m, n] of ``shape``.
 
-    Philox with two words of 16 bits, `ROUNDS` rounds and a key of its own for each (`rounding_keys`): that of
-    `fxquant.numerics.stochastic` in words that CPUs multiply 16 at a time.
+    ``words`` holds M + N independent numbers (`fxquant.ops.rounding_words`), a first. Each element is uniform, those of
+    one row or one column are independent, and so are any two: the errors of one sum along either dimension are those of
+    numbers drawn one by one, at an addition each. A counter-based generator takes forty operations, longer than the
+    integer product itself.
     """
-    index = torch.arange(math.prod(shape), dtype=torch.int32, device=keys.device).view(shape)
-    left, right = index & _LOW, (index >> 16) & _LOW
-    for turn in range(ROUNDS):
-        mixed = left * _MULTIPLIER
-        left, right = (mixed >> 16) ^ right ^ keys[turn], mixed & _LOW
-    return (left * 256 + (right >> 8)).to(torch.float32) * 2.0**-24
+    first, second = words[: shape[0]], words[shape[0] :]
+    mixed = (first.view(-1, 1) + second.view(1, -1)) & (WORDS - 1)
+    return mixed.to(torch.float32) * (1.0 / WORDS)
 
 
 def step_of(grad: Tensor, dim: int) -> Tensor:
     """``max|g| / 127`` along ``dim``, which stays with one element; not 0, and not finite where ``g`` is not."""
-    size, large = grad.shape[dim], grad.abs()
-    if dim == 0 and isinstance(size, int) and size > _BLOCK and size % _BLOCK == 0:
-        large = large.view(size // _BLOCK, _BLOCK, *grad.shape[1:]).amax(1)
+    large = grad.abs()
+    if _has_blocks(grad, dim):
+        large = large.view(-1, _BLOCK, grad.shape[1]).amax(1)
     return (large.amax(dim, keepdim=True) * (1.0 / _LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def codes_of(grad: Tensor, step: Tensor, keys: Tensor | None) -> Tensor:
-    """``g / step`` as int8: to the nearest, or with ``keys`` up or down by chance, g on average."""
+def _has_blocks(values: Tensor, dim: int) -> bool:
+    size = values.shape[dim]
+    return dim == 0 and isinstance(size, int) and size > _BLOCK and size % _BLOCK == 0
+
+
+def codes_of(grad: Tensor, step: Tensor, words: Tensor | None) -> Tensor:
+    """``g / step`` as int8: to the nearest, or with ``words`` up or down by chance, g on average."""
     steps = grad * step.reciprocal()
-    whole = steps.round() if keys is None else round_by_chance(steps, chance(keys, tuple(grad.shape)))
+    whole = steps.round() if words is None else round_by_chance(steps, chance(words, tuple(grad.shape)))
     return whole.clamp(-_LARGEST, _LARGEST).to(torch.int32).to(torch.int8)
 
 
@@ -73,7 +74,7 @@ class Form:
 
 
 def product(
-    grad: Tensor, code: Tensor, scale: Tensor, zero: Tensor | None, keys: Tensor | None, form: Form
+    grad: Tensor, code: Tensor, scale: Tensor, zero: Tensor | None, words: Tensor | None, form: Form
 ) -> Tensor:
     """``Σ_s grad[r, s] · (code[s, k] − zero) · scale``, of the gradient's codes; sums are exact in int32.
 
@@ -84,7 +85,7 @@ def product(
     if form.scale_dim == 0:
         values = values * scale.to(torch.float32).unsqueeze(1 - summed)
     step = step_of(values, summed)
-    codes = codes_of(values, step, keys)
+    codes = codes_of(values, step, words)
     total = torch._int_mm(code.t(), codes) if form.columns else torch._int_mm(codes, code)
     if zero is not None:
         total = total - _offsets(codes, zero.to(torch.int32), summed, form.zero_dim)
@@ -97,6 +98,8 @@ def _offsets(codes: Tensor, zero: Tensor, summed: int, zero_dim: int | None) -> 
     """``Σ_s code · zero``, as it is taken off the sums."""
     if zero_dim == 0:
         return (codes.to(torch.int32) * zero.unsqueeze(1 - summed)).sum(summed, keepdim=True, dtype=torch.int32)
+    if _has_blocks(codes, summed):
+        codes = codes.view(-1, _BLOCK, codes.shape[1]).sum(1, dtype=torch.int32)
     return codes.sum(summed, keepdim=True, dtype=torch.int32) * _along(zero, summed)
 
 

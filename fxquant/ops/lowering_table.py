@@ -153,7 +153,7 @@ ROLES: Mapping[str, Role] = {
     "bind": MARK,
     **dict.fromkeys(("dequantize_affine", "quantize_dequantize", "quantize_dequantize_blocks"), EXPORT),
     "integer_convolution": FOREIGN,
-    "rounding_keys": DRAWN,
+    "rounding_words": DRAWN,
 }
 """Operator → role, by its name in the namespace ``fxquant``; every other is a `FUNCTION`."""
 

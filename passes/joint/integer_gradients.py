@@ -16,7 +16,7 @@ from fxquant.graph.meta import mark_masked_gradient
 from fxquant.graph.nodes import packet
 from fxquant.numerics.gradients import Form, product
 from fxquant.ops.quantize import DEQUANTIZE, DEQUANTIZE_CHANNEL
-from fxquant.ops.rounding_keys import ROUNDING_KEYS
+from fxquant.ops.rounding_words import ROUNDING_WORDS
 from fxquant.ops.saved import UNPACK_PLANES
 from fxquant.passes.joint.integer_products import Rewriter
 from fxquant.passes.joint.quantized_products import (
@@ -138,15 +138,8 @@ class Writer:
     def __init__(self, graph: fx.Graph, table: Table | None) -> None:
         self.graph, self.rewriter, self.bodies = graph, Rewriter(graph, table), Bodies(table)
 
-    def keys(self, count: int, like: fx.Node) -> fx.Node:
-        """The step's keys, before ``like``, whose device they are on."""
-        with self.graph.inserting_before(like):
-            found = call(self.graph, ROUNDING_KEYS, count, device=like.meta["val"].device, like=like)
-            found.meta["partitioner_tag"] = "is_backward"
-        return found
-
-    def replace(self, each: GradientProduct, keys: fx.Node | None, number: int) -> None:
-        """The product from codes; its gradient is rounded by the keys of that number, to the nearest without."""
+    def replace(self, each: GradientProduct, by_chance: bool) -> None:
+        """The product from codes; its gradient is rounded by chance or to the nearest."""
         node, operand = each.node, each.operand
         with self.graph.inserting_before(node):
             code = self._codes(operand)
@@ -155,7 +148,7 @@ class Writer:
                 code = self._call(aten.permute.default, code, [1, 0], like=node)
             if not columns and not operand.signed:  # torch multiplies uint8 from the left only
                 gradient, columns = self._call(aten.permute.default, gradient, [1, 0], like=node), True
-            row = None if keys is None else self._call(aten.select.int, keys, 0, number, like=node)
+            words = self._words(gradient, node) if by_chance else None
             form = Form(
                 columns=columns,
                 turned=not each.gradient_first,
@@ -163,7 +156,7 @@ class Writer:
                 zero_dim=each.dim_of_codes(operand.axis),
                 dtype=node.meta["val"].dtype,
             )
-            given = (gradient, code, operand.scale, operand.zero, row)
+            given = (gradient, code, operand.scale, operand.zero, words)
             new = self._paste(node, form, given)
         mark_masked_gradient(_stored(each.base))
         node.replace_all_uses_with(new)
@@ -172,15 +165,21 @@ class Writer:
             if not old.users:
                 self.graph.erase_node(old)
 
+    def _words(self, gradient: fx.Node, node: fx.Node) -> fx.Node:
+        rows, columns = gradient.meta["val"].shape
+        found = call(self.graph, ROUNDING_WORDS, rows + columns, device=gradient.meta["val"].device, like=node)
+        keep_tags(found, node)
+        return found
+
     def _paste(self, node: fx.Node, form: Form, given: Sequence[fx.Node | None]) -> Any:
         there = tuple(each is not None for each in given)
         operands = [each for each in given if each is not None]
 
         def arithmetic(*tensors: Tensor) -> Tensor:
             rest = iter(tensors)
-            grad, code, scale, zero, keys = (next(rest) if is_there else None for is_there in there)
+            grad, code, scale, zero, words = (next(rest) if is_there else None for is_there in there)
             assert grad is not None and code is not None and scale is not None
-            return product(grad, code, scale, zero, keys, form)
+            return product(grad, code, scale, zero, words, form)
 
         return paste(self.graph, self.bodies.of((form, there), arithmetic, operands), operands, origin=node)
 

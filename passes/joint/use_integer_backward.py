@@ -25,7 +25,7 @@ aten = torch.ops.aten
 _MARGIN = 1.1  # as `UseIntegerMatmul` has it
 # Sweeps over a gradient that an integer product takes and a float one does not: for its extremes, for its codes, and
 # what rounding by chance costs beside.
-_SWEEPS: dict[Rounding, int] = {"nearest": 2, "stochastic": 4}
+_SWEEPS: dict[Rounding, int] = {"nearest": 2, "stochastic": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,11 @@ class UseIntegerBackward(Pass):
         dw = mm(dyᵀ, FQ(x, s, z))       →   dw = float(_int_mm(q(x)ᵀ, q(dy)) − z·Σq(dy)) · (s · u)    u: for each column
 
     The gradient is rounded to 8 bits of its largest value in each row or column that is summed
-    (`fxquant.numerics.gradients`). What is read by another product is rounded to the nearest; what only goes out of
-    the graph, as a parameter's gradient, up or down by chance, so that it is the exact one on average, by numbers that
-    follow from the state of torch's generator (`rounding_keys`). The codes of the other operand are those of its
-    fake-quant, or those that `SaveQuantizedActivations` saved; nothing is dequantized for the product. Masks of
-    straight-through gradients, biases' and scales' gradients are computed as without, from these.
+    (`fxquant.numerics.gradients`). What is read by another product is rounded to the nearest, as is one of an open
+    size; what only goes out of the graph, as a parameter's gradient, up or down by chance, so that it is the exact one
+    on average, by numbers that follow from the state of torch's generator (`rounding_words`). The codes of the other
+    operand are those of its fake-quant, or those that `SaveQuantizedActivations` saved; nothing is dequantized for the
+    product. Masks of straight-through gradients, biases' and scales' gradients are computed as without, from these.
 
     ``mm`` only, on CPU: products of batches, convolutions and what is on a GPU stay float, and their reason is told.
     """
@@ -71,25 +71,27 @@ class UseIntegerBackward(Pass):
             try:
                 each = _read(node)
                 _check(each)
-                self._weigh(each, self._is_by_chance(each, gm))
+                self._weigh(each, self._is_by_chance(each))
             except StaysFloat as reason:
                 self.decline(result, node, f"float product in backward: {reason}")
             else:
                 found.append(each)
-        drawn = [each.node for each in found if self._is_by_chance(each, gm)]
+        by_chance = [self._is_by_chance(each) for each in found]
         writer = Writer(gm.graph, None if self.decompositions is None else self.decompositions())
-        keys = writer.keys(len(drawn), found[0].node) if drawn else None
-        for each in found:
-            by_chance = each.node in drawn
-            writer.replace(each, keys if by_chance else None, drawn.index(each.node) if by_chance else 0)
+        for each, drawn in zip(found, by_chance, strict=True):
+            writer.replace(each, drawn)
         return len(found)
 
     def uuid(self) -> str:
         """With the processor's instructions, by which it is known whether integer kernels are exact."""
         return f"{super().uuid()}-{torch.backends.cpu.get_cpu_capability()}"
 
-    def _is_by_chance(self, each: GradientProduct, gm: fx.GraphModule) -> bool:
-        return self.options.rounding == "stochastic" and not _reaches_a_product(each.node)
+    def _is_by_chance(self, each: GradientProduct) -> bool:
+        """What is as long as the batch, whose size may be open, draws nothing: it is of the input."""
+        sizes = each.gradient.meta["val"].shape
+        if self.options.rounding != "stochastic" or not all(isinstance(size, int) for size in sizes):
+            return False
+        return not _reaches_a_product(each.node)
 
     def _weigh(self, each: GradientProduct, by_chance: bool) -> None:
         if self.options.mode != "auto":

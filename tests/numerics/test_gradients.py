@@ -13,54 +13,50 @@ from fxquant.errors import InvalidArgument
 from fxquant.numerics import gradients
 from fxquant.numerics.gradients import Form, chance, codes_of, product, step_of
 from fxquant.ops.integer_matmul import multiplies_exactly
-from fxquant.ops.rounding_keys import ROUNDING_KEYS, rounding_keys
+from fxquant.ops.rounding_words import ROUNDING_WORDS, rounding_words
 
 exact_sums = pytest.mark.skipif(
     bool(multiplies_exactly("matmul", "cpu", False)), reason="this machine has no exact integer product"
 )
 
 
-def keys(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2**16, (gradients.ROUNDS,), dtype=torch.int32, generator=generator)
+def words(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, gradients.WORDS, (count,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_numbers_are_those_of_the_formula() -> None:
     """In Python's integers, element by element."""
-    key = keys(3)
-    found = chance(key, (300, 300)).flatten()
-    for index in (0, 1, 255, 65535, 65536, 89999):
-        left, right = index & 0xFFFF, index >> 16
-        for k in key.tolist():
-            left, right = (left * 0x72ED >> 16) ^ right ^ k, (left * 0x72ED) & 0xFFFF
-        assert found[index].item() == ((left << 8) + (right >> 8)) / 2**24
+    given = words(7)
+    given[0], given[3] = 2**24 - 1, 2**24 - 1
+    found = chance(given, (3, 4))
+    for m, n in itertools.product(range(3), range(4)):
+        assert found[m, n].item() == (given[m].item() + given[3 + n].item()) % 2**24 / 2**24
+    assert found[0, 0].item() == (2**25 - 2 - 2**24) / 2**24, "the largest words wrap around"
 
 
-def test_the_numbers_are_uniform_and_independent() -> None:
-    """Sums of n numbers are within five standard errors: of rows, columns, squares, and products of neighbours."""
-    n = 256
-    u = chance(keys(0), (n, n)).double() - 0.5
-    assert u.min() >= -0.5 and u.max() < 0.5
-    deviation = 5 * (n / 12) ** 0.5
-    assert u.sum(0).abs().max() < deviation and u.sum(1).abs().max() < deviation
-    for shift in ((0, 1), (1, 0), (1, 1), (2, 0), (0, 128), (128, 0)):
-        assert (u * u.roll(shift, (0, 1))).mean().abs() * 12 * n < 5
-    assert abs(12 * u.square().mean().item() - 1) * n < 5
-    other = chance(keys(1), (n, n)).double() - 0.5
-    assert (u * other).mean().abs() * 12 * n < 5, "another key, other numbers"
+def test_the_numbers_are_uniform_and_those_of_a_column_independent() -> None:
+    """Of 2 × 3 elements, drawn 20,000 times: mean, variance and covariance of each two, the joint law of one column."""
+    draws = 20_000
+    first, second = words(2 * draws, 1).view(draws, 2, 1), words(3 * draws, 2).view(draws, 1, 3)
+    u = (((first + second) & (gradients.WORDS - 1)).double() / gradients.WORDS).flatten(1) - 0.5
+    assert ((12 * u.T @ u / draws - torch.eye(6)).abs() < 5 / draws**0.5).all()
+    assert (u.mean(0).abs() * (12 * draws) ** 0.5 < 5).all()
+    cells = torch.histogramdd(u[:, [0, 3]].float(), [4, 4], range=[-0.5, 0.5, -0.5, 0.5]).hist
+    assert ((cells - draws / 16).abs() < 5 * (draws / 16) ** 0.5).all()
 
 
-def test_keys_follow_the_generator() -> None:
+def test_words_follow_the_generator() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, second = rounding_keys(3), rounding_keys(3)
+    first, second = rounding_words(30), rounding_words(30)
     torch.set_rng_state(state)
-    assert torch.equal(rounding_keys(3), first) and not torch.equal(first, second)
-    assert first.shape == (3, gradients.ROUNDS) and first.dtype == torch.int32
-    assert int(first.min()) >= 0 and int(first.max()) < 2**16
-    with pytest.raises(InvalidArgument, match=r"count must be at least 1: got 0\."):
-        rounding_keys(0)
-    torch.library.opcheck(ROUNDING_KEYS, (2,), {"device": torch.device("cpu")}, test_utils=("test_faketensor",))
+    assert torch.equal(rounding_words(30), first) and not torch.equal(first, second)
+    assert first.shape == (30,) and first.dtype == torch.int32
+    many = rounding_words(10_000)
+    assert 0 <= int(many.min()) < 2**14 and 2**24 - 2**14 < int(many.max()) < 2**24
+    with pytest.raises(InvalidArgument, match=r"count must be at least 0: got -1\."):
+        rounding_words(-1)
+    torch.library.opcheck(ROUNDING_WORDS, (2,), {"device": torch.device("cpu")}, test_utils=("test_faketensor",))
 
 
 def test_rounding_to_the_nearest_is_within_half_a_step() -> None:
@@ -76,7 +72,7 @@ def test_rounding_to_the_nearest_is_within_half_a_step() -> None:
 def test_rounding_by_chance_gives_the_neighbours_and_the_gradient_on_average() -> None:
     steps = torch.tensor([-127.0, -3.75, -1.0, -0.001, 0.0, 0.25, 0.5, 2.9, 127.0])
     draws = 4000
-    codes = codes_of(steps.expand(draws, -1), torch.ones(1), keys(2)).double()
+    codes = codes_of(steps.expand(draws, -1), torch.ones(1), words(draws + 9, 2)).double()
     assert ((codes >= steps.floor()) & (codes <= steps.ceil())).all()
     spread = ((steps - steps.floor()) * (steps.ceil() - steps) / draws).sqrt()
     assert ((codes.mean(0) - steps).abs() <= 5 * spread + 1e-7).all()
@@ -136,7 +132,8 @@ def test_the_mean_of_a_thousand_draws_is_the_exact_product() -> None:
     grad = torch.randn(summed, outputs) * torch.rand(summed, 1).pow(4)
     code = torch.randint(0, 256, (summed, inputs), dtype=torch.uint8)
     scale, zero = torch.tensor([0.03]), torch.tensor([120], dtype=torch.int32)
-    found = product(grad.repeat(1, draws), code, scale, zero, keys(7), WEIGHT).view(draws, outputs, inputs).double()
+    drawn = words(summed + outputs * draws, 7)
+    found = product(grad.repeat(1, draws), code, scale, zero, drawn, WEIGHT).view(draws, outputs, inputs).double()
     exact = grad.t().double() @ ((code.double() - 120) * 0.03)
     error = found.std(0) / draws**0.5
     assert (error > 0).all() and ((found.mean(0) - exact).abs() < 4.5 * error).all()
@@ -149,7 +146,7 @@ def test_what_is_not_finite_stays_so_and_zeros_give_zeros() -> None:
     code, scale = torch.ones(40, 2, dtype=torch.uint8), torch.ones(1)
     grad = torch.zeros(40, 4)
     grad[3, 1], grad[4, 2], grad[5, 3] = float("inf"), float("nan"), 1e-44
-    for key in (None, keys(0)):
+    for key in (None, words(44)):
         found = product(grad, code, scale, None, key, WEIGHT)
         assert (found[0] == 0).all() and found[3].isfinite().all()
         assert not found[1].isfinite().any() and not found[2].isfinite().any()

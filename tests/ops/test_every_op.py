@@ -86,7 +86,7 @@ def test_every_op_has_a_case() -> None:
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fxquant::")}
     names = {n.replace("::", ".") if "." in n else n.replace("::", ".") + ".default" for n in defined}
     # Of integers, and of no tensor: tests/passes/joint/test_use_integer_matmul.py, tests/numerics/test_gradients.py
-    elsewhere = {"fxquant.integer_convolution.default", "fxquant.rounding_keys.default"}
+    elsewhere = {"fxquant.integer_convolution.default", "fxquant.rounding_words.default"}
     assert names - elsewhere == {str(case.op) for case in CASES}
     assert len({case.name for case in CASES}) == len(CASES)
 

@@ -24,7 +24,7 @@ from fxquant.ops.lowering_table import KERNELS, ROLES, Form, Stage, becomes
 from fxquant.ops.marks import BIND
 from fxquant.ops.plain_inductor import fuse_in_inductor
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE, QUANTIZE_DEQUANTIZE_BLOCKS
-from fxquant.ops.rounding_keys import ROUNDING_KEYS
+from fxquant.ops.rounding_words import ROUNDING_WORDS
 from fxquant.passes.base import PassResult
 from fxquant.passes.post_grad.lower_fake_quantize import LowerFakeQuantize
 from tests.ops.cases import Case
@@ -47,7 +47,7 @@ OTHERS = (
         INTEGER_CONVOLUTION,
         lambda x: (torch.zeros(1, 8, 4).to(torch.uint8), torch.zeros(8, 8, 3).to(torch.int8), POINT, [1], [0], [1], 1),
     ),
-    Case("rounding_keys", ROUNDING_KEYS, lambda x: (2,), kwargs={"device": torch.device("cpu")}),
+    Case("rounding_words", ROUNDING_WORDS, lambda x: (2,), kwargs={"device": torch.device("cpu")}),
 )
 BY_OPERATOR = {case.op: case for case in reversed((*CASES, *OTHERS))}
 
@@ -171,7 +171,7 @@ def test_what_an_eager_call_runs() -> None:
         expected = "kernel" if has(op.name(), "CUDA") else "arithmetic"
         assert becomes(op, "eager", "cuda") == expected
         assert (operator_name(op) in ENTRIES) == (expected == "kernel")
-    assert BY_OPERATOR.keys() - ARITHMETIC.keys() == {INTEGER_CONVOLUTION, ROUNDING_KEYS}
+    assert BY_OPERATOR.keys() - ARITHMETIC.keys() == {INTEGER_CONVOLUTION, ROUNDING_WORDS}
     assert becomes(INTEGER_CONVOLUTION, "eager") == "kernel" and has(INTEGER_CONVOLUTION.name(), "CPU")
 
 
@@ -221,14 +221,14 @@ class Decision:
 
 
 DECISIONS = (
-    Decision("plain", "cpu", "node", {"bind", "integer_convolution", "rounding_keys"}),
+    Decision("plain", "cpu", "node", {"bind", "integer_convolution", "rounding_words"}),
     Decision("aot eager", "cpu", "arithmetic", {"stand_in"}),
     Decision(
         *("aot", "cpu", "node"),
         AFFINE
         | GRADIENTS
         | STATE
-        | {"bind", "materialize", "integer_convolution", "learned_start", "rounding_keys"}
+        | {"bind", "materialize", "integer_convolution", "learned_start", "rounding_words"}
         | {"dequantize_affine", "quantize_dequantize", "quantize_dequantize_blocks"},
     ),
     Decision("joint", "cpu", "arithmetic", GRADIENTS),
