@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx
 
 from fxquant.graph.dependence import constant_nodes, weight_computations
-from fxquant.graph.kinds import kind_of, operands
+from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.graph.lift import Operand
-from fxquant.graph.nodes import call_nodes
+from fxquant.graph.nodes import call_nodes, is_float
 from fxquant.spec.rules import Rule, Rulebook, Where
 from fxquant.targets.profiles import Profile
 
@@ -30,6 +30,7 @@ class Exceptions:
     ) -> None:
         self.book, self.modules, self.ends = book, modules, ends
         self._decided: dict[Operand, Rule | None] = {}
+        self._constants: dict[fx.Graph, set[fx.Node]] = {}
 
     def rule(self, node: fx.Node, operand: str) -> Rule | None:
         """The rule that decides about an operand."""
@@ -39,9 +40,23 @@ class Exceptions:
             kind = kind_of(node)
             assert kind is not None
             position = frozenset(name for name, end in zip(("first", "last"), self.ends, strict=True) if end is node)
-            where = Where(modules=self.modules(node), kind=kind.name, operand=operand, position=position)
+            where = Where(
+                modules=self.modules(node),
+                kind=kind.name,
+                operand=operand,
+                is_weight=self._is_weight(node, kind, operand),
+                position=position,
+            )
             self._decided[node, operand] = self.book.decide(where)
         return self._decided[node, operand]
+
+    def _is_weight(self, node: fx.Node, kind: Kind, operand: str) -> bool:
+        value = operands(node).get(operand)
+        if value is None or not is_float(value) or not (kind.is_weight(operand) or kind.name == "einsum"):
+            return False
+        if node.graph not in self._constants:
+            self._constants[node.graph] = constant_nodes(node.graph)
+        return value in self._constants[node.graph]
 
 
 def weighted(graph: fx.Graph, profile: Profile) -> list[fx.Node]:

@@ -23,12 +23,14 @@ class Where:
         modules: path and class of every module around the operator, outermost first; "" is the model itself.
         kind: operator kind, as in `fxquant.graph.kinds.KINDS`.
         operand: ``"weight"``, ``"input"``, ``"lhs"``, …; ``"output"`` for the operator's result.
+        is_weight: whether it is a weight under another name, as the ``"rhs"`` of ``x @ parameter``.
         position: the ends of the model that the operator stands at.
     """
 
     modules: tuple[tuple[str, type | str | None], ...]
     kind: str
     operand: str
+    is_weight: bool = False
     position: frozenset[str] = frozenset()
 
 
@@ -45,7 +47,8 @@ class Rule:
             ``layer1`` runs, ``"*.attn"`` every attention, ``""`` only what the model's own forward runs.
         module: class, or name of a class, of that module or one around it (the same one, if ``path`` is given too).
         kind: operator kind: ``"conv"``, ``"linear"``, ``"matmul"``, …
-        operand: ``"weight"``, ``"input"``, …; ``"output"`` for the result; ``"activation"`` for all but the weight.
+        operand: ``"weight"``, ``"input"``, …; ``"output"`` for the result; ``"activation"`` for all but the weight,
+            which the parameter of ``x @ parameter`` is too.
         position: ``"first"`` or ``"last"`` operator of the model that has a weight.
         optional: whether it may match nothing; otherwise that is an error.
     """
@@ -75,7 +78,7 @@ class Rule:
         """Whether all that the rule gives is so."""
         if self.kind is not None and self.kind != where.kind:
             return False
-        if self.operand is not None and not _is_operand(self.operand, where.operand):
+        if self.operand is not None and not _is_operand(self.operand, where):
             return False
         if self.position is not None and self.position not in where.position:
             return False
@@ -99,8 +102,10 @@ class Rule:
         return f"Rule({', '.join(given[1:] + given[:1])})"
 
 
-def _is_operand(wanted: str, operand: str) -> bool:
-    return operand not in ("weight", "output") if wanted == "activation" else wanted == operand
+def _is_operand(wanted: str, where: Where) -> bool:
+    if wanted == "activation":
+        return where.operand not in ("weight", "output") and not where.is_weight
+    return wanted == where.operand or (wanted == "weight" and where.is_weight)
 
 
 def _is_class(found: type | str | None, wanted: type | str) -> bool:

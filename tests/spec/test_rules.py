@@ -192,6 +192,14 @@ def test_a_model_that_was_not_prepared_follows_the_rules_of_its_recipe() -> None
     assert "Rule(path='nowhere', spec=None) matches nothing in this graph" in [d.reason for d in report.declines]
 
 
+def test_the_parameter_of_a_matrix_product_is_a_weight_to_rules():
+    """Which the rule for activations took for one, and refused as a weight's format."""
+    for operand, spec in (("activation", A16), ("weight", W4)):
+        found = formats(plan(Rule(kind="matmul", operand=operand, spec=spec), recipe="int8"))
+        changed = {"matmul0_lhs": "u16"} if operand == "activation" else {"matmul0_rhs": "s4 axis 1"}
+        assert found == PLAIN | changed
+
+
 class Reader(nn.Module):
     """A table and a product."""
 
