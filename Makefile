@@ -63,6 +63,8 @@ gpu: venv ## Tests and benches on a CUDA device, DEVICE=cpu to try them out; OUT
 	it out with make gpu DEVICE=cpu.")'
 	"$(PY)" -m pytest tests/gpu --device $(DEVICE) $(ARGS)
 	"$(PY)" bench/gpu/bench_gpu.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) $(if $(OUT),--out "$(OUT)")
+	"$(PY)" bench/gpu/tensorrt_outputs.py --device $(DEVICE) \
+	  $(if $(filter cpu,$(DEVICE)),--recipes int8 --dtypes float16) $(if $(OUT),--out "$(OUT).tensorrt")
 
 clean: ## Remove build outputs and caches (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -103,11 +103,11 @@ def child(options: argparse.Namespace) -> list[Row]:
 
 
 def known_of(path: Path | None, name: str) -> Row:
-    """What earlier rows say of an entry's float export."""
+    """What earlier rows say of an entry's float export; its time is of another day."""
     lines = [] if path is None else path.read_text(encoding="utf-8").splitlines()
     for row in map(json.loads, lines):
         if row["entry"] == name and ("float_error" in row or "float_build_s" in row):
-            return {key: value for key, value in row.items() if key.startswith("float_") and key != "float_by_plan"}
+            return {key: row[key] for key in ("float_products", "float_error") if key in row}
     return {}
 
 
