@@ -28,7 +28,7 @@ from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
 from fxquant.onnx.precision import Precision, choose_precision
-from fxquant.onnx.runtime_forms import fold_pads, sum_before_norms
+from fxquant.onnx.runtime_forms import fold_pads, one_node_silu, prelu_of_halves, sum_before_norms
 from fxquant.onnx.typed import type_floats
 from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.whole_products import keep_products_whole
@@ -208,8 +208,10 @@ def _finish(
     type_codes(model, elements_of(graph))
     write_blocks(model, frozen.blocks, profile.block_form)
     fold_pads(model.graph)
-    if profile.slow_skip_norm:
+    if profile.onnxruntime_forms:
         sum_before_norms(model.graph)
+        one_node_silu(model)
+        prelu_of_halves(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     if profile.splits_weights:

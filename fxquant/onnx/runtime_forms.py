@@ -47,6 +47,71 @@ def sum_before_norms(graph: Any) -> int:
     return len(adds)
 
 
+def one_node_silu(model: Any) -> int:
+    """``Mul(x, Sigmoid(x))``  →  ``com.microsoft.QuickGelu(x, alpha=1)``, of an x that comes out of a DequantizeLinear.
+
+    The same numbers. onnxruntime does so itself with a float that a kernel gives; a DequantizeLinear it writes once for
+    each reader, and then sees two different operands: 0.33 ms for what takes 0.19 on 200,000 values. Returns how many.
+    """
+    import onnx_ir as ir
+
+    done = 0
+    for sigmoid in [node for node in model.graph if node.op_type == "Sigmoid"]:
+        (x,), users = sigmoid.inputs, list(_users(sigmoid))
+        source = x.producer()
+        if len(users) != 1 or users[0].op_type != "Mul" or source is None or source.op_type != "DequantizeLinear":
+            continue
+        (mul,) = users
+        if not any(value is x for value in mul.inputs) or sigmoid.outputs[0] in model.graph.outputs:
+            continue
+        (made,) = _in_the_place_of(mul, [ir.node("QuickGelu", [x], {"alpha": 1.0}, domain="com.microsoft")])
+        model.graph.insert_before(mul, made)
+        model.graph.remove([mul, sigmoid], safe=True)
+        model.graph.opset_imports["com.microsoft"] = 1
+        done += 1
+    return done
+
+
+def prelu_of_halves(graph: Any) -> int:
+    """``PRelu(x, slope)``  →  ``Max(x, 0) + slope · Min(x, 0)``: the same numbers.
+
+    onnxruntime's PRelu goes value by value; the four together take a third of its time. Returns how many it replaced.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    nodes = [node for node in graph if node.op_type == "PRelu" and node.inputs[0].dtype == ir.DataType.FLOAT]
+    if not nodes:
+        return 0
+    zero = ir.Value(name="prelu_zero", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.FLOAT))
+    zero.const_value = ir.tensor(np.float32(0.0), name=zero.name)
+    graph.register_initializer(zero)
+    for node in nodes:
+        x, slope = node.inputs
+        above, below = ir.node("Max", [x, zero]), ir.node("Min", [x, zero])
+        sloped = ir.node("Mul", [below.outputs[0], slope])
+        made = _in_the_place_of(
+            node, [above, below, sloped, ir.node("Add", [above.outputs[0], sloped.outputs[0]])]
+        )
+        graph.insert_before(node, made)
+        graph.remove(node, safe=True)
+    return len(nodes)
+
+
+def _in_the_place_of(node: Any, made: list[Any]) -> list[Any]:
+    """Nodes whose last one gives the value of another under its name, and the others values named after it."""
+    import onnx_ir as ir
+
+    (old,), (new,) = node.outputs, made[-1].outputs
+    for number, each in enumerate(made[:-1]):
+        (value,) = each.outputs
+        value.name, value.shape, value.type = f"{old.name}__part{number}", old.shape, old.type
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    new.name, old.name = old.name, f"{old.name}_replaced"
+    return made
+
+
 def _is_norm(node: Any) -> bool:
     return bool(node.op_type == "LayerNormalization")
 

@@ -6,7 +6,8 @@ from typing import Any
 
 # What may read a pair's floats for its zero point to be left out, and what may not make them: onnxruntime's integer
 # kernels of those want one.
-_READERS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "MatMul", "Gemm", "Mul"})
+_READERS = frozenset({"Reshape", "Slice", "Transpose", "Squeeze", "Unsqueeze", "MatMul", "Gemm", "Mul"})
+_MOVES = frozenset({"Reshape", "Squeeze", "Unsqueeze"})
 _MAKERS = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "ReduceMean", "Conv", "ConvTranspose"})
 
 
@@ -16,7 +17,12 @@ def imply_zero_points(graph: Any) -> int:
     The same codes. onnxruntime 1.31 moves such pairs across Reshape and Transpose, and puts some of its own there; it
     then rewrites int8 to uint8 with zero point 128, forgets the type that it wrote as an attribute, and refuses the
     file ("output_dtype INT8 does not match y_zero_point type UINT8"). A pair without a zero point it leaves alone.
-    For targets whose kernels need none. Returns how many pairs it changed.
+    For targets whose kernels need none. What is left, because a kernel of the value's maker wants a zero point, is
+    quantized again where a Transpose moves it, so that onnxruntime (1.31 and 1.32) has no pair to move there::
+
+        Transpose(DQ(c, s, int8 0))  →  DQ(Q(Transpose(DQ(c, s, int8 0)), s, output_dtype=INT8), s)
+
+    Returns how many pairs it changed and added.
     """
     import onnx_ir as ir
 
@@ -35,7 +41,32 @@ def imply_zero_points(graph: Any) -> int:
             for reader in readers:
                 reader.resize_inputs(2)
             done += 1
-    return done
+    return done + sum(_quantize_again(graph, node) for node in list(graph) if node.op_type == "Transpose")
+
+
+def _quantize_again(graph: Any, transpose: Any) -> bool:
+    """Whether a Transpose moves the floats of an int8 pair with a zero point of 0 that is written."""
+    import onnx_ir as ir
+
+    source = transpose.inputs[0].producer()
+    while source is not None and source.op_type in _MOVES:
+        source = source.inputs[0].producer()
+    is_pair = source is not None and source.op_type == "DequantizeLinear" and source.inputs[0].producer() is not None
+    if not is_pair or len(source.inputs) < 3 or not _is_int8_zero(source.inputs[2], ir):
+        return False
+    (moved,), scale = transpose.outputs, source.inputs[1]
+    if any(user.op_type == "QuantizeLinear" for user, _ in moved.uses()):
+        return False
+    quantize = ir.node("QuantizeLinear", [moved, scale], {"output_dtype": int(ir.DataType.INT8)})
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale])
+    for name, node in (("codes", quantize), ("again", dequantize)):
+        (value,) = node.outputs
+        value.name, value.shape = f"{moved.name}__{name}", moved.shape
+    quantize.outputs[0].type, dequantize.outputs[0].type = ir.TensorType(ir.DataType.INT8), moved.type
+    ir.convenience.replace_all_uses_with(moved, dequantize.outputs[0], replace_graph_outputs=True)
+    quantize.replace_input_with(0, moved)
+    graph.insert_after(transpose, [quantize, dequantize])
+    return True
 
 
 def _is_dequantize(node: Any) -> bool:

@@ -35,8 +35,8 @@ class Profile:
         splits_weights: it takes a product apart whose result is split in three, see `fxquant.onnx.whole_products`.
         unpacks: it computes the weights of recurrent layers as it loads a file that has them as codes times scales, and
             before every run where a DequantizeLinear does.
-        slow_skip_norm: a residual sum is kept out of the LayerNormalization after it, which the runtime would make one
-            slower kernel of.
+        onnxruntime_forms: sums before a norm, SiLU and PReLU are written as onnxruntime runs them fastest, see
+            `fxquant.onnx.runtime_forms`.
         float_pads: a pad runs in float, so that what is padded is quantized again after it, to the same codes.
         float_volume_pools: so does a max pool over three dimensions.
         activation_bits, weight_bits: code widths that the runtime knows.
@@ -72,7 +72,7 @@ class Profile:
     bias_apart: bool = False
     integer_bias: bool = False
     implied_zero: bool = False
-    slow_skip_norm: bool = False
+    onnxruntime_forms: bool = False
     float_pads: bool = False
     splits_weights: bool = False
     unpacks: bool = False

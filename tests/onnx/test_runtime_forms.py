@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from fxquant.onnx.runtime_forms import fold_pads, sum_before_norms
+from fxquant.onnx.runtime_forms import fold_pads, one_node_silu, prelu_of_halves, sum_before_norms
 from fxquant.targets.session import run_session, session
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]> net (float[1,2,4,6] x) => (float[?,?,?,?] y)'
@@ -32,10 +32,11 @@ def run(model: onnx.ModelProto) -> np.ndarray:
     return run_session(session(model.SerializeToString(), optimize=False, threads=1), None, {"x": X})[0]
 
 
-def changed(model: onnx.ModelProto, form: Callable[[Any], int], count: int) -> list[str]:
+def changed(model: onnx.ModelProto, form: Callable[[Any], int], count: int, whole: bool = False) -> list[str]:
     """The file's operators after a form that finds ``count`` places, and the same numbers; the second time, none."""
-    found = ir.serde.deserialize_model(model)
-    assert form(found.graph) == count and form(found.graph) == 0
+    found = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
+    given = found if whole else found.graph
+    assert form(given) == count and form(given) == 0
     after = ir.serde.serialize_model(found)
     onnx.checker.check_model(after, full_check=True)
     np.testing.assert_array_equal(run(after), run(model))
@@ -86,3 +87,28 @@ def test_sums_before_a_norm() -> None:
     body = "a = Neg(x) b = Add(x, a) d = Add(b, x) c = LayerNormalization(d, k) y = Add(c, b)"
     model = onnx.parser.parse_model(f"{HEAD} <float[6] k = {{1, 2, 3, 4, 5, 6}}> {{ {body} }}")
     assert changed(model, sum_before_norms, 1) == ["Neg", "Add", "Sum", "LayerNormalization", "Add"]
+
+
+@pytest.mark.parametrize("order", ["q, a", "a, q"])
+def test_silu_of_codes_is_one_node(order: str) -> None:
+    model = written(f"{QUANTIZE} a = Sigmoid(q) y = Mul({order})")
+    assert changed(model, one_node_silu, 1, whole=True) == ["QuantizeLinear", "DequantizeLinear", "QuickGelu"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Sigmoid(x) y = Mul(x, a)",
+        f"{QUANTIZE} a = Sigmoid(q) y = Mul(a, x)",
+        f"{QUANTIZE} a = Sigmoid(q) b = Mul(q, a) y = Add(b, a)",
+    ],
+    ids=["of a float", "of another", "read twice"],
+)
+def test_sigmoids_that_stay(body: str) -> None:
+    assert "Sigmoid" in changed(written(body), one_node_silu, 0, whole=True)
+
+
+def test_prelu_is_two_halves() -> None:
+    body = "a = PRelu(x, k) b = Neg(a) y = PRelu(b, k)"
+    model = onnx.parser.parse_model(f"{HEAD} <float[2,1,1] k = {{0.25, -3}}> {{ {body} }}")
+    assert changed(model, prelu_of_halves, 2) == ["Max", "Min", "Mul", "Add", "Neg", "Max", "Min", "Mul", "Add"]

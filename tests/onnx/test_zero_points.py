@@ -1,0 +1,53 @@
+"""Int8 pairs that onnxruntime's optimizer moves, in files written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from fxquant.onnx.zero_points import imply_zero_points
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]> net (float[1,2,4,8] x, float[1,2,4,8] w) => (float[?,?,?,?] y)'
+CONSTANTS = "float s = {0.05}, float t = {0.04}, int8 z = {0}"
+LEFT = "a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z)"
+PAIR = "c = QuantizeLinear(k, t, z) d = DequantizeLinear(c, t, z)"
+TURNED = "e = Transpose <perm = [0, 1, 3, 2]> (d) y = MatMul(b, e)"
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
+
+
+def run(model: onnx.ModelProto, level: str) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    built = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x, w = np.random.default_rng(0).normal(size=(2, 1, 2, 4, 8)).astype(np.float32)
+    return built.run(None, {"x": x, "w": w})[0]
+
+
+@pytest.mark.parametrize(
+    ("maker", "added"),
+    [
+        ("k = Neg(w)", 0),
+        ("k = Concat <axis = 2> (w, w)", 1),
+        ("k = AveragePool <kernel_shape = [2, 2]> (w)", 1),
+    ],
+    ids=["alone", "concat", "pool"],
+)
+def test_keys_load_at_every_level(maker: str, added: int) -> None:
+    """Of what a kernel with a zero point makes, the Transpose is quantized again; of others, none is written."""
+    turned = TURNED.replace("MatMul(b, e)", "MatMul(b2, e)")
+    body = f"{LEFT} b2 = Slice(b, i, j, n) {maker} {PAIR} {turned}"
+    size = 7 if "Pool" in maker else 8
+    held = f"{CONSTANTS}, int64[1] i = {{0}}, int64[1] j = {{{size}}}, int64[1] n = {{3}}"
+    model = onnx.parser.parse_model(f"{HEAD} <{held}> {{ {body} }}")
+    found = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
+    assert imply_zero_points(found.graph) >= 1 and imply_zero_points(found.graph) == 0
+    after = ir.serde.serialize_model(found)
+    onnx.checker.check_model(after, full_check=True)
+    assert sum(node.op_type == "QuantizeLinear" for node in after.graph.node) == 2 + added
+    expected = run(model, LEVELS[0])
+    for level in LEVELS:
+        np.testing.assert_allclose(run(after, level), expected, atol=1e-5)
