@@ -83,6 +83,12 @@ def _with_spec(site: Site, spec: QuantSpec, pattern: str, profile: Profile) -> S
     check_spec(site.local.role, spec, f"changes[{pattern!r}]")
     if spec.family:
         profile.check_format(site.local.role, spec, f"changes[{pattern!r}]")
+    if site.local.role != "weight":
+        if profile.fit(spec, is_positive=True) != spec:
+            raise InvalidArgument(
+                f"changes[{pattern!r}] must have signed and symmetric codes for target {profile.name!r}: got {spec}."
+            )
+        spec = profile.rounded(spec)
     if spec.group_size is not None and site.local.role != "weight":
         raise InvalidArgument(
             f"changes[{pattern!r}] must not be per token or group for {site.key}: got {spec} for an activation, whose "

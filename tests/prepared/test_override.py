@@ -168,3 +168,14 @@ def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module, monkeypatch: 
 def test_only_a_prepared_model_can_be_changed() -> None:
     with pytest.raises(InvalidArgument, match="override must be given a prepared model"):
         fxquant.override(Net(), {"*": None})
+
+
+def test_a_target_without_zero_points_refuses_them_and_rounds_as_it_does() -> None:
+    """TensorRT reads uint8 codes as int8, and multiplies by the reciprocal of the scale."""
+    model = fxquant.prepare(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),), target="tensorrt")
+    message = r"^changes\['0\.input'\] must have signed and symmetric codes for target 'tensorrt': got u8"
+    with pytest.raises(InvalidArgument, match=message):
+        fxquant.override(model, {"0.input": QuantSpec(signed=False, symmetric=False)})
+    fxquant.override(model, {"0.input": QuantSpec(narrow=True)})
+    (site,) = (site for site in plan_of(model).sites if site.key == "0.input")
+    assert site.local.spec.narrow and site.local.spec.rounding == "reciprocal"
