@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nets import Unavailable
 from peers import PEERS
 from torch import Tensor, nn
 
@@ -91,6 +92,23 @@ def _learned(bits: int) -> fxquant.Recipe:
     )
 
 
+def _recipe(name: str) -> Variant:
+    """A recipe by its name, for no runtime in particular; Unavailable for a net without an operator that takes it."""
+    inner = _fxquant(recipe=name, target="generic")
+
+    def build(model: nn.Module, x: Tensor, backend: str = "fxquant") -> Built:
+        try:
+            return inner.build(model, x, backend=backend)
+        except fxquant.errors.FxquantError as error:
+            if "found none to quantize" not in str(error):
+                raise
+            raise Unavailable(f"no operator of this net takes recipe {name}") from error
+
+    return Variant(build=build, ours=True)
+
+
+RECIPES = ("w4a8", "w4a4", "w2a8", "int4_weight_only", "fp8", "mxfp8", "mxfp4", "nvfp4")
+
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(build=_plain),
     "plain eager": Variant(build=_eager),
@@ -103,6 +121,8 @@ VARIANTS: dict[str, Variant] = {
     "fxquant integer auto": _fxquant({"integer_matmul": "auto"}),
     "fxquant integer step": _fxquant({"integer_matmul": "auto", "integer_backward": "auto"}),
 }
+VARIANTS |= {f"fxquant {_name}": _recipe(_name) for _name in RECIPES}
+VARIANTS["fxquant per token"] = _recipe("int8_dynamic")
 for _name, _make in PEERS.items():
     VARIANTS[f"{_name} eager"] = _peer(_make, compiled=False)
     VARIANTS[_name] = _peer(_make, compiled=True)
