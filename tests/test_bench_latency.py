@@ -1,0 +1,54 @@
+"""The latency bench's helpers: its own net is the published one, runs take turns, a package that lacks is named."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+BENCH = Path(__file__).parent.parent / "bench"
+MODULES = ("bench_latency", "machine", "nets")
+
+
+@pytest.fixture
+def latency(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script, imported as it imports its neighbours, and forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("bench_latency")
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_efficientnet_lite0_has_the_published_parameters(latency: ModuleType) -> None:
+    with torch.device("meta"):
+        model = latency.efficientnet_lite0()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_652_008
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 49
+
+
+@pytest.mark.parametrize(("size", "kernel", "pads"), [(8, 3, (0, 1)), (7, 3, (1, 1)), (8, 5, (1, 2))])
+def test_pads_are_tensorflows(latency: ModuleType, size: int, kernel: int, pads: tuple[int, int]) -> None:
+    conv, x = latency.Same(2, 3, kernel, 2, bias=False), torch.randn(1, 2, size, size)
+    assert torch.equal(conv(x), F.conv2d(F.pad(x, pads * 2), conv.weight, None, 2))
+    assert conv(x).shape[-1] == -(-size // 2)
+
+
+def test_runs_take_turns_after_three_that_do_not_count(latency: ModuleType) -> None:
+    calls: list[str] = []
+    found = latency.timed({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2)
+    assert calls == ["a", "b"] * 5 and found.keys() == {"a", "b"}
+
+
+def test_a_package_that_is_not_installed(latency: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(importlib.import_module("nets").Unavailable, match="vit_tiny needs timm: pip install timm"):
+        latency.build("vit_tiny")
