@@ -120,7 +120,7 @@ def test_a_mask_that_may_mask_stays(how: str) -> None:
     if how == "of the input":
         mask = near
     if how == "random":
-        mask = g.call(aten.ge.Scalar, g.call(aten.rand.default, [4, 4]), -1.0)
+        mask = g.call(aten.ge.Scalar, g.call(aten.rand_like.default, g.held("like", torch.ones(4, 4))), -1.0)
     if how == "padded":
         mask = g.call(aten.constant_pad_nd.default, g.held("less", torch.ones(4, 3).bool()), [0, 1])
     if how == "written":
