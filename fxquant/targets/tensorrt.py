@@ -57,8 +57,8 @@ _PROFILE = Profile(
         **FLOAT_CELLS,
     },
     float_pools=("bfloat16",),
-    # TensorRT for RTX 1.7.1: build error, parse error.
-    without={"bfloat16": frozenset({"ConvTranspose", "GRU", "LSTM"})},
+    # TensorRT for RTX 1.7.1: build error, parse errors.
+    without={"bfloat16": frozenset({"ConvTranspose", "GRU", "LSTM", "HardSwish"})},
     strongly_typed=True,
     cards=_CARDS,
     highest_opset=25,

@@ -129,3 +129,12 @@ def test_codes_of_four_bits_beside_codes_stay_int8_in_half_files(tmp_path: Path)
         report = fxquant.export_onnx(model, (x,), tmp_path / "net.onnx", float_dtype=dtype, weight_storage="int4")
         assert note in report.notes
         assert [row.kernel for row in kernel_rows(tmp_path / "net.onnx")] == ["matrix product int8·int8"]
+
+
+def test_hard_swish_is_no_bfloat16_operator(tmp_path: Path) -> None:
+    """The parser refuses it there: it runs in float32, and the convolutions around it on integers."""
+    x = torch.randn(2, 3, 8, 8)
+    layers = nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 3)
+    model = calibrated(nn.Sequential(*layers), x, target="tensorrt")
+    fxquant.export_onnx(model, (x,), tmp_path / "net.onnx", float_dtype=torch.bfloat16)
+    assert [row.integer for row in kernel_rows(tmp_path / "net.onnx")] == [True, True]
