@@ -85,6 +85,25 @@ FAULTS: list[tuple[str, str, Changes]] = [
         },
     ),
     (
+        "fxquant/numerics/gradients.py",
+        "tests/numerics/test_gradients.py",
+        {
+            "words[: shape[0]], words[shape[0] :]": "words[: shape[0]], words[: shape[1]]",
+            "view(-1, _BLOCK, grad.shape[1]).amax(1)": "view(-1, _BLOCK, grad.shape[1])[:, 1:].amax(1)",
+            "clamp(-_LARGEST, _LARGEST)": "clamp(0, _LARGEST)",
+            "factor = step if form.scale_dim == 0 else step *": "factor = step *",
+            "total = total - _offsets(": "total = total + _offsets(",
+        },
+    ),
+    (
+        "passes/joint/integer_gradients.py",
+        "tests/passes/joint/test_use_integer_backward.py",
+        {
+            "self._is_turned == self.gradient_first": "self._is_turned != self.gradient_first",
+            "else 1 - axis": "else axis",
+        },
+    ),
+    (
         "fxquant/numerics/integer.py",
         "tests/ops/test_quantize.py",
         {
