@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fxquant.prepared.optimizers import parameter_groups
     from fxquant.prepared.override import override
     from fxquant.prepared.prepare import prepare, strip
+    from fxquant.prepared.program import export_program
     from fxquant.prepared.sync_ranges import sync_ranges
     from fxquant.probe.calibrate import calibrate
     from fxquant.report import Mixed, explain
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("prepare", "strip"), "fxquant.prepared.prepare"),
     **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.prepared.freeze"),
+    "export_program": "fxquant.prepared.program",
     "sync_ranges": "fxquant.prepared.sync_ranges",
     "override": "fxquant.prepared.override",
     "parameter_groups": "fxquant.prepared.optimizers",
@@ -80,6 +82,7 @@ __all__ = [
     "errors",
     "explain",
     "export_onnx",
+    "export_program",
     "first_layer",
     "freeze_batch_norm",
     "freeze_ranges",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
+
 from fxquant.passes.base import Pass
 from fxquant.passes.captured.batch_range_updates import BatchRangeUpdates
 from fxquant.passes.captured.decompose_recurrent_cells import DecomposeRecurrentCells
@@ -21,8 +23,10 @@ from fxquant.passes.dynamo.dissolve_exported import DissolveExported
 from fxquant.passes.dynamo.outline_transforms import OutlineTransforms
 from fxquant.passes.export.decompose_attention import DecomposeAttention
 from fxquant.passes.export.decompose_linear import DecomposeAddmm, DecomposeLinear
+from fxquant.passes.export.decompose_pairs import DecomposePairs, FloatWeights
 from fxquant.passes.export.freeze import Freeze
 from fxquant.passes.export.gather_codes import GatherCodes
+from fxquant.passes.export.quantize_at_products import QuantizeAtProducts, QuantizeResults
 from fxquant.passes.export.quantize_before_repeats import QuantizeBeforeRepeats
 from fxquant.passes.export.requantize_moved import RequantizeMoved
 from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu, SeparateSums
@@ -121,3 +125,15 @@ def export_passes(profile: Profile, *, float_pools: bool = False) -> tuple[Pass,
     if profile.bias_apart:
         passes += (SeparateSums(), SeparateRelu(), SeparateFloatWeights())
     return passes
+
+
+PROGRAM_RUNTIMES = ("x86", "xnnpack")
+"""Those that take a torch.export program and have wishes."""
+
+
+def program_passes(runtime: str | None = None) -> tuple[Pass, ...]:
+    """In the place of those for a file: PT2E's operators, as a runtime of `PROGRAM_RUNTIMES` wants them."""
+    passes: tuple[Pass, ...] = (QuantizeBeforeRepeats(), Freeze(), QuantizeAtProducts())
+    if runtime == "xnnpack":
+        return (*passes, QuantizeResults(), FloatWeights(), DecomposePairs(activations=torch.int8))
+    return (*passes, DecomposePairs())

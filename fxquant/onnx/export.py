@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fxquant.capture.aside import evaluating
-from fxquant.capture.exported import exported_graph
 from fxquant.capture.in_float32 import in_float32, widened
-from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
-from fxquant.capture.scaled_tables import scaled_tables
-from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning
-from fxquant.graph.dependence import written_attributes
-from fxquant.graph.edit import copied
+from fxquant.capture.open_sizes import open_as_asked, open_batch
+from fxquant.errors import InvalidArgument
 from fxquant.onnx.block_forms import write_blocks
 from fxquant.onnx.card import check_card
 from fxquant.onnx.edges import NOTE, Edges
@@ -34,17 +28,13 @@ from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.whole_products import keep_products_whole
 from fxquant.onnx.write import pack_int4, save, to_onnx
 from fxquant.onnx.zero_points import imply_zero_points
-from fxquant.passes.base import run_all
 from fxquant.passes.export.freeze import Frozen
 from fxquant.passes.export.pairs import elements_of
-from fxquant.passes.pipelines import export_passes, training_passes
-from fxquant.passes.stages import EXPORT
+from fxquant.passes.pipelines import export_passes
 from fxquant.plan.plan import Plan
-from fxquant.prepared.bound_forward import exporting
-from fxquant.prepared.quantizer import quantizers
+from fxquant.prepared.deployed import at_least_two, quantized_graph
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import check_ranges, unset_as_deployed
-from fxquant.spec.recipes import get_recipe
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
 from fxquant.targets.profiles import Profile, get_profile
@@ -164,13 +154,13 @@ def export_onnx(
     if dynamic_shapes is not None:
         sizes = open_as_asked(plain, args, named, dynamic_shapes)
     elif dynamic_batch:
-        args, named = _at_least_two(args), _at_least_two(named)
+        args, named = at_least_two(args), at_least_two(named)
         sizes = open_batch(args, named)
     edges = Edges.of(plain, args, named)
     with in_float32(plain), unset_as_deployed(plain):
         wide: Inputs = widened((args, named))
-        float_pools = precision.name in profile.float_pools
-        gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, float_pools=float_pools)
+        passes = export_passes(profile, float_pools=precision.name in profile.float_pools)
+        gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, passes)
         program = to_onnx(gm, *wide, sizes, precision.opset)
         int4 = weight_storage == "int4"
         notes = [*told, *frozen.notes, *_finish(program.model, gm.graph, frozen, profile, precision, int4=int4)]
@@ -240,47 +230,6 @@ def _set_types(model: Any, edges: Edges | None, precision: Precision, profile: P
     return type_floats(model, precision.compute, precision.opset, without, int4=profile.int4_half_scales)
 
 
-def quantized_graph(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    sizes: OpenSizes | None,
-    plan: Plan,
-    *,
-    float_pools: bool = False,
-) -> tuple[fx.GraphModule, fx.GraphModule, Frozen]:
-    """The evaluation graph in its target's form, through the passes that compile uses and those of export.
-
-    Second, the graph as it is between the two.
-    """
-    try:
-        with evaluating(model), scaled_tables(model), exporting(), torch.no_grad():
-            gm = exported_graph(model, args, kwargs, sizes)
-    except Exception as error:
-        hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."
-        raise ExportError(
-            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
-        ) from error
-    profile, written = get_profile(plan.target), written_attributes(gm.graph)
-    trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
-    evaluated = copied(gm)
-    exported = run_all(export_passes(profile, float_pools=float_pools), gm, EXPORT)
-    frozen = exported.product(Frozen)
-    frozen.notes += [f"forward writes {name}: each run of the file begins with its value of now" for name in written]
-    frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
-    placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
-    wanted = {key for key, quantizer in quantizers(model) if quantizer.is_on and quantizer.is_set()}
-    absent = [site.key for site in plan.sites if site.key not in placed and site.key in wanted]
-    if absent:
-        warnings.warn(
-            f"{len(absent)} of the plan's sites have no place in the exported graph and stay float: "
-            f"{', '.join(absent[:5])}.",
-            NotQuantizedWarning,
-            stacklevel=3,
-        )
-    return gm, evaluated, frozen
-
-
 def _check_path(path: str | os.PathLike[str]) -> Path:
     destination = Path(path)
     folder = destination.absolute().parent
@@ -299,13 +248,3 @@ def _check_path(path: str | os.PathLike[str]) -> Path:
 def _check_storage(storage: str) -> None:
     if storage not in ("int8", "int4"):
         raise InvalidArgument(f"weight_storage must be 'int8' or 'int4': got {storage!r}.")
-
-
-def _at_least_two(inputs: Any) -> Any:
-    """Batches of one, doubled: torch.export takes sizes 0 and 1 for constants."""
-
-    def double(value: Any) -> Any:
-        alone = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
-        return torch.cat([value, value]) if alone else value
-
-    return torch.utils._pytree.tree_map(double, inputs)

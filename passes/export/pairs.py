@@ -33,6 +33,11 @@ class Pair(View):
     OPS: ClassVar[Collection[Any]] = (QUANTIZE_DEQUANTIZE,)
 
     @property
+    def input(self) -> fx.Node:
+        """What is quantized."""
+        return operand(self.node, "input")
+
+    @property
     def scale(self) -> float:
         """One number for the tensor."""
         return argument(self.node, "scale")

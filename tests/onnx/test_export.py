@@ -110,7 +110,7 @@ def test_model_modes_and_state_stay_as_they_were(exported, tmp_path):
 
 def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
     """The compile path, whose sites come from Dynamo, and the export path, whose come from torch.export."""
-    from fxquant.onnx.export import quantized_graph
+    from fxquant.prepared.deployed import quantized_graph
     from fxquant.probe.recording import record
 
     model, _, _ = exported

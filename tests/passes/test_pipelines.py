@@ -12,6 +12,7 @@ import pytest
 
 import fxquant.passes
 from fxquant.passes.base import Pass
+from fxquant.passes.joint.use_integer_backward import IntegerBackward
 from fxquant.passes.pipelines import (
     COMPILED,
     dynamo_passes,
@@ -19,6 +20,7 @@ from fxquant.passes.pipelines import (
     joint_passes,
     normalizing_passes,
     post_grad_passes,
+    program_passes,
     training_passes,
 )
 from fxquant.passes.stages import CAPTURED, DYNAMO, EXPORT, JOINT, POST_GRAD, Stage
@@ -42,13 +44,14 @@ def before(passes: Sequence[Pass], *order: str) -> bool:
 DOORS: list[tuple[Stage, Sequence[Pass]]] = [
     (DYNAMO, dynamo_passes()),
     (CAPTURED, (*TRAINING, *COMPILED)),
-    (JOINT, joint_passes(dict, integers=True)),
+    (JOINT, joint_passes(dict, integers=True, integer_backward=IntegerBackward(mode=True))),
     (POST_GRAD, post_grad_passes()),
     (EXPORT, export_passes(replace(ONNXRUNTIME, bias_apart=True))),
+    (EXPORT, program_passes("xnnpack")),
 ]
 
 
-@pytest.mark.parametrize(("stage", "passes"), DOORS, ids=[str(stage) for stage, _ in DOORS])
+@pytest.mark.parametrize(("stage", "passes"), DOORS, ids=[f"{at}, {stage}" for at, (stage, _) in enumerate(DOORS)])
 def test_each_runs_on_its_own_graph_and_once(stage: Stage, passes: Sequence[Pass]) -> None:
     assert all(stage in each.stages for each in passes)
     assert len(set(names(passes))) == len(passes)

@@ -1,0 +1,77 @@
+"""The graph of a prepared model as it is deployed: evaluated, its weights integers, its activations labelled Q/DQ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.capture.aside import evaluating
+from fxquant.capture.exported import exported_graph
+from fxquant.capture.open_sizes import OpenSizes
+from fxquant.capture.scaled_tables import scaled_tables
+from fxquant.errors import ExportError, NotQuantizedWarning
+from fxquant.graph.dependence import written_attributes
+from fxquant.graph.edit import copied
+from fxquant.passes.base import Pass, run_all
+from fxquant.passes.export.freeze import Frozen
+from fxquant.passes.pipelines import training_passes
+from fxquant.passes.stages import EXPORT
+from fxquant.plan.plan import Plan
+from fxquant.prepared.bound_forward import exporting
+from fxquant.prepared.quantizer import quantizers
+from fxquant.spec.recipes import get_recipe
+from fxquant.targets.profiles import get_profile
+
+
+def quantized_graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sizes: OpenSizes | None,
+    plan: Plan,
+    passes: Sequence[Pass],
+) -> tuple[fx.GraphModule, fx.GraphModule, Frozen]:
+    """The evaluation graph of a prepared model through the passes that compile uses and then ``passes``, of export.
+
+    Second, the graph as it is between the two.
+    """
+    try:
+        with evaluating(model), scaled_tables(model), exporting(), torch.no_grad():
+            gm = exported_graph(model, args, kwargs, sizes)
+    except Exception as error:
+        hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."
+        raise ExportError(
+            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
+        ) from error
+    profile, written = get_profile(plan.target), written_attributes(gm.graph)
+    trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
+    evaluated = copied(gm)
+    exported = run_all(passes, gm, EXPORT)
+    frozen = exported.product(Frozen)
+    frozen.notes += [f"forward writes {name}: each run of the file begins with its value of now" for name in written]
+    frozen.notes += [*map(str, trained.declines), *(f"{each.node}: {each.reason}" for each in exported.declines)]
+    placed = {label.split("@")[0] for label in frozen.activations} | {*frozen.weights, *frozen.absorbed}
+    wanted = {key for key, quantizer in quantizers(model) if quantizer.is_on and quantizer.is_set()}
+    absent = [site.key for site in plan.sites if site.key not in placed and site.key in wanted]
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of the plan's sites have no place in the exported graph and stay float: "
+            f"{', '.join(absent[:5])}.",
+            NotQuantizedWarning,
+            stacklevel=3,
+        )
+    return gm, evaluated, frozen
+
+
+def at_least_two(inputs: Any) -> Any:
+    """Batches of one, doubled: torch.export takes sizes 0 and 1 for constants."""
+
+    def double(value: Any) -> Any:
+        alone = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
+        return torch.cat([value, value]) if alone else value
+
+    return torch.utils._pytree.tree_map(double, inputs)

@@ -1,0 +1,104 @@
+"""`export_program`: a prepared model as a torch.export program, quantized as PT2E quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from fxquant.capture.in_float32 import in_float32, widened
+from fxquant.capture.open_sizes import by_parameter, open_as_asked, open_batch
+from fxquant.errors import ExportError, InvalidArgument
+from fxquant.passes.pipelines import PROGRAM_RUNTIMES, program_passes
+from fxquant.prepared.deployed import at_least_two, quantized_graph
+from fxquant.prepared.root import require_plan, unwrap
+from fxquant.prepared.unset import check_ranges, unset_as_deployed
+
+TOLERANCE = 0.05  # of the spread of an output: a code at a tie goes the other way, and may move others
+def export_program(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    runtime: str | None = None,
+    verify: bool = True,
+) -> torch.export.ExportedProgram:
+    """A prepared, trained (or calibrated) model as an exported program with ``quantized_decomposed`` operators.
+
+    What torchao's x86 Inductor lowering, ExecuTorch's XNNPACK and other backends of PT2E take, with the scales that
+    training found::
+
+        relu(linear(x, w, b))  →  q = quantize_per_tensor(x, s, z, lo, hi, uint8)
+                                  w = dequantize_per_channel(codes, scales, zero_points, 0, -128, 127, int8)
+                                  relu(linear(dequantize_per_tensor(q, …), w, b))
+
+    Evaluation graph with BatchNorm folded; codes of weights are buffers; biases are float, on the int32 grid that
+    integer kernels have. Pairs stand directly before the products that read them. Everything float is float32, also
+    where the model is of a half type. The model, its modes and its compiled graphs stay as they were.
+
+    torch's ``quantize_per_tensor`` multiplies by ``1 / s`` in float32 where training and ONNX divide: a value next to
+    the middle between two codes may get the other one, 2 to 14 in ten million.
+
+    Args:
+        kwargs, dynamic_batch, dynamic_shapes: as in `export_onnx`.
+        runtime: ``"xnnpack"`` (ExecuTorch): codes of activations are int8, unsigned ones moved by 128 with their zero
+            points, which changes no value; and weights of products whose result nobody quantizes are float, with the
+            same values, since its integer kernels give integers. ``"x86"`` (Inductor with oneDNN), or None: as planned.
+        verify: hold the program to the evaluated graph on the given inputs.
+
+    Raises:
+        InvalidArgument: not prepared, or a ``runtime`` that is none.
+        RangeNotSet: no activation range has been set.
+        ExportError: torch.export failed; a format has no such operator (small floats, scales of groups, blocks and
+            tokens); the program computes another thing.
+
+    Source: PyTorch 2 export quantization, `quantized_decomposed` in ``torch.ao.quantization.fx._decomposed``.
+    """
+    plan = require_plan(model, "export_program")
+    if runtime is not None and runtime not in PROGRAM_RUNTIMES:
+        names = ", ".join(map(repr, PROGRAM_RUNTIMES))
+        raise InvalidArgument(f"runtime must be among {names}, or None: got {runtime!r}. For ONNX see export_onnx.")
+    plain = unwrap(model)
+    check_ranges(plain)
+    named: dict[str, Any] = dict(kwargs or {})
+    sizes = None
+    if dynamic_shapes is not None:
+        sizes = open_as_asked(plain, args, named, dynamic_shapes)
+    elif dynamic_batch:
+        args, named = at_least_two(args), at_least_two(named)
+        sizes = open_batch(args, named)
+    with in_float32(plain), unset_as_deployed(plain), torch.no_grad():
+        wide_args, wide_named = widened((args, named))
+        gm, evaluated, _ = quantized_graph(plain, wide_args, wide_named, sizes, plan, program_passes(runtime))
+        gm = fx.GraphModule(gm, gm.graph)  # without float weights and ranges, which nothing reads any more
+        shapes = None if sizes is None else by_parameter(gm.forward, sizes)
+        program = torch.export.export(gm, wide_args, wide_named, dynamic_shapes=shapes)
+        if verify:
+            _check(program, evaluated, wide_args, wide_named)
+    return program
+
+
+def _check(
+    program: torch.export.ExportedProgram,
+    evaluated: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """ExportError where an output is further off than codes at ties explain."""
+    found = _pytree.tree_leaves(program.module()(*args, **kwargs))
+    expected = _pytree.tree_leaves(evaluated(*_pytree.tree_leaves((args, kwargs))))
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if not isinstance(other, Tensor) or not other.is_floating_point():
+            continue
+        spread = float(other.max() - other.min()) or 1.0
+        off = float((one - other).abs().max())
+        if not off <= TOLERANCE * spread:
+            raise ExportError(
+                f"program must compute what the model does: got output {number} off by {off:.3g}, {off / spread:.0%} "
+                "of its spread. Please report it with the model."
+            )
