@@ -17,7 +17,8 @@ from tests.gpu.harness import CASES, arguments, assert_same, evaluated, hard, mo
 ROOT = Path(__file__).resolve().parents[2]
 ONE = next(case for case in CASES if case.name == "per tensor")
 LEARNED = next(case for case in CASES if case.name == "learnable per channel")
-CPU_ONLY = {"fxquant.integer_convolution.default"}  # torch convolves integers on CPU only
+# torch convolves integers on CPU only, and gradients are rounded to codes there only.
+CPU_ONLY = {"fxquant.integer_convolution.default", "fxquant.rounding_words.default"}
 
 
 def test_every_operator_has_a_case() -> None:

@@ -110,8 +110,10 @@ def test_model_modes_and_state_stay_as_they_were(exported, tmp_path):
 
 def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
     """The compile path, whose sites come from Dynamo, and the export path, whose come from torch.export."""
+    from fxquant.passes.pipelines import export_passes
     from fxquant.prepared.deployed import quantized_graph
     from fxquant.probe.recording import record
+    from fxquant.targets.profiles import get_profile
 
     model, _, _ = exported
     seen = {}
@@ -122,7 +124,8 @@ def test_both_doors_place_the_same_sites_with_the_same_scales(exported):
 
     x = torch.randn(4, 3, 8, 8)
     record(model, (x,), None, visit)
-    gm, _, frozen = quantized_graph(model, (x,), {}, None, plan_of(model))
+    plan = plan_of(model)
+    gm, _, frozen = quantized_graph(model, (x,), {}, None, plan, export_passes(get_profile(plan.target)))
     nodes = {n.args[5]: n for n in gm.graph.nodes if n.target is QUANTIZE_DEQUANTIZE}
     assert {label: nodes[label].args[1:3] for label in frozen.activations} == seen
 

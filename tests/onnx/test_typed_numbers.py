@@ -165,12 +165,12 @@ def test_a_file_that_is_off_by_more_than_its_type_is_refused(tmp_path: Path, mon
     """A weight's scale 5 % too large in the file alone."""
     from fxquant.onnx import export as exporting
 
-    def also(model: Any, *args: Any) -> list[str]:
+    def also(model: Any, *args: Any, **keywords: Any) -> list[str]:
         scale = next(v for name, v in model.graph.initializers.items() if name.endswith("weight__scale"))
         import onnx_ir as ir
 
         scale.const_value = ir.tensor(scale.const_value.numpy() * np.float32(1.05))
-        return real(model, *args)
+        return real(model, *args, **keywords)
 
     real = exporting.type_floats
     monkeypatch.setattr(exporting, "type_floats", also)
