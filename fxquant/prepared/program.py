@@ -75,12 +75,26 @@ def export_program(
     with in_float32(plain), unset_as_deployed(plain), torch.no_grad():
         wide_args, wide_named = widened((args, named))
         gm, evaluated, _ = quantized_graph(plain, wide_args, wide_named, sizes, plan, program_passes(runtime))
-        gm = fx.GraphModule(gm, gm.graph)  # without float weights and ranges, which nothing reads any more
+        gm = _on_its_own(gm)
         shapes = None if sizes is None else by_parameter(gm.forward, sizes)
         program = torch.export.export(gm, wide_args, wide_named, dynamic_shapes=shapes)
         if verify:
             _check(program, evaluated, wide_args, wide_named)
     return program
+
+
+def _on_its_own(gm: fx.GraphModule) -> fx.GraphModule:
+    """Without float weights and ranges, which nothing reads any more, and with copies of all else.
+
+    What lowers a program may write into its state, as Inductor's freezing does, and that would be the model's.
+    """
+    found = fx.GraphModule(gm, gm.graph)
+    for path, value in [*found.named_parameters(), *found.named_buffers()]:
+        owner, _, name = path.rpartition(".")
+        copy = value.detach().clone()
+        held = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+        setattr(found.get_submodule(owner), name, held)
+    return found
 
 
 def _check(
