@@ -11,7 +11,7 @@ from fxquant.graph.lift import Operand
 from fxquant.graph.nodes import call_nodes, gives_floats, is_float
 from fxquant.graph.views import BatchNorm
 from fxquant.plan.problem import Problem, names
-from fxquant.plan.weight_groups import matrix_of, why_not_blocked, why_not_grouped
+from fxquant.plan.weight_groups import is_one_group, matrix_of, why_not_blocked, why_not_grouped
 
 _HALF = (torch.float16, torch.bfloat16)
 _BESIDE = "the runtime multiplies a weight with scales per group by floats"
@@ -135,6 +135,8 @@ class Demands:
         if spec is None or spec.group_size is None:
             return None
         why = why_not_grouped(node, name, spec)
+        if why is None and not problem.profile.lone_groups and is_one_group(node, name, spec):
+            return f"its {spec.group_size} values are one group, whose one scale {problem.profile.name} refuses"
         uses = self.weights.get(problem.view[operands(node)[name]], {})
         others = [edge for edge in uses if problem.is_grouped(edge)]
         if why is None and any(matrix_of(*edge) != matrix_of(node, name) for edge in others):

@@ -37,6 +37,11 @@ def why_not_grouped(node: fx.Node, name: str, spec: QuantSpec) -> str | None:
     return None
 
 
+def is_one_group(node: fx.Node, name: str, spec: QuantSpec) -> bool:
+    """Whether a weight is one group: a single channel, no longer than a group."""
+    return operands(node)[name].meta["val"].numel() == spec.group_size
+
+
 def _why_no_matrix(kind: Kind, name: str, dims: int, spec: QuantSpec) -> str:
     if kind.name in _KINDS:
         return f"groups of {spec.group_size} are for matrices, and this weight has {dims} dimensions"

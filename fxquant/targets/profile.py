@@ -45,6 +45,7 @@ class Profile:
             products of tokens as MatMulInteger ("integer"); by TensorRT's ("trt").
         one_kind_of_codes: a product reads integers, or one kind of small float, of both operands.
         group_bits, group_sizes: the same for weights per group, and how many codes may share a scale; None: any number.
+        lone_groups: a weight may be a single group, with one scale in all.
         int4_convolutions: convolutions take weights that are stored as int4.
         int4_half_scales: int4 codes become floats of a half type by half scales alone, see `fxquant.onnx.typed`.
         float_beside_groups: a weight per group is multiplied by float activations, never by codes.
@@ -84,6 +85,7 @@ class Profile:
     block_form: Literal["onnx", "integer", "trt"] = "onnx"
     group_bits: range = range(2, 17)
     group_sizes: tuple[int, ...] | None = None
+    lone_groups: bool = True
     int4_convolutions: bool = True
     int4_half_scales: bool = False
     float_beside_groups: bool = False

@@ -46,6 +46,7 @@ _PROFILE = Profile(
     one_kind_of_codes=True,
     group_bits=range(4, 5),
     group_sizes=(16, 32, 64, 128),
+    lone_groups=False,  # "ScaleMode is illegal", TensorRT for RTX 1.7.1
     int4_convolutions=False,
     int4_half_scales=True,
     float_beside_groups=True,

@@ -165,6 +165,22 @@ def test_activations_beside_blocks_are_float(tmp_path: Path) -> None:
     assert [row.kernel for row in kernel_rows(tmp_path / "net.onnx")] == ["matrix product float·float"] * 2
 
 
+@built
+def test_a_weight_that_is_one_group_is_float_and_one_of_two_is_not(tmp_path: Path) -> None:
+    """"ScaleMode is illegal" otherwise, in a build."""
+    x = torch.randn(3, 64)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 1))
+    wide = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+    model = calibrated(net, x, target="tensorrt", recipe="int4_weight_only")
+    assert [site.key for site in plan_of(model).sites] == ["0.weight"]
+    assert "its 32 values are one group, whose one scale tensorrt refuses" in str(fxquant.explain(model, (x,)))
+    for number, each in enumerate((model, calibrated(wide, x, target="tensorrt", recipe="int4_weight_only"))):
+        fxquant.export_onnx(each, (x,), tmp_path / f"{number}.onnx")
+        assert len(kernel_rows(tmp_path / f"{number}.onnx")) == 2
+    other = calibrated(torch.nn.Linear(32, 1), torch.randn(3, 32), target="onnxruntime", recipe="int4_weight_only")
+    assert [site.key for site in plan_of(other).sites] == ["weight"]
+
+
 def test_an_old_builder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = types.ModuleType("tensorrt_rtx")
     old.__version__ = "1.6.1.120"
