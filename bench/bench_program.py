@@ -41,7 +41,7 @@ def by_x86(program: torch.export.ExportedProgram, x: Tensor) -> tuple[Tensor, Fa
     torch._dynamo.reset()
     with torch._inductor.config.patch(freezing=True, force_disable_caches=True):
         out, code = run_and_get_code(torch.compile(lowered), x)
-    integers = sum(text.count(f"= torch.ops.onednn.{name}") for text in code for name in ("qlinear", "qconv"))
+    integers = sum(text.count(f"torch.ops.onednn.{name}_pointwise") for text in code for name in ("qlinear", "qconv"))
     return out, {"integers": integers, "version": importlib.metadata.version("torchao")}
 
 

@@ -25,12 +25,11 @@ def collect_rarely() -> None:
     """What is imported stays to the end: half a million objects that no collection need look through.
 
     A compile makes as many of its own, nearly all of which live until it ends: collected after every 700, a seventh of
-    the Python. Dynamo collects after each compile of its own accord: a twentieth.
+    the Python.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
-    torch._dynamo.config.run_gc_after_compile = False
 
 
 @contextmanager

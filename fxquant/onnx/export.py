@@ -14,7 +14,6 @@ import torch
 from torch import fx, nn
 
 from fxquant.capture.in_float32 import in_float32, widened
-from fxquant.capture.open_sizes import open_as_asked, open_batch
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.block_forms import write_blocks
 from fxquant.onnx.card import check_card
@@ -32,7 +31,7 @@ from fxquant.passes.export.freeze import Frozen
 from fxquant.passes.export.pairs import elements_of
 from fxquant.passes.pipelines import export_passes
 from fxquant.plan.plan import Plan
-from fxquant.prepared.deployed import at_least_two, quantized_graph
+from fxquant.prepared.deployed import opened, quantized_graph
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import check_ranges, unset_as_deployed
 from fxquant.support.require import require
@@ -149,13 +148,7 @@ def export_onnx(
     told = check_card(capability, plan, precision, profile)
     destination = _check_path(path)
     told += check_ranges(plain)
-    named: dict[str, Any] = dict(kwargs or {})
-    sizes = None
-    if dynamic_shapes is not None:
-        sizes = open_as_asked(plain, args, named, dynamic_shapes)
-    elif dynamic_batch:
-        args, named = at_least_two(args), at_least_two(named)
-        sizes = open_batch(args, named)
+    args, named, sizes = opened(plain, args, kwargs, dynamic_batch, dynamic_shapes)
     edges = Edges.of(plain, args, named)
     with in_float32(plain), unset_as_deployed(plain):
         wide: Inputs = widened((args, named))

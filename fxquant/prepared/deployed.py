@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
-from fxquant.capture.open_sizes import OpenSizes
+from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
 from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import ExportError, NotQuantizedWarning
 from fxquant.graph.dependence import written_attributes
@@ -67,7 +67,20 @@ def quantized_graph(
     return gm, evaluated, frozen
 
 
-def at_least_two(inputs: Any) -> Any:
+def opened(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_batch: bool, dynamic_shapes: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], OpenSizes | None]:
+    """The inputs that an export traces with, and which of their sizes stay open, as the user asked."""
+    named: dict[str, Any] = dict(kwargs or {})
+    if dynamic_shapes is not None:
+        return args, named, open_as_asked(model, args, named, dynamic_shapes)
+    if not dynamic_batch:
+        return args, named, None
+    args, named = _at_least_two(args), _at_least_two(named)
+    return args, named, open_batch(args, named)
+
+
+def _at_least_two(inputs: Any) -> Any:
     """Batches of one, doubled: torch.export takes sizes 0 and 1 for constants."""
 
     def double(value: Any) -> Any:

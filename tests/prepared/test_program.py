@@ -8,10 +8,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxquant
-from fxquant.errors import ExportError, InvalidArgument, RangeNotSet
+from fxquant.errors import ExportError, InvalidArgument, NotQuantizedWarning, RangeNotSet
+from fxquant.passes.export.decompose_pairs import DecomposePairs
+from fxquant.passes.export.pairs import Pair
 from tests.nets import Attention, ConvNet, Mlp
 
 
@@ -70,7 +72,8 @@ def test_it_is_saved_and_loaded(convnet: tuple[nn.Module, Tensor], program: torc
 
 def test_xnnpack_has_int8_codes_and_float_products_with_float_results(convnet: tuple[nn.Module, Tensor]) -> None:
     model, x = convnet
-    program = fxquant.export_program(model, (x,), runtime="xnnpack", dynamic_batch=False)
+    with pytest.warns(NotQuantizedWarning, match="head__weight__codes_values: the result of its product is not quanti"):
+        program = fxquant.export_program(model, (x,), runtime="xnnpack", dynamic_batch=False)
     kinds = {node.args[5] for node in program.graph.nodes if "quantize_per_tensor" in str(node.target)}
     assert kinds == {torch.int8}
     (head,) = (node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default)
@@ -101,6 +104,26 @@ def test_the_model_stays_as_it_was(convnet: tuple[nn.Module, Tensor]) -> None:
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
+
+
+@pytest.mark.parametrize("moved", [1, 40])
+def test_a_program_that_computes_another_thing_is_refused(
+    convnet: tuple[nn.Module, Tensor], moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each code of one quantizer is off by one, or by many."""
+    pair = DecomposePairs._pair
+
+    def off(self: DecomposePairs, gm: fx.GraphModule, view: Pair) -> fx.Node:
+        node = pair(self, gm, view)
+        if view.label.startswith("head.input"):
+            node.args = (*node.args[:2], node.args[2] + moved, *node.args[3:])
+        return node
+
+    monkeypatch.setattr(DecomposePairs, "_pair", off)
+    model, x = convnet
+    with pytest.raises(ExportError, match="program must compute what the model does: got output 0 off by"):
+        fxquant.export_program(model, (x,))
+    fxquant.export_program(model, (x,), verify=False)
 
 
 def test_bad_input(convnet: tuple[nn.Module, Tensor]) -> None:
