@@ -22,7 +22,7 @@ LONGEST_SUM = (2**31 - 1) // (255 * 128)
 LIBRARY.define(
     "integer_convolution(Tensor code, Tensor weight, Tensor zero_point, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, SymInt groups) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 INTEGER_CONVOLUTION = torch.ops.fxquant.integer_convolution.default
 

@@ -67,6 +67,7 @@ SYMBOLS: Mapping[str, str] = {
     "torch._inductor.dtype_propagation.DtypePropagationOpsHandler.__init__": "function",
     "torch._inductor.exc.InvalidCxxCompiler": "class",
     "torch._inductor.graph.GraphLowering.compile_to_module": "function",
+    "torch._inductor.graph.GraphLowering.find_nodes_prefer_channels_last": "function",
     "torch._inductor.ir": "module",
     "torch._inductor.ir.ComputedBuffer": "class",
     "torch._inductor.ir.MultiOutput": "class",
@@ -128,6 +129,7 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
     "torch._inductor.dtype_propagation:DtypePropagationOpsHandler.__init__": ("self",),
     "torch._inductor.codegen.wrapper:PythonWrapperCodegen.define_kernel": ("self", "kernel_name", "kernel_body"),
     "torch._inductor.graph:GraphLowering.compile_to_module": ("self",),
+    "torch._inductor.graph:GraphLowering.find_nodes_prefer_channels_last": ("self",),
     "torch._dynamo.backends.distributed:DDPOptimizer.compile_fn": ("self", "gm", "example_inputs"),
     "torch._functorch._aot_autograd.autograd_cache:AOTAutogradCacheDetails.__init__": ("self", "gm"),
 }

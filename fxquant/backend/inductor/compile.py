@@ -52,7 +52,7 @@ def compile_quantized(
         patches = {**patches, **gpu.exact_settings(patches)}
         patches = _with_passes(patches, told, post_grad_custom_post_pass=gpu.exact_passes())
     else:
-        patches = {**_ON_CPU, **patches}
+        patches = {**_ON_CPU, **_layouts(options), **patches}
     patches = _with_passes(
         patches,
         told,
@@ -69,6 +69,14 @@ def compile_quantized(
     # What is kept must not lie in memory that CUDA graphs write to again, nor weights be constants of a frozen graph.
     part = functools.partial(compiler, config_patches={**patches, "triton.cudagraphs": False, "freezing": False})
     return reused(quantized, example_inputs, whole, part, "fxquant")
+
+
+def _layouts(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """That Inductor chooses layouts in a graph whose convolutions are all of integers too, which are none to it.
+
+    Where there is no convolution it changes nothing (`fxquant.support.patches.CHANNELS_LAST`).
+    """
+    return {} if Options.read(options).integers is False else {"force_layout_optimization": True}
 
 
 class _DecompositionTable(dict):

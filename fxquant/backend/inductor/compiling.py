@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fxquant.support.patches import COMPILE_EARLY, DTYPE_RULES
+from fxquant.support.patches import CHANNELS_LAST, COMPILE_EARLY, DTYPE_RULES
 
 _RARELY = 1000  # the last of gc.get_threshold(), by default 10
 
@@ -26,7 +26,7 @@ class _Compiles:
 @contextlib.contextmanager
 def compiling_ours() -> Iterator[None]:
     """Inside, in this thread, Inductor is at work on a graph of ours."""
-    with collecting_rarely(), DTYPE_RULES.acting(), COMPILE_EARLY.acting():
+    with collecting_rarely(), DTYPE_RULES.acting(), COMPILE_EARLY.acting(), CHANNELS_LAST.acting():
         yield
 
 
