@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxquant import errors, ops, ptq, tensor_quant
     from fxquant.onnx import export_onnx, verify_onnx
+    from fxquant.prepared.convert import convert
     from fxquant.prepared.freeze import freeze_batch_norm, freeze_ranges
     from fxquant.prepared.optimizers import parameter_groups
     from fxquant.prepared.override import override
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("prepare", "strip"), "fxquant.prepared.prepare"),
     **dict.fromkeys(("freeze_batch_norm", "freeze_ranges"), "fxquant.prepared.freeze"),
+    "convert": "fxquant.prepared.convert",
     "export_program": "fxquant.prepared.program",
     "sync_ranges": "fxquant.prepared.sync_ranges",
     "override": "fxquant.prepared.override",
@@ -77,6 +79,7 @@ __all__ = [
     "Stage",
     "__version__",
     "calibrate",
+    "convert",
     "cost",
     "distill",
     "errors",

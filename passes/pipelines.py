@@ -26,10 +26,13 @@ from fxquant.passes.export.decompose_linear import DecomposeAddmm, DecomposeLine
 from fxquant.passes.export.decompose_pairs import DecomposePairs, FloatWeights
 from fxquant.passes.export.freeze import Freeze
 from fxquant.passes.export.gather_codes import GatherCodes
+from fxquant.passes.export.hold_scales import HoldScales
+from fxquant.passes.export.pack_codes import PackCodes
 from fxquant.passes.export.quantize_at_products import QuantizeAtProducts, QuantizeResults
 from fxquant.passes.export.quantize_before_repeats import QuantizeBeforeRepeats
 from fxquant.passes.export.requantize_moved import RequantizeMoved
 from fxquant.passes.export.separate_units import SeparateFloatWeights, SeparateRelu, SeparateSums
+from fxquant.passes.export.use_integer_layers import UseIntegerLayers
 from fxquant.passes.joint.save_quantized_activations import SaveQuantizedActivations
 from fxquant.passes.joint.save_running_statistics import SaveRunningStatistics
 from fxquant.passes.joint.tag_recompute import TagRecompute
@@ -137,3 +140,16 @@ def program_passes(runtime: str | None = None) -> tuple[Pass, ...]:
     if runtime == "xnnpack":
         return (*passes, QuantizeResults(), FloatWeights(), DecomposePairs(activations=torch.int8))
     return (*passes, DecomposePairs())
+
+
+def converted_passes(int4: frozenset[str]) -> tuple[Pass, ...]:
+    """In the place of those for a file: integer layers for inference in torch. ``int4``: weights of 4 bits."""
+    return (
+        QuantizeBeforeRepeats(),
+        Freeze(),
+        QuantizeAtProducts(),
+        GatherCodes(),
+        HoldScales(),
+        UseIntegerLayers(int4=int4),
+        PackCodes(int4=int4),
+    )

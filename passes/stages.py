@@ -13,6 +13,7 @@ from fxquant.graph.meta import SITE, SOURCE, STANDS_FOR, STATE
 from fxquant.ops import fake_quantize, qdq, qparams, quantize, saved
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.ops.elements import DEQUANTIZE_ELEMENTS, QUANTIZE_ELEMENTS
+from fxquant.ops.int4 import UNPACK_INT4
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
 from fxquant.ops.learned import LEARNED_OPS
 from fxquant.ops.marks import BIND, MATERIALIZE, STAND_IN
@@ -89,7 +90,12 @@ POST_GRAD = Stage(
 
 EXPORT = Stage(
     name="export",
-    makes=frozenset({qdq.DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE_BLOCKS}),
+    makes=frozenset(
+        {
+            *(qdq.DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE, qdq.QUANTIZE_DEQUANTIZE_BLOCKS),
+            *(quantize.QUANTIZE_TENSOR, quantize.DEQUANTIZE_TENSOR, UNPACK_INT4),
+        },
+    ),
     owns=("val", SITE, STANDS_FOR),
     is_ours=True,
 )

@@ -119,6 +119,29 @@ def multiplies_exactly(kind: str, device: str, signed: bool) -> str:
         return "" if torch.equal(found, expected) else "the integer kernel of this machine saturates"
 
 
+@functools.cache
+def widest_exact_code() -> int:
+    """The largest activation code that `integer_convolution` multiplies exactly here: 255, 127, or 0 for none.
+
+    127 where pairs of products are added in 16 bits, which hold twice 127 · 128: CPUs with AVX2 and no VNNI.
+    """
+    if not hasattr(torch.ops.onednn, "qconv_pointwise"):
+        return 0
+    with unset_fake_temporarily():
+        return next((large for large in (255, 127) if all(map(torch.equal, *_sums(large)))), 0)
+
+
+def _sums(large: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums of products of a code with the least weight and the largest, and what they must be."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    code = torch.full((1, 16, 5, 5), large, dtype=torch.uint8)
+    weights = [torch.full((16, 16, size, size), end, dtype=torch.int8) for end in (-128, 127) for size in (1, 3)]
+    found = [integer_convolution(code, each, zero, [1, 1], [0, 0], [1, 1]).contiguous() for each in weights]
+    return found, [
+        torch.full_like(y, float(large * each[0].int().sum())) for y, each in zip(found, weights, strict=True)
+    ]
+
+
 def _largest(kind: str, device: str, signed: bool) -> tuple[Tensor, Tensor]:
     """Sums of products of the largest codes, and what they must be."""
     large, dtype = (127, torch.int8) if signed else (255, torch.uint8)
@@ -133,4 +156,4 @@ def _largest(kind: str, device: str, signed: bool) -> tuple[Tensor, Tensor]:
     return found.contiguous(), torch.full((1, 16, 3, 3), 16 * 9.0 * large * 127)
 
 
-__all__ = ["INTEGER_CONVOLUTION", "LONGEST_SUM", "integer_convolution", "multiplies_exactly"]
+__all__ = ["INTEGER_CONVOLUTION", "LONGEST_SUM", "integer_convolution", "multiplies_exactly", "widest_exact_code"]

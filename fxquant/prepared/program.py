@@ -20,6 +20,8 @@ from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import check_ranges, unset_as_deployed
 
 TOLERANCE = 1e-4  # of the spread of an output: what sums in another order make
+
+
 def export_program(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -76,7 +78,7 @@ def export_program(
         gm, evaluated, frozen = quantized_graph(plain, wide_args, wide_named, sizes, plan, program_passes(runtime))
         if frozen.notes:
             warnings.warn("; ".join(frozen.notes), NotQuantizedWarning, stacklevel=2)
-        gm = _on_its_own(gm)
+        gm = on_its_own(gm)
         shapes = None if sizes is None else by_parameter(gm.forward, sizes)
         program = torch.export.export(gm, wide_args, wide_named, dynamic_shapes=shapes)
         if verify:
@@ -84,7 +86,7 @@ def export_program(
     return program
 
 
-def _on_its_own(gm: fx.GraphModule) -> fx.GraphModule:
+def on_its_own(gm: fx.GraphModule) -> fx.GraphModule:
     """Without float weights and ranges, which nothing reads any more, and with copies of all else.
 
     What lowers a program may write into its state, as Inductor's freezing does, and that would be the model's.

@@ -94,6 +94,8 @@ def show(gm: fx.GraphModule) -> str:
         if node.op == "call_function":
             arguments = ", ".join(_argument(a) for a in node.args)
             lines.append(f"{node.name} = {_op(node)}({arguments})")
+        elif node.op == "call_module":
+            lines.append(f"{node.name} = {node.target}({', '.join(map(_argument, node.args))})")
         elif node.op == "output":
             lines.append(f"return {_argument(node.args[0])}")
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from fxquant.passes.base import Pass
 from fxquant.passes.joint.use_integer_backward import IntegerBackward
 from fxquant.passes.pipelines import (
     COMPILED,
+    converted_passes,
     dynamo_passes,
     export_passes,
     joint_passes,
@@ -48,6 +49,7 @@ DOORS: list[tuple[Stage, Sequence[Pass]]] = [
     (POST_GRAD, post_grad_passes()),
     (EXPORT, export_passes(replace(ONNXRUNTIME, bias_apart=True))),
     (EXPORT, program_passes("xnnpack")),
+    (EXPORT, converted_passes(frozenset())),
 ]
 
 
