@@ -17,6 +17,7 @@ from typing import Any
 from fxquant.errors import ExportError
 from fxquant.numerics.formats import FLOAT_FORMATS
 from fxquant.onnx.element_types import onnx_type
+from fxquant.onnx.runtime_forms import drop_unread
 from fxquant.passes.export.freeze import Blocks
 from fxquant.support.require import require
 
@@ -40,6 +41,8 @@ def write_blocks(model: Any, blocks: Mapping[str, Blocks], form: str) -> None:
         model.graph.remove([quantize, dequantize], safe=True)
         if form == "integer" and found.size < 0:
             _multiply_codes(nodes, result)
+    if form == "integer":
+        drop_unread(model.graph)  # a pair that is left beside a product of its codes, onnxruntime may stumble over
     if form == "trt":
         _write_mx_weights(model)
         if any(node.domain == "trt" for node in model.graph):

@@ -26,7 +26,7 @@ from fxquant.onnx.typed import type_floats
 from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.whole_products import keep_products_whole
 from fxquant.onnx.write import pack_int4, save, to_onnx
-from fxquant.onnx.zero_points import imply_zero_points
+from fxquant.onnx.zero_points import imply_zero_points, own_zero_points
 from fxquant.passes.export.freeze import Frozen
 from fxquant.passes.export.pairs import elements_of
 from fxquant.passes.pipelines import export_passes
@@ -195,6 +195,7 @@ def _finish(
         sum_before_norms(model.graph)
         one_node_silu(model)
         prelu_of_halves(model.graph)
+        own_zero_points(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     if profile.splits_weights:

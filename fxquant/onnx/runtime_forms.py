@@ -31,7 +31,7 @@ def fold_pads(graph: Any) -> int:
         conv.replace_input_with(0, pad.inputs[0])
         done += 1
     if done:
-        _drop_unread(graph)
+        drop_unread(graph)
     return done
 
 
@@ -90,9 +90,7 @@ def prelu_of_halves(graph: Any) -> int:
         x, slope = node.inputs
         above, below = ir.node("Max", [x, zero]), ir.node("Min", [x, zero])
         sloped = ir.node("Mul", [below.outputs[0], slope])
-        made = _in_the_place_of(
-            node, [above, below, sloped, ir.node("Add", [above.outputs[0], sloped.outputs[0]])]
-        )
+        made = _in_the_place_of(node, [above, below, sloped, ir.node("Add", [above.outputs[0], sloped.outputs[0]])])
         graph.insert_before(node, made)
         graph.remove(node, safe=True)
     return len(nodes)
@@ -181,7 +179,7 @@ def _users(node: Any) -> Iterator[Any]:
     return (user for value in node.outputs for user, _ in value.uses())
 
 
-def _drop_unread(graph: Any) -> None:
+def drop_unread(graph: Any) -> None:
     """Removes nodes that nobody reads any more."""
     for node in reversed(list(graph)):
         if not any(value.uses() or value in graph.outputs for value in node.outputs):

@@ -118,6 +118,8 @@ class _Measured:
     latency: float = math.nan
     float_latency: float = math.nan
     integer_dot: str | None = None
+    exact_output_difference: float = math.nan
+    exact_by: str | None = None
 
 
 def _in_target(
@@ -148,6 +150,8 @@ def _in_target(
         latency=latency,
         float_latency=float_latency,
         integer_dot=ran.integer_dot,
+        exact_output_difference=largest_difference(ran.exact_outputs, expected) if ran.exact_outputs else math.nan,
+        exact_by=ran.exact_by,
     )
 
 

@@ -51,6 +51,8 @@ class VerifyReport:
         output_spread: standard deviation of the reference's outputs, to judge those two by.
         latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
         integer_dot: None, or why integer speed is not to be expected on this CPU.
+        exact_output_difference: on a CPU whose 8-bit sums saturate, `optimized_output_difference` with the setting
+            ``exact_by`` of the runtime, which sums exactly; NaN on others.
         roundings: how training rounds activations, ``"divide"`` or ``"reciprocal"``; by the plan, of any version.
     """
 
@@ -71,6 +73,8 @@ class VerifyReport:
     integer_dot: str | None
     not_compared: tuple[str, ...] = ()
     roundings: tuple[str, ...] = ()
+    exact_output_difference: float = math.nan
+    exact_by: str | None = None
 
     @property
     def integer_share(self) -> float:
@@ -131,6 +135,7 @@ class VerifyReport:
             *([table(("site", "differ", "of", "largest"), off)] if off else []),
             *self._not_compared_lines(),
             self._output_line(),
+            *self._saturation_lines(),
             *([self._latency_line()] if not math.isnan(self.latency) else []),
             *([self.integer_dot] if self.integer_dot else []),
         ]
@@ -169,6 +174,12 @@ class VerifyReport:
             apart = f"{self.runtime}'s from those by {self.optimized_output_difference:.3g}"
             both = f"{plain} in {PLAIN}, {apart} {spread}"
         return f"{both}; {100 * self.outputs_within_code:.4g} % of them by an 8-bit code at most"
+
+    def _saturation_lines(self) -> list[str]:
+        exact = self.exact_output_difference
+        if math.isnan(exact) or exact == self.optimized_output_difference:
+            return []
+        return [f"sums of 8-bit products saturated on this CPU: with {self.exact_by}, outputs differ by {exact:.3g}"]
 
     def _latency_line(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Zero points that say nothing, left out where onnxruntime would stumble over them."""
+"""Zero points that say nothing, left out or written apart where onnxruntime would stumble over them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,30 @@ def imply_zero_points(graph: Any) -> int:
                 reader.resize_inputs(2)
             done += 1
     return done + sum(_quantize_again(graph, node) for node in list(graph) if node.op_type == "Transpose")
+
+
+def own_zero_points(graph: Any) -> int:
+    """``DQ(codes, s, z)`` of two int8 weights with one initializer ``z``  →  a copy of ``z`` for each.
+
+    The same codes. The exporter joins equal initializers. On a CPU whose sums of u8·s8 saturate, onnxruntime (1.31)
+    turns int8 weights and their zero points into uint8 when ``session.x64quantprecision`` is 1, each pair on its own,
+    and refuses the file at the second that has the same zero point. Returns how many copies it made.
+    """
+    import onnx_ir as ir
+
+    seen: dict[str, int] = {}
+    for node in graph:
+        has_zero = _is_dequantize(node) and len(node.inputs) > 2
+        codes, zero = (node.inputs[0], node.inputs[2]) if has_zero else (None, None)
+        if zero is None or codes is None or codes.const_value is None or not _is_int8_zero(zero, ir):
+            continue
+        number = seen[zero.name] = seen.get(zero.name, -1) + 1
+        if number:
+            copy = ir.Value(name=f"{zero.name}__{number}", shape=zero.shape, type=zero.type)
+            copy.const_value = ir.tensor(zero.const_value.numpy(), name=copy.name)
+            graph.register_initializer(copy)
+            node.replace_input_with(2, copy)
+    return sum(seen.values())
 
 
 def _quantize_again(graph: Any, transpose: Any) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fxquant.targets.document import ModelPath
 
+_DOTS = frozenset({"avx512_vnni", "avx_vnni"})
+
 
 def integer_dot_support(cpuinfo: ModelPath = "/proc/cpuinfo") -> str | None:
     """``None`` when the CPU has dot products of 8-bit integers, else a sentence that says what is missing."""
@@ -15,11 +17,27 @@ def integer_dot_support(cpuinfo: ModelPath = "/proc/cpuinfo") -> str | None:
         lines = Path(cpuinfo).read_text().splitlines()
     except OSError:
         return f"Unknown CPU features, no {os.fspath(cpuinfo)} here: {need} (VNNI on x86, asimddp on Arm)."
-    features = {k.strip(): set(v.split()) for k, _, v in (line.partition(":") for line in lines)}
+    features = _features(lines)
     if "flags" in features:
-        if features["flags"] & {"avx512_vnni", "avx_vnni"}:
+        if features["flags"] & _DOTS:
             return None
-        return f"This CPU has neither avx512_vnni nor avx_vnni: {need}, and u8×s8 sums can saturate without."
+        return (
+            f"This CPU has neither avx512_vnni nor avx_vnni: {need}, and u8×s8 sums can saturate without, but for "
+            "weights of 7 bits or fewer (QuantSpec(bits=7))."
+        )
     if "Features" in features:
         return None if "asimddp" in features["Features"] else f"This CPU has no asimddp: {need}."
     return f"Unknown CPU features, {os.fspath(cpuinfo)} lists none: {need} (VNNI on x86, asimddp on Arm)."
+
+
+def sums_saturate(cpuinfo: ModelPath = "/proc/cpuinfo") -> bool:
+    """Whether this x86 CPU's fast kernels add two products of uint8 and int8 in 16 bits, which 255·127·2 exceeds."""
+    try:
+        flags = _features(Path(cpuinfo).read_text().splitlines()).get("flags")
+    except OSError:
+        return False
+    return flags is not None and not flags & _DOTS
+
+
+def _features(lines: list[str]) -> dict[str, set[str]]:
+    return {k.strip(): set(v.split()) for k, _, v in (line.partition(":") for line in lines)}

@@ -113,15 +113,17 @@ def input_names(path: ModelPath) -> list[str]:
     return [value.name for value in session(path, optimize=False).get_inputs()]
 
 
-def run_outputs(path: ModelPath, feeds: Feeds, *, optimize: bool) -> list[np.ndarray]:
-    """The model's outputs, in the graph's order.
+def run_outputs(
+    path: ModelPath, feeds: Feeds, *, optimize: bool, config: Mapping[str, str] | None = None
+) -> list[np.ndarray]:
+    """The model's outputs, in the graph's order; ``config`` as in `session`.
 
     Raises ``ExportError`` where the model does not load or a node fails while it runs (that it loads is no
     proof: fused per-channel activations fail only then), ``InvalidArgument`` for feeds of other names.
     """
     if not optimize and (model := _beyond(path)) is not None:
         return run_standard(model, None, feeds)
-    return run_session(session(path, optimize=optimize), None, feeds)
+    return run_session(session(path, optimize=optimize, config=config), None, feeds)
 
 
 def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> dict[str, np.ndarray]:

@@ -45,12 +45,16 @@ class Ran:
         rows: a row per node of `WEIGHTED`.
         outputs: in the graph's order; None where the file was compiled and no kernel could run.
         integer_dot: None, or why integer speed is not to be expected on this machine.
+        exact_outputs: where its sums saturate on this machine, the outputs with a setting that sums exactly; else None.
+        exact_by: that setting, in words.
     """
 
     runtime: str
     rows: tuple[KernelRow, ...]
     outputs: list[np.ndarray] | None
     integer_dot: str | None = None
+    exact_outputs: list[np.ndarray] | None = None
+    exact_by: str | None = None
 
 
 class Latency(Protocol):

@@ -81,7 +81,10 @@ def test_codes_are_those_of_training(case: Case, tmp_path: Path) -> None:
     report = fxquant.export_onnx(model, args, path)
     assert report.notes == () and len(report.weights) == 3
     kinds = onnx.TensorProto.DataType
-    codes = {kinds.Name(t.data_type) for t in onnx.load(path).graph.initializer if len(t.dims) == 2}
+    graph = onnx.load(path).graph
+    codes = {kinds.Name(t.data_type) for t in graph.initializer if len(t.dims) == 2}
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    assert all(read.intersection(node.output) for node in graph.node), "no node is there for nothing"
     assert codes - {"FLOAT"} == {kind for kind in case.types if kind != "UINT8" or case.target == "tensorrt"}
     found = fxquant.verify_onnx(model, args, path, rounds=0)
     weight_only = RECIPES[case.recipe].activation is None

@@ -81,6 +81,14 @@ latency 2.000 ms, float 8.000 ms: ratio 0.25 (below 1 is faster)"""
     )
 
 
+def test_sums_that_saturated_are_said() -> None:
+    exact = dataclasses.replace(HERE, exact_output_difference=0.125, exact_by="a setting")
+    said = "sums of 8-bit products saturated on this CPU: with a setting, outputs differ by 0.125"
+    assert said in str(exact).splitlines() and exact.to_dict()["exact_output_difference"] == 0.125
+    alike = dataclasses.replace(exact, exact_output_difference=HERE.optimized_output_difference)
+    assert str(alike) == str(HERE) and HERE.to_dict()["exact_output_difference"] is None
+
+
 def test_in_another_runtime() -> None:
     assert (
         str(ELSEWHERE)

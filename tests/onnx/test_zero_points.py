@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from fxquant.onnx.zero_points import imply_zero_points
+from fxquant.onnx.zero_points import imply_zero_points, own_zero_points
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]> net (float[1,2,4,8] x, float[1,2,4,8] w) => (float[?,?,?,?] y)'
 CONSTANTS = "float s = {0.05}, float t = {0.04}, int8 z = {0}"
@@ -51,3 +51,22 @@ def test_keys_load_at_every_level(maker: str, added: int) -> None:
     expected = run(model, LEVELS[0])
     for level in LEVELS:
         np.testing.assert_allclose(run(after, level), expected, atol=1e-5)
+
+
+def test_weights_have_zero_points_of_their_own() -> None:
+    """Each a copy with the same numbers, those of activations as they were."""
+    threes, fives = (", ".join([digit] * 64) for digit in "35")
+    held = f"int8[8,8] v = {{{threes}}}, int8[8,8] u = {{{fives}}}, float s = {{0.05}}, int8 z = {{0}}"
+    body = (
+        "a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z) e = DequantizeLinear(v, s, z) c = MatMul(b, e) "
+        "f = DequantizeLinear(u, s, z) y = MatMul(c, f)"
+    )
+    header = '<ir_version: 10, opset_import: ["" : 21]> net (float[2,8] x) => (float[2,8] y)'
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(f"{header} <{held}> {{ {body} }}"))
+    assert own_zero_points(model.graph) == 1 and own_zero_points(model.graph) == 0
+    after = ir.serde.serialize_model(model)
+    onnx.checker.check_model(after, full_check=True)
+    read = {node.output[0]: node.input[2] for node in after.graph.node if len(node.input) > 2}
+    assert read == {"a": "z", "b": "z", "e": "z", "f": "z__1"}
+    (copy,) = (onnx.numpy_helper.to_array(held) for held in after.graph.initializer if held.name == "z__1")
+    assert copy.dtype == np.int8 and copy == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.targets.cpu import integer_dot_support
+from fxquant.targets.cpu import integer_dot_support, sums_saturate
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,10 @@ def test_integer_dot_support_reads_the_features(tmp_path: Path, text: str, said:
     (tmp_path / "cpuinfo").write_text(text)
     found = integer_dot_support(tmp_path / "cpuinfo")
     assert found is None if said is None else said in (found or "")
+    assert sums_saturate(tmp_path / "cpuinfo") == ("flags" in text and said is not None)
 
 
 def test_integer_dot_support_without_a_file_is_unknown(tmp_path: Path) -> None:
     found = integer_dot_support(tmp_path / "none")
     assert found is not None and found.startswith("Unknown CPU features")
-    assert isinstance(integer_dot_support(), str | None)
+    assert isinstance(integer_dot_support(), str | None) and not sums_saturate(tmp_path / "none")

@@ -39,6 +39,10 @@ pytestmark = pytest.mark.skipif(
     bool(multiplies_exactly("matmul", "cpu", False)), reason="this machine has no exact integer product"
 )
 
+exact_convolutions = pytest.mark.skipif(
+    bool(multiplies_exactly("conv", "cpu", False)), reason="this machine's integer convolutions saturate"
+)
+
 
 def u8(x: Tensor, scale: Tensor | None = None, point: Tensor | None = None) -> Tensor:
     """With SCALE and POINT where none are given, made here: traced code may not hold real tensors."""
@@ -94,11 +98,14 @@ def runtime(nodes: list[Any], inputs: dict[str, Tensor], dtype: int = TensorProt
 
 @pytest.mark.parametrize("point", [0, 113, 255])
 def test_sums_and_values_are_those_of_onnxruntime(point: int) -> None:
-    """MatMulInteger's sums exactly; then Cast, Mul, Add, bit for bit."""
+    """MatMulInteger's sums exactly; then Cast, Mul, Add, bit for bit.
+
+    Weights of 7 bits: larger ones saturate in onnxruntime's kernel where the CPU has no VNNI.
+    """
     x, w, scales = operands()
     zero, bias = torch.tensor([point], dtype=torch.int32), torch.randn(5)
     code = quantize_per_tensor(x, SCALE, zero, 0, 255, torch.uint8)
-    weight = quantize_per_channel(w, scales, torch.zeros(5, dtype=torch.int32), 0, -127, 127, torch.int8).t()
+    weight = quantize_per_channel(w, scales, torch.zeros(5, dtype=torch.int32), 0, -63, 63, torch.int8).t()
     inputs = {"x": code, "w": weight.contiguous(), "z": zero.to(torch.uint8), "v": torch.zeros(1, dtype=torch.int8)}
     product = helper.make_node("MatMulInteger", ["x", "w", "z", "v"], ["total"])
     exact = runtime([helper.make_node("MatMulInteger", ["x", "w", "z", "v"], ["y"])], inputs, TensorProto.INT32)
@@ -143,7 +150,7 @@ def test_a_sum_beyond_the_float_digits_is_rounded_once() -> None:
 )
 def test_a_convolution_has_exact_sums(dims: int, stride: int, padding: int, dilation: int, groups: int) -> None:
     code = torch.randint(0, 256, (2, 8, *[7] * dims), dtype=torch.uint8)
-    weight = torch.randint(-128, 128, (16, 8 // groups, *[3] * dims), dtype=torch.int8)
+    weight = torch.randint(-64, 64, (16, 8 // groups, *[3] * dims), dtype=torch.int8)
     where = ([stride] * dims, [padding] * dims, [dilation] * dims)
     found = integer_convolution(code, weight, POINT, *where, groups)
     wide = code.double() - 113, weight.double()
@@ -156,13 +163,14 @@ def test_a_convolution_has_exact_sums(dims: int, stride: int, padding: int, dila
 
 def test_a_convolution_has_the_sums_of_onnxruntime() -> None:
     code = torch.randint(0, 256, (1, 4, 6, 6), dtype=torch.uint8)
-    weight = torch.randint(-127, 128, (5, 4, 3, 3), dtype=torch.int8)
+    weight = torch.randint(-64, 64, (5, 4, 3, 3), dtype=torch.int8)
     node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], pads=[1, 1, 1, 1])
     expected = runtime([node], {"x": code, "w": weight, "z": torch.tensor(113, dtype=torch.uint8)}, TensorProto.INT32)
     found = integer_convolution(code, weight, POINT, [1, 1], [1, 1], [1, 1])
     assert torch.equal(found, expected.float())
 
 
+@exact_convolutions
 def test_the_largest_codes_do_not_saturate() -> None:
     code, weight = torch.full((1, 64, 5, 5), 255, dtype=torch.uint8), torch.full((16, 64, 5, 5), 127, dtype=torch.int8)
     found = integer_convolution(code, weight, ZERO, [1, 1], [0, 0], [1, 1])
@@ -265,6 +273,7 @@ def test_fewer_bits_are_codes_of_8(low: int, high: int) -> None:
     torch.testing.assert_close(gm(x, w, scales), before, rtol=1e-5, atol=1e-5)
 
 
+@exact_convolutions
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_convolution(memory: torch.memory_format, signed: bool) -> None:
@@ -445,6 +454,7 @@ def test_auto_goes_by_the_times(monkeypatch: pytest.MonkeyPatch, integer_time: f
 def test_auto_asks_about_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
     monkeypatch.setattr(use_integer_matmul, "times", lambda problem: asked.append(problem) or Times(1.0, 0.1))
+    monkeypatch.setattr(use_integer_matmul, "multiplies_exactly", lambda *_: "")
     x, w = torch.randn(2, 4, 6, 6, dtype=torch.bfloat16), torch.randn(6, 2, 3, 3, dtype=torch.bfloat16)
     gm = traced(lambda x, w, s: F.conv2d(u8(x), channels(w, s), None, 2, 1, 1, 2), x, w, torch.ones(6))
     assert UseIntegerMatmul().run(gm).rewrites == 1
