@@ -4,8 +4,8 @@ All get what fxquant's recipe of that name means where they can say it; a format
 `nets.Unavailable` with the reason. Versions tried: torch 2.13, brevitas 0.13, nvidia-modelopt 0.47, torchao 0.18. They
 differ in what they quantize: Brevitas, ModelOpt and torchao the inputs and weights of layers, torchao of ``nn.Linear``
 alone; fxquant also both sides of additions and the products inside attention, as an integer runtime needs. The tool
-"fxquant layers" quantizes no more than the layers' own. Rows of a tool "…, tables too" are of the recipes as they were,
-with embeddings in the format of the other weights.
+"fxquant layers" quantizes no more than the layers' own; "fxquant integers" takes products of codes, in backward too.
+Rows of a tool "…, tables too" are of the recipes as they were, with embeddings in the format of the other weights.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _float(model: nn.Module, batches: list[Tensor], format: str) -> Built:
     return Built.plain(model)
 
 
-def _ours(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Built:
-    """Prepared for no runtime in particular, its ranges from the batches."""
+def _ours(model: nn.Module, batches: list[Tensor], recipe: Recipe, options: dict[str, Any] | None = None) -> Built:
+    """Prepared for no runtime in particular, its ranges from the batches; ``options`` are the backend's."""
     try:
         fxquant.prepare(model, (batches[0],), recipe=recipe, target="generic")
     except fxquant.errors.FxquantError as error:
@@ -79,7 +79,7 @@ def _ours(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Built:
     quantized = sum(quantizer.site.role == "weight" for _, quantizer in quantizers(model))
     return Built(
         model=model,
-        forward=torch.compile(model, backend=EAGER, dynamic=False),
+        forward=torch.compile(model, backend=EAGER, dynamic=False, options=options),
         groups=lambda peak: fxquant.parameter_groups(model, lr=peak),
         runs_on=EAGER,
         layers=f"{quantized} of {layers}",
@@ -98,6 +98,11 @@ def _peer(make: Peer) -> Build:
 def _fxquant(model: nn.Module, batches: list[Tensor], format: str) -> Built:
     """The recipe as it is."""
     return _ours(model, batches, RECIPES[format])
+
+
+def _integers(model: nn.Module, batches: list[Tensor], format: str) -> Built:
+    """The recipe with products of codes in forward and backward, wherever that is possible."""
+    return _ours(model, batches, RECIPES[format], {"integer_matmul": True, "integer_backward": True})
 
 
 def _layers(model: nn.Module, batches: list[Tensor], format: str) -> Built:
@@ -129,6 +134,7 @@ _ROLES = ("weight", "activation")
 TOOLS: dict[str, Tool] = {
     "float": Tool(_float),
     "fxquant": Tool(_fxquant),
+    "fxquant integers": Tool(_integers),
     "fxquant learned": Tool(_learned),
     "fxquant extremes": Tool(_extremes),
     "fxquant layers": Tool(_layers),

@@ -1,8 +1,12 @@
-"""How long a product takes in float and in integers on this machine: measured once per shape, in this process."""
+"""How long a product takes in float and in integers: measured once per shape on a machine, and kept for all processes.
+
+What is kept is what every later compile decides by, so that one machine chooses alike in each run and on each rank.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -14,6 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # private; tried on 2.13 and 2.15
 
 from fxquant.ops.integer_matmul import integer_convolution
+from fxquant.passes.joint.kept_times import kept
+from fxquant.targets.cpu import integer_dot_support
 
 aten = torch.ops.aten
 
@@ -56,9 +62,27 @@ class Times:
     integer: float
 
 
+@functools.cache
+def never_faster(device: str) -> str:
+    """Why integers gain nothing on a device, whatever the product; empty where it takes a measurement to know.
+
+    Without dot products of 8-bit integers torch's product of int8 matrices takes 20 to 35 times the float one's time
+    (AVX2, a transformer's shapes).
+    """
+    if torch.device(device).type != "cpu" or integer_dot_support() is None:
+        return ""
+    return "integers are no faster on this CPU, which has no dot products of 8-bit integers (VNNI)"
+
+
 @functools.lru_cache(maxsize=4096)
 def times(problem: Problem) -> Times:
-    """Both times, measured at the first call for a problem.
+    """Both times, measured at the first call for a problem on a machine like this one (`kept_times`)."""
+    found = kept(repr(problem), problem.device, lambda: list(dataclasses.astuple(_measured(problem))))
+    return Times(*found)
+
+
+def _measured(problem: Problem) -> Times:
+    """Both times, of calls that take turns.
 
     On CPU what one thread computes is counted, not what passes meanwhile: with others on the machine, and threads that
     wait for one another, times that pass differ tenfold from call to call, and these by a tenth.
@@ -129,17 +153,32 @@ def rows_timed(problem: Problem) -> int:
 
 @functools.cache
 def seconds_of_a_sweep() -> float:
-    """Seconds per element of an elementwise float32 kernel on CPU that reads and writes memory, measured once."""
-    with unset_fake_temporarily(), torch.no_grad(), _one_thread():
-        x = torch.zeros(2**20)
-        out = torch.empty_like(x)
-        return min(_cpu_seconds(lambda: torch.neg(x, out=out)) for _ in range(_ROUNDS)) / x.numel()
+    """Seconds per element of an elementwise float32 kernel on CPU that reads and writes memory, kept as `times` are."""
+
+    def measured() -> list[float]:
+        with unset_fake_temporarily(), torch.no_grad(), _one_thread():
+            x = torch.zeros(2**20)
+            out = torch.empty_like(x)
+            return [min(_cpu_seconds(lambda: torch.neg(x, out=out)) for _ in range(_ROUNDS)) / x.numel()]
+
+    return kept("a sweep", "cpu", measured)[0]
+
+
+def places(problem: Problem) -> int:
+    """How many numbers the rows, or images, that `times` multiplies result in."""
+    rows = rows_timed(problem)
+    if problem.convolution is None:
+        return rows * problem.rhs[1]
+    return rows * _places_of_an_image(problem) * problem.rhs[0]
 
 
 def _work(problem: Problem) -> int:
     """Products of numbers in one row, or one image."""
     if problem.convolution is None:
         return max(1, math.prod(problem.rhs))
-    stride = problem.convolution[0]
-    places = math.prod(-(-size // step) for size, step in zip(problem.lhs[2:], stride, strict=True))
-    return max(1, places * math.prod(problem.rhs))
+    return max(1, _places_of_an_image(problem) * math.prod(problem.rhs))
+
+
+def _places_of_an_image(problem: Problem) -> int:
+    assert problem.convolution is not None
+    return math.prod(-(-size // step) for size, step in zip(problem.lhs[2:], problem.convolution[0], strict=True))

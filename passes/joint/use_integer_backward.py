@@ -15,7 +15,8 @@ from fxquant.graph.nodes import packet
 from fxquant.ops.integer_matmul import LONGEST_SUM, multiplies_exactly
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.joint.integer_gradients import GradientProduct, Writer, coded, has_codes
-from fxquant.passes.joint.product_times import Problem, rows_timed, seconds_of_a_sweep, times
+from fxquant.passes.joint.kept_times import instructions
+from fxquant.passes.joint.product_times import Problem, never_faster, rows_timed, seconds_of_a_sweep, times
 from fxquant.passes.joint.quantized_products import PRODUCTS, StaysFloat, hint, is_backward, operands_of
 from fxquant.passes.stages import JOINT
 
@@ -84,7 +85,7 @@ class UseIntegerBackward(Pass):
 
     def uuid(self) -> str:
         """With the processor's instructions, by which it is known whether integer kernels are exact."""
-        return f"{super().uuid()}-{torch.backends.cpu.get_cpu_capability()}"
+        return f"{super().uuid()}-{instructions()}"
 
     def _is_by_chance(self, each: GradientProduct) -> bool:
         """What is as long as the batch, whose size may be open, draws nothing: it is of the input."""
@@ -97,6 +98,8 @@ class UseIntegerBackward(Pass):
         if self.options.mode != "auto":
             return
         problem = _problem(each)
+        if why_not := never_faster(problem.device):
+            raise StaysFloat(why_not)
         found, share = times(problem), rows_timed(problem) / problem.lhs[0]
         elements = share * math.prod(map(hint, each.gradient.meta["val"].shape))
         sweeps = _SWEEPS["stochastic" if by_chance else "nearest"]

@@ -16,7 +16,8 @@ from fxquant.graph.views import Convolution
 from fxquant.ops.integer_matmul import LONGEST_SUM, multiplies_exactly
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.joint.integer_products import Rewriter
-from fxquant.passes.joint.product_times import Problem, Window, times
+from fxquant.passes.joint.kept_times import instructions
+from fxquant.passes.joint.product_times import Problem, Window, never_faster, places, seconds_of_a_sweep, times
 from fxquant.passes.joint.quantized_products import (
     PRODUCTS,
     Operand,
@@ -36,6 +37,9 @@ aten = torch.ops.aten
 
 # The integer product must be this much faster, so that noise in the times does not choose it where nothing is gained.
 _MARGIN = 1.1
+# The sums of a convolution are rescaled where they are read, not where they are made: in the loops of statistics, the
+# normalization and the range, and in backward's. Elementwise sweeps over memory that take as long.
+_RESCALING = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,10 @@ class UseIntegerMatmul(Pass):
     kernel gives; a float product differs from it by the rounding of its own sums.
 
     ``mode`` True takes integers wherever that is possible. "auto" takes them where they are faster, by times measured
-    here, once per shape (`product_times`), for a symbolic size at its hint. What was decided otherwise elsewhere and
-    comes from a cache computes the same sums, at the speed that was measured then.
+    once per shape on machines like this one and kept (`product_times`), for a symbolic size at its hint: one machine
+    chooses alike in every process. On a CPU without dot products of 8-bit integers it takes none, and measures nothing.
+    What was decided otherwise elsewhere and comes from a cache computes the same sums, at the speed that was measured
+    then.
 
     Nodes keep the tags of what they replace; codes those of their fake-quants.
     """
@@ -82,14 +88,20 @@ class UseIntegerMatmul(Pass):
 
     def uuid(self) -> str:
         """With the processor's instructions, by which it is known whether integer kernels are exact."""
-        return f"{super().uuid()}-{torch.backends.cpu.get_cpu_capability()}"
+        return f"{super().uuid()}-{instructions()}"
 
     def _weigh(self, node: fx.Node, lhs: Operand) -> None:
         if self.mode != "auto":
             return
-        found = times(_problem(node, lhs))
-        if found.integer * _MARGIN > found.floating:
-            raise StaysFloat(f"integers take {found.integer / found.floating:.2f} of its time here, as measured")
+        problem = _problem(node, lhs)
+        if why_not := never_faster(problem.device):
+            raise StaysFloat(why_not)
+        found = times(problem)
+        integer = found.integer
+        if problem.convolution is not None:
+            integer += _RESCALING * places(problem) * seconds_of_a_sweep()
+        if integer * _MARGIN > found.floating:
+            raise StaysFloat(f"integers take {integer / found.floating:.2f} of its time here, as measured")
 
 
 def _check(node: fx.Node, lhs: Operand, rhs: Operand) -> None:

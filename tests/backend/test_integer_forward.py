@@ -228,6 +228,7 @@ def test_auto_follows_the_measurement_and_explain_shows_it(monkeypatch: pytest.M
     def decided(problem: Problem) -> Times:
         return Times(1.0, 0.5 if problem.convolution else 1.2)
 
+    monkeypatch.setattr(use_integer_matmul, "never_faster", lambda device: "")
     monkeypatch.setattr(use_integer_matmul, "times", decided)
     model, x = made(*NETS["convnet"][:2])
     step(torch.compile(model, backend="fxquant_eager", options={"integer_matmul": "auto"}), x)

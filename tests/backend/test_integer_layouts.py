@@ -1,4 +1,4 @@
-"""Where convolutions of codes lie in memory: as Inductor puts what surrounds torch's own, so that backward turns nothing."""
+"""Where convolutions of codes lie in memory: as those of floats do, so that backward turns no operand around."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from fxquant.ops.integer_matmul import LONGEST_SUM, multiplies_exactly
 from fxquant.ops.rounding_words import ROUNDING_WORDS
 from fxquant.passes.base import PassResult
 from fxquant.passes.joint import use_integer_backward
+from fxquant.passes.joint.kept_times import instructions
 from fxquant.passes.joint.product_times import Problem, Times
 from fxquant.passes.joint.use_integer_backward import IntegerBackward, UseIntegerBackward
 from tests.passes.graphs import apply, untouched
@@ -206,6 +207,7 @@ def test_forward_products_are_left_alone() -> None:
     assert untouched(BY_CHANCE, gm).declines == []
 
 
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize(("integer", "wanted"), [(0.6, 1), (0.95, 0)])
 def test_auto_follows_the_measurement(integer: float, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Problem] = []
@@ -223,6 +225,7 @@ def test_auto_follows_the_measurement(integer: float, wanted: int, monkeypatch: 
     assert reasons(result) == ([] if wanted else ["integers take 0.95 of its time here, as measured"])
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_auto_counts_what_rounding_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sweeps of 48 · 6 elements at 1.5 ms, beside half of the product's 2 s: 0.5 + 0.648; or two."""
     monkeypatch.setattr(use_integer_backward, "times", lambda problem: Times(2.0, 1.0))
@@ -234,6 +237,17 @@ def test_auto_counts_what_rounding_costs(monkeypatch: pytest.MonkeyPatch) -> Non
         assert reasons(result) == ([told] if ratio > 1 / 1.1 else [])
 
 
+def test_auto_measures_nothing_where_integers_never_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(problem: Problem) -> Times:
+        raise AssertionError("it is measured")
+
+    monkeypatch.setattr(use_integer_backward, "times", measured)
+    monkeypatch.setattr(use_integer_backward, "never_faster", lambda device: f"no dot products on {device}")
+    gm, _, _ = graph_of("dw")
+    result = untouched(UseIntegerBackward(options=IntegerBackward(mode="auto")), gm)
+    assert reasons(result) == ["no dot products on cpu"]
+
+
 def test_options_are_part_of_the_key() -> None:
     keys = {each.uuid() for each in (NEAREST, BY_CHANCE, UseIntegerBackward())}
-    assert len(keys) == 3 and all(torch.backends.cpu.get_cpu_capability() in key for key in keys)
+    assert len(keys) == 3 and all(instructions() in key for key in keys)

@@ -26,6 +26,7 @@ from fxquant.ops import (
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION, integer_convolution, multiplies_exactly
 from fxquant.passes.base import PassResult
 from fxquant.passes.joint import product_times, use_integer_matmul
+from fxquant.passes.joint.kept_times import instructions
 from fxquant.passes.joint.product_times import Problem, Times, times
 from fxquant.passes.joint.use_integer_matmul import UseIntegerMatmul
 from tests.passes.graphs import apply, untouched
@@ -440,6 +441,7 @@ def linear() -> fx.GraphModule:
     ("integer_time", "reason"),
     [(0.5, None), (0.9, None), (0.95, "integers take 0.95 of its time here, as measured"), (2.0, "integers take 2.00")],
 )
+@pytest.mark.usefixtures("dot_products")
 def test_auto_goes_by_the_times(monkeypatch: pytest.MonkeyPatch, integer_time: float, reason: str | None) -> None:
     asked: list[Problem] = []
     monkeypatch.setattr(use_integer_matmul, "times", lambda problem: asked.append(problem) or Times(1.0, integer_time))
@@ -451,8 +453,10 @@ def test_auto_goes_by_the_times(monkeypatch: pytest.MonkeyPatch, integer_time: f
     assert problem == Problem(lhs=(6, 40), rhs=(40, 5), dtype=torch.float32, device="cpu", signed=False)
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_auto_asks_about_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
+    monkeypatch.setattr(use_integer_matmul, "multiplies_exactly", lambda *_: "")
     monkeypatch.setattr(use_integer_matmul, "times", lambda problem: asked.append(problem) or Times(1.0, 0.1))
     monkeypatch.setattr(use_integer_matmul, "multiplies_exactly", lambda *_: "")
     x, w = torch.randn(2, 4, 6, 6, dtype=torch.bfloat16), torch.randn(6, 2, 3, 3, dtype=torch.bfloat16)
@@ -461,6 +465,32 @@ def test_auto_asks_about_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     (problem,) = asked
     assert problem.convolution == ((2, 2), (1, 1), (1, 1), 2) and problem.dtype == torch.bfloat16
     assert gm(x, w, torch.ones(6)).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("dot_products")
+@pytest.mark.parametrize(("sweep", "ratio"), [(1e-4, None), (1e-3, "1.30")])
+def test_auto_counts_what_rescaling_the_sums_of_a_convolution_costs(
+    sweep: float, ratio: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve sweeps over 2 · 6 · 3 · 3 sums, beside 0.004 s of 1 s; a product of matrices has none."""
+    monkeypatch.setattr(use_integer_matmul, "multiplies_exactly", lambda *_: "")
+    monkeypatch.setattr(use_integer_matmul, "times", lambda problem: Times(1.0, 0.004))
+    monkeypatch.setattr(use_integer_matmul, "seconds_of_a_sweep", lambda: sweep)
+    x, w = torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3)
+    gm = traced(lambda x, w, s: F.conv2d(u8(x), channels(w, s), None, 2, 1), x, w, torch.ones(6))
+    found = reasons(UseIntegerMatmul().run(gm))
+    assert found == ([] if ratio is None else [f"integers take {ratio} of its time here, as measured"])
+    assert UseIntegerMatmul().run(linear()).rewrites == 1
+
+
+def test_auto_measures_nothing_where_integers_never_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(problem: Problem) -> Times:
+        raise AssertionError("it is measured")
+
+    monkeypatch.setattr(use_integer_matmul, "times", measured)
+    monkeypatch.setattr(use_integer_matmul, "never_faster", lambda device: f"no dot products on {device}")
+    assert reasons(untouched(UseIntegerMatmul(), linear())) == ["no dot products on cpu"]
+    assert UseIntegerMatmul(mode=True).run(linear()).rewrites == 1
 
 
 @pytest.fixture
@@ -501,4 +531,4 @@ def test_a_large_product_is_measured_on_a_part(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_choice_is_part_of_the_key() -> None:
     keys = {UseIntegerMatmul(mode="auto").uuid(), EVERYWHERE.uuid()}
-    assert len(keys) == 2 and all(torch.backends.cpu.get_cpu_capability() in key for key in keys)
+    assert len(keys) == 2 and all(instructions() in key for key in keys)
