@@ -24,7 +24,7 @@ INSERT = InsertFakeQuantize(recipe=INT8, profile=ONNXRUNTIME, stateless=True)
 QUANTIZE: tuple[Pass, ...] = (FunctionalizeActivations(), INSERT)
 
 
-def captured(model: Callable[..., Any], *args: Tensor, passes: Sequence[Pass] = ()) -> fx.GraphModule:
+def captured(model: Callable[..., Any], *args: Any, passes: Sequence[Pass] = ()) -> fx.GraphModule:
     """The ATen training graph of one call, after ``passes``."""
     graphs: list[fx.GraphModule] = []
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -134,18 +135,44 @@ def by_running(layer: Layer, x: Tensor, scheme: str) -> Tensor:
 Step = tuple[Tensor, dict[str, Tensor | None]]
 
 
-def steps(layer: Layer, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], count: int = 2) -> list[Step]:
-    """Results and gradients of training steps, each from what the one before left."""
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
-    generator, found = torch.Generator().manual_seed(1), []
+class Apart(nn.Module):
+    """Layers side by side, each with an input of its own: one compile for all of them."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
+
+
+def steps_apart(
+    layers: list[Layer], run: Callable[[list[Tensor]], list[Tensor]], shapes: list[tuple[int, ...]], count: int = 2
+) -> list[list[Step]]:
+    """For each layer, results and gradients of training steps, each from what the one before left."""
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.02) for layer in layers]
+    generators = [torch.Generator().manual_seed(1) for _ in layers]
+    found: list[list[Step]] = [[] for _ in layers]
     for _ in range(count):
-        x = torch.randn(shape, generator=generator).to(layer.norm.running_var.dtype).requires_grad_()
-        y = run(x)
-        optimizer.zero_grad()
-        (y * torch.randn(y.shape, generator=generator)).sum().backward()
-        found.append((y.detach(), {n: p.grad for n, p in layer.named_parameters()} | {"x": x.grad}))
-        found[-1] = copy.deepcopy(found[-1])
-        optimizer.step()
+        xs = [
+            torch.randn(shape, generator=generator).to(layer.norm.running_var.dtype).requires_grad_()
+            for layer, shape, generator in zip(layers, shapes, generators, strict=True)
+        ]
+        ys = run(xs)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        weighted = [(y * torch.randn(y.shape, generator=g)).sum() for y, g in zip(ys, generators, strict=True)]
+        torch.autograd.backward(weighted)
+        for layer, x, y, own in zip(layers, xs, ys, found, strict=True):
+            gradients = {n: p.grad for n, p in layer.named_parameters()} | {"x": x.grad}
+            own.append(copy.deepcopy((y.detach(), gradients)))
+        for optimizer in optimizers:
+            optimizer.step()
+    return found
+
+
+def steps(layer: Layer, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], count: int = 2) -> list[Step]:
+    (found,) = steps_apart([layer], lambda xs: [run(x) for x in xs], [shape], count)
     return found
 
 
@@ -155,34 +182,49 @@ def assert_same_steps(got: list[Step], expected: list[Step], rtol: float = 1e-6,
         torch.testing.assert_close(gradients, want_gradients, rtol=rtol, atol=atol)
 
 
-every_layer = pytest.mark.parametrize("name", LAYERS)
+SHAPES = [shape for _, shape in LAYERS.values()]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
-@every_layer
+def every_layer() -> list[Layer]:
+    return [build().double() for build, _ in LAYERS.values()]
+
+
+@contextmanager
+def of_layer(name: str) -> Iterator[None]:
+    """Failures inside say which layer they are of."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}") from error
+
+
 @every_scheme
-def test_eval_is_the_folded_network(name: str, scheme: str) -> None:
-    build, shape = LAYERS[name]
-    layer, x = build().double().eval(), torch.randn(shape).double()
-    gm = captured(layer, x, passes=(inserting(scheme),))
+def test_eval_is_the_folded_network(scheme: str) -> None:
+    layers, xs = every_layer(), [torch.randn(shape).double() for shape in SHAPES]
+    model = Apart(layers).eval()
+    gm = captured(model, xs, passes=(inserting(scheme),))
     result = apply(FOLD, gm)
-    assert result.rewrites == 1 and not result.declines and "batch_norm" not in gm.code
+    assert result.rewrites == len(LAYERS) and not result.declines and "batch_norm" not in gm.code
     with torch.no_grad():
-        got = torch.compile(layer, backend=quantizing(inserting(scheme), FOLD))(x)
-    torch.testing.assert_close(got, by_running(layer, x, scheme), rtol=1e-6, atol=1e-6)
+        found = torch.compile(model, backend=quantizing(inserting(scheme), FOLD))(xs)
+    for name, layer, x, got in zip(LAYERS, layers, xs, found, strict=True):
+        with of_layer(name):
+            torch.testing.assert_close(got, by_running(layer, x, scheme), rtol=1e-6, atol=1e-6)
 
 
-@every_layer
 @every_scheme
-def test_frozen_statistics_train_the_folded_network(name: str, scheme: str) -> None:
-    build, shape = LAYERS[name]
-    layer = build().double().train()
-    layer.norm.eval()
-    oracle = copy.deepcopy(layer)
-    compiled = torch.compile(layer, backend=quantizing(inserting(scheme), FOLD))
-    expected = steps(oracle, lambda x: by_running(oracle, x, scheme), shape)
-    assert_same_steps(steps(layer, compiled, shape), expected)
-    torch.testing.assert_close(dict(layer.named_buffers()), dict(oracle.named_buffers()), rtol=0, atol=0)
+def test_frozen_statistics_train_the_folded_network(scheme: str) -> None:
+    layers = every_layer()
+    model = Apart(layers).train()
+    for layer in layers:
+        layer.norm.eval()
+    oracles = copy.deepcopy(layers)
+    found = steps_apart(layers, torch.compile(model, backend=quantizing(inserting(scheme), FOLD)), SHAPES)
+    for name, layer, oracle, shape, got in zip(LAYERS, layers, oracles, SHAPES, found, strict=True):
+        with of_layer(name):
+            assert_same_steps(got, steps(oracle, lambda x, o=oracle: by_running(o, x, scheme), shape))
+            torch.testing.assert_close(dict(layer.named_buffers()), dict(oracle.named_buffers()), rtol=0, atol=0)
 
 
 def column(vector: Tensor, weight: Tensor) -> Tensor:

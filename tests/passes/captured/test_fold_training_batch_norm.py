@@ -20,24 +20,29 @@ from fxquant.passes.stages import JOINT, enter
 from tests.passes.captured.test_fold_batch_norm import (
     LAYERS,
     SCHEMES,
+    SHAPES,
     T2,
+    Apart,
     Layer,
     apply_head,
     assert_same_steps,
     axis_of,
     bias_of,
     by_running,
+    every_layer,
+    every_scheme,
     fake,
     inserting,
     is_transposed,
+    of_layer,
     row,
     steps,
+    steps_apart,
     times,
 )
 from tests.passes.graphs import apply, captured, quantizing, untouched
 
 FOLD = FoldTrainingBatchNorm()
-CASES = [(name, scheme) for name in LAYERS for scheme in SCHEMES]
 
 
 def passes(scheme: str) -> tuple[Pass, ...]:
@@ -83,32 +88,37 @@ def assert_same_buffers(layer: nn.Module, oracle: nn.Module) -> None:
     torch.testing.assert_close(own, dict(oracle.named_buffers()), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "scheme"), CASES, ids=[f"{name}-{scheme}" for name, scheme in CASES])
-def test_training_steps(name: str, scheme: str) -> None:
-    build, shape = LAYERS[name]
-    layer = build().double().train()
-    oracle, seen = copy.deepcopy(layer), copy.deepcopy(layer)
-    gm = captured(seen, torch.randn(shape).double(), passes=passes(scheme)[:2])
-    if commutes(layer, scheme):
-        assert untouched(FOLD, gm).declines == []
-        expected = steps(oracle, lambda x: unfolded(oracle, x, scheme), shape, count=3)
-    else:
-        result = apply(FOLD, gm)
-        assert result.rewrites == 1 and not result.declines and "batch_norm" not in gm.code
-        expected = steps(oracle, lambda x: by_batch(oracle, x, scheme), shape, count=3)
-    assert_same_steps(steps(layer, torch.compile(layer, backend=quantizing(*passes(scheme))), shape, 3), expected)
-    assert_same_buffers(layer, oracle)
-    assert layer.norm.num_batches_tracked == 3
+@every_scheme
+def test_training_steps(scheme: str) -> None:
+    layers = every_layer()
+    model = Apart(layers).train()
+    oracles, seen = copy.deepcopy(layers), copy.deepcopy(model)
+    gm = captured(seen, [torch.randn(shape).double() for shape in SHAPES], passes=passes(scheme)[:2])
+    result, alone = apply(FOLD, gm), sum(commutes(layer, scheme) for layer in layers)
+    assert (result.rewrites, gm.code.count("aten.batch_norm.default(")) == (len(layers) - alone, alone)
+    assert not result.declines and (alone > 0) is (scheme == "per channel")
+    found = steps_apart(layers, torch.compile(model, backend=quantizing(*passes(scheme))), SHAPES, 3)
+    for name, layer, oracle, shape, got in zip(LAYERS, layers, oracles, SHAPES, found, strict=True):
+        expected = unfolded if commutes(layer, scheme) else by_batch
+        with of_layer(name):
+            assert_same_steps(got, steps(oracle, lambda x, o=oracle, e=expected: e(o, x, scheme), shape, count=3))
+            assert_same_buffers(layer, oracle)
+            assert layer.norm.num_batches_tracked == 3
 
 
-COMMUTING = [name for name, (build, _) in LAYERS.items() if commutes(build(), "per channel")]
-
-
-@pytest.mark.parametrize("name", COMMUTING)
-def test_a_scale_per_channel_already_is_the_folded_network(name: str) -> None:
+def test_a_scale_per_channel_already_is_the_folded_network() -> None:
     """The quantized folded weight scaled by σ/σ_B; the batch's statistics are those of the quantized layer there."""
-    build, shape = LAYERS[name]
-    layer, x = build().double().train(), torch.randn(shape).double()
+    names = [name for name, (build, _) in LAYERS.items() if commutes(build(), "per channel")]
+    layers = [LAYERS[name][0]().double() for name in names]
+    xs = [torch.randn(LAYERS[name][1]).double() for name in names]
+    wanted = [folded_by_batch(layer, x) for layer, x in zip(layers, xs, strict=True)]
+    found = torch.compile(Apart(layers).train(), backend=quantizing(*passes("per channel")))(xs)
+    for name, got, expected in zip(names, found, wanted, strict=True):
+        with of_layer(name):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def folded_by_batch(layer: Layer, x: Tensor) -> Tensor:
     axis, norm = axis_of(layer, "per channel"), layer.norm
     y = apply_head(layer, x, fake(layer.head.weight, axis))
     others = [d for d in range(y.dim()) if d != 1]
@@ -116,9 +126,7 @@ def test_a_scale_per_channel_already_is_the_folded_network(name: str) -> None:
     running = (norm.running_var + norm.eps).sqrt()
     gamma = torch.ones_like(running) if norm.weight is None else norm.weight
     scaled = apply_head(layer, x, fake(times(layer, layer.head.weight, gamma / running), axis))
-    expected = scaled * row(running / deviation, y) + row(bias_of(norm, gamma) - gamma * mean / deviation, y)
-    got = torch.compile(layer, backend=quantizing(*passes("per channel")))(x)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    return scaled * row(running / deviation, y) + row(bias_of(norm, gamma) - gamma * mean / deviation, y)
 
 
 @pytest.mark.parametrize("name", ["conv2d, no bias", "transposed 2d, groups"])
