@@ -15,7 +15,7 @@ from fxquant.backend import reports
 from fxquant.backend.reuse import stores
 from fxquant.errors import NotQuantizedWarning
 from tests.one_translation_unit import compile_waiting, compiled_together
-from tests.quick import collect_rarely, guards_are_made_fast, header_is_read_once, torchlib_is_read_once
+from tests.quick import all_is_quick, collect_rarely
 from tests.uncompiled import kernels_write_zeros
 
 
@@ -38,7 +38,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiles_and_exports_are_quick() -> Iterator[None]:
-    with guards_are_made_fast(), torchlib_is_read_once(), header_is_read_once():
+    with all_is_quick():
         yield
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 from torch._inductor import codecache  # private; what is replaced in it was read in 2.13
-from torch.utils import _traceback
+from torch.utils import _config_module, _traceback
 
 
 def collect_rarely() -> None:
@@ -68,6 +68,54 @@ def guards_are_made_fast() -> Iterator[None]:
         yield
 
 
+SETTINGS_FOR_LOGS = (
+    "_compiler_config_for_logging",
+    "_functorch_config_for_logging",
+    "_get_dynamo_config_for_logging",
+    "_scrubbed_inductor_config_for_logging",
+)
+# Private; read in 2.13.
+UNSET = _config_module._UNSET_SENTINEL
+READ = _config_module.ConfigModule.__getattr__
+IMMUTABLE = _config_module._IMMUTABLE_CONFIG_TYPES
+
+
+def setting(config: _config_module.ConfigModule, name: str) -> Any:
+    """A plain setting, as it was set or is by itself; all others as torch reads them."""
+    entry = config._config.get(name)
+    if entry is None or entry.alias is not None or entry.hide or entry.deprecated or entry.env_value_force is not UNSET:
+        return READ(config, name)
+    value = entry.user_override.get()
+    if value is UNSET and entry.env_value_default is UNSET and entry.justknob is None:
+        value = entry.default
+        return value if isinstance(value, IMMUTABLE) else READ(config, name)
+    return READ(config, name) if value is UNSET else value
+
+
+@contextmanager
+def nothing_is_logged() -> Iterator[None]:
+    """Each compile prints its graphs, its cache key part by part and all settings, for logs that nobody reads.
+
+    It collects garbage too, and asks for its settings half a million times in forty tests, each time through what may
+    say what a setting is: an alias, the environment, a deprecation.
+    """
+    # Private, and so is what is replaced; read in 2.13.
+    from torch._dynamo import utils
+    from torch._functorch._aot_autograd import graph_compile
+
+    replaced = [(utils, name, lambda: None) for name in SETTINGS_FOR_LOGS]
+    replaced += [(graph_compile, "_log_joint_graph", lambda *_: None)]
+    replaced += [(graph_compile, "_log_fw_bw_graphs", lambda *_: (None, None))]
+    replaced += [(codecache.FxGraphCachePickler, "debug_lines", lambda *_: [])]
+    with ExitStack() as patches:
+        for owner, name, function in replaced:
+            if hasattr(owner, name):
+                patches.enter_context(mock.patch.object(owner, name, function))
+        patches.enter_context(mock.patch.object(_config_module.ConfigModule, "__getattr__", setting))
+        patches.enter_context(torch._dynamo.config.patch(run_gc_after_compile=False))
+        yield
+
+
 @contextmanager
 def torchlib_is_read_once() -> Iterator[None]:
     """torch.onnx.export parses the sources of a thousand operators in every call: half the time of a small model."""
@@ -90,8 +138,21 @@ def torchlib_is_read_once() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compiles_are_quick() -> Iterator[None]:
+    with guards_are_made_fast(), nothing_is_logged(), header_is_read_once():
+        yield
+
+
+@contextmanager
+def all_is_quick() -> Iterator[None]:
+    """Exports too, whose half of torch takes seconds to import."""
+    with compiles_are_quick(), torchlib_is_read_once():
+        yield
+
+
 def main(arguments: list[str]) -> None:
-    with guards_are_made_fast(), torchlib_is_read_once(), header_is_read_once():
+    with all_is_quick():
         collect_rarely()
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 import fxquant
 from fxquant.prepared.quantizer import quantizers
+from tests.quick import compiles_are_quick
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.prepared.killed", "transformers", "lightning"])  # imported once for all
@@ -213,7 +214,8 @@ def train(way: str, folder: Path, kill: Kill | None, latest: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     tempfile.tempdir = str(folder)  # where Lightning's new file is, until it takes its place
-    model = WAYS[way](folder, kill, latest)
+    with compiles_are_quick():
+        model = WAYS[way](folder, kill, latest)
     torch.save({**model.state_dict(), "random": torch.get_rng_state()}, folder / "end.pt")
     (folder / "end.json").write_text(json.dumps([q.observing for _, q in quantizers(model.net)]))
 

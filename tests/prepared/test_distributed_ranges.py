@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fxquant
 from tests import forked
 from tests.nets import Mlp, counted, eager_runs, prepared, ranges, step
-from tests.quick import guards_are_made_fast, header_is_read_once
+from tests.quick import compiles_are_quick
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("delayed", "moving_average", "observe", "off", "group", "checkpoint", "non_finite", "inductor", "plain")
@@ -165,7 +165,7 @@ def train_wrapped(case: str, rank: int, out: str) -> dict[str, Any]:
 
 def main(rank: int, rendezvous: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    with guards_are_made_fast(), header_is_read_once():
+    with compiles_are_quick():
         found = {case: run(case, rank) for case in CASES}
         found |= {case: train_wrapped(case, rank, out) for case in WRAPPED}
     Path(f"{out}.{rank}").write_text(json.dumps(found), encoding="utf-8")
