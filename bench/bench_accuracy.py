@@ -113,7 +113,8 @@ def one(name: str, tool: str, format: str, seed: int, options: argparse.Namespac
         kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
         facts["why"] = (kind + " ".join(str(error).split()))[:300]
     key = dict(zip(KEY, (name, tool, format, seed, options.steps), strict=True))
-    return {**key, "unit": TASKS[name].unit, **facts, **environment()}
+    shorter = {} if options.float_steps is None else {"float_steps": options.float_steps}
+    return {**key, "unit": TASKS[name].unit, **facts, **shorter, **environment()}
 
 
 def run(options: argparse.Namespace) -> Iterable[Row]:

@@ -1,13 +1,16 @@
 """Time, saved bytes and kernels of a QAT step against the plain compiled step, interleaved in one process.
 
     python bench/bench_step.py [--steps 15] [--nets cnn,transformer] [--dtypes fp32,bf16] [--variants fxquant,brevitas]
-                               [--out bench/results/step.jsonl]
+                               [--where] [--out bench/results/step.jsonl]
 
 A JSON line per net, dtype (bf16 is autocast) and variant: median seconds of forward + backward, its ratio to plain,
 bytes that autograd keeps for backward (parameters excluded) and their ratio, what Inductor generated (`kernels.py`),
 graph breaks, and graphs that were compiled after the first step. ``--variants`` takes parts of names (`variants.py`);
 peers run where they are installed (`peers.py`). What cannot run here is left out, its reason printed; a failure of
 fxquant makes the exit status 1.
+
+``--where`` gives rows of where the time goes instead: each product, integer or float, forward and backward, the loops
+and the rest, with their shares (`where.py`).
 
 Before timing, compiled gradients of fxquant are held to those of `fxquant_eager`, and losses of the rest to the
 float net's.
@@ -30,6 +33,7 @@ from nets import NETS, Layer, Unavailable
 from table import show
 from torch import Tensor, nn
 from variants import DTYPES, Built, Step, Variant, autocast, chosen
+from where import where
 
 __all__ = ["NETS", "Layer", "gradients", "saved_bytes", "timed"]
 
@@ -236,6 +240,17 @@ def run(net: str, dtype: str, steps: int, variants: Mapping[str, Variant], faile
     ]
 
 
+def run_where(net: str, dtype: str, steps: int, variants: Mapping[str, Variant], failed: list[str]) -> list[Facts]:
+    """Rows of where a step's time goes, of one net and dtype."""
+    ready, _, x = ready_variants(net, dtype, variants, failed)
+    still_compiling(ready, x)
+    return [
+        {"net": net, "dtype": dtype, "variant": name, **each, "steps": steps, **environment()}
+        for name, built in ready.items()
+        for each in where(built, x, steps)
+    ]
+
+
 class NoBaseline(Exception):
     """The plain compiled step does not run, or is wrong: nothing to compare others of this net and dtype with."""
 
@@ -284,10 +299,14 @@ def asked(
     return [(net, dtype) for net in options.nets.split(",") for dtype in options.dtypes.split(",")], variants
 
 
-def main(run: Run, description: str | None, steps: int) -> int:
-    """The command line of a bench that makes rows by net, dtype and variant; its exit status."""
+def main(run: Run, description: str | None, steps: int, instead: Run | None = None) -> int:
+    """The command line of a bench that makes rows by net, dtype and variant, or ``instead``; its exit status."""
     parser = arguments(description, steps)
+    if instead is not None:
+        parser.add_argument("--where", action="store_true", help="rows of where the time goes")
     options = parser.parse_args()
+    if instead is not None and options.where:
+        run = instead
     pairs, variants = asked(options, parser)
     rows: list[Facts] = []
     failed: list[str] = []
@@ -310,4 +329,4 @@ def main(run: Run, description: str | None, steps: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, __doc__, steps=15))
+    sys.exit(main(run, __doc__, steps=15, instead=run_where))

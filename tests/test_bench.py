@@ -8,13 +8,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 BENCH = Path(__file__).parent.parent / "bench"
-MODULES = ("bench_step", "bench_memory", "bench_zoo", "kernels", "machine", "nets", "peers", "table", "variants")
+MODULES = (
+    "bench_step",
+    "bench_memory",
+    "bench_zoo",
+    "kernels",
+    "machine",
+    "nets",
+    "peers",
+    "table",
+    "variants",
+    "where",
+)
 STEP_KEYS = [
     *("net", "dtype", "variant", "step_seconds", "step_ratio", "saved_bytes", "saved_ratio"),
     *("kernels", "weight_kernels", "extern_kernels", "extern_fake_quantize", "bytes_accessed"),
@@ -366,3 +378,39 @@ def test_a_zoo_trained_only_is_judged_by_its_training(bench: SimpleNamespace) ->
     ]
     row["against_eager"]["gradients"] = 1.0
     assert "eager's step   0 of 1: not mlp" in bench.bench_zoo.summary([row])
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+def event(key: str, time: float, shapes: list[list[int]] | None = None, count: int = 2) -> SimpleNamespace:
+    return SimpleNamespace(key=key, self_cpu_time_total=time, input_shapes=shapes or [], count=count)
+
+
+def test_products_loops_and_the_rest_share_the_time(bench: SimpleNamespace) -> None:
+    found: dict[tuple[str, str, str], Any] = {}
+    linear = [[8, 16], [16, 4]]
+    bench.where.add(
+        found, "forward", [event("aten::_int_mm", 3.0, linear), event("## Call CompiledFxGraph abc ##", 2.0)]
+    )
+    backward = [event("aten::mm", 4.0, linear), event("aten::mm", 1.0, [[4, 8], [8, 16]]), event("aten::empty", 0.0)]
+    bench.where.add(found, "backward", backward)
+    rows = bench.where.rows(found, steps=2)
+    keys = ("half", "what", "kind", "calls", "share")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("backward", "mm 8x16 · 16x4", "float", 1, 0.4),
+        ("forward", "_int_mm 8x16 · 16x4", "integer", 1, 0.3),
+        ("forward", "loops", "loops", 0, 0.2),
+        ("backward", "mm 4x8 · 8x16", "float", 1, 0.1),
+        ("backward", "rest", "rest", 0, 0.0),
+    ]
+
+
+def test_a_profiled_step_shows_its_products(bench: SimpleNamespace) -> None:
+    """Eager: three of a linear layer without a bias whose input has a gradient, two halves, shares of 1 in all."""
+    model = nn.Linear(8, 16, bias=False)
+    rows = bench.where.where((model, model), torch.randn(4, 8, requires_grad=True), steps=2)
+    products = sorted((row["half"], row["what"], row["calls"]) for row in rows if row["kind"] == "float")
+    assert [half for half, _, _ in products] == ["backward", "backward", "forward"]
+    assert all(what.startswith("mm ") and calls == 1 for _, what, calls in products)
+    assert sum(row["share"] for row in rows) == pytest.approx(1, abs=1e-3)
