@@ -38,7 +38,7 @@ aten = torch.ops.aten
 # The integer product must be this much faster, so that noise in the times does not choose it where nothing is gained.
 _MARGIN = 1.1
 # The sums of a convolution are rescaled where they are read, not where they are made: in the loops of statistics, the
-# normalization and the range, and in backward's. What that takes, in elementwise sweeps over memory: between none and 20
+# normalization and the range, and in backward's. What that takes, in elementwise sweeps over memory: between 0 and 20
 # a convolution in two nets with BatchNorm (AVX2, the machine busy); not measured where integers are fast.
 _RESCALING = 12
 
