@@ -27,6 +27,12 @@ TAKING_X = [case for case in CASES if case.takes_x]
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")])
 DEVICES = ["cpu", GPU]
 
+
+def is_batched(case: Case) -> bool:
+    """Whether a compiler may leave its first size open; the others stay nodes, or take no x."""
+    return case.takes_x and case.fuses
+
+
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_taking_x = pytest.mark.parametrize("case", TAKING_X, ids=str)
 
@@ -94,15 +100,22 @@ def test_every_op_has_a_case() -> None:
 @each_case
 def test_opcheck(case: Case) -> None:
     args, _ = with_leaves(case, random(case.shape))
-    found = torch.library.opcheck(case.op, tuple(args), case.kwargs, test_utils=checks_for(args))
+    found = torch.library.opcheck(case.op, tuple(args), case.kwargs, test_utils=checks_for(case, args))
     assert set(found.values()) == {"SUCCESS"}
 
 
-def checks_for(args: list[Any]) -> tuple[str, ...]:
-    """opcheck's tests; that of the schema compares with allclose, which float8 lacks."""
-    every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    eight = any(isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype.itemsize == 1 for arg in args)
-    return every[1:] if eight else every
+FIRST = {case.op: case for case in reversed(CASES)}
+
+
+def checks_for(case: Case, args: list[Any]) -> tuple[str, ...]:
+    """opcheck's tests; that of the schema compares with allclose, which float8 lacks.
+
+    The graph of open sizes is taken of one case of each operator, where the test of open batches has the others.
+    """
+    found = ("test_autograd_registration", "test_faketensor")
+    if not any(isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype.itemsize == 1 for arg in args):
+        found = ("test_schema", *found)
+    return (*found, "test_aot_dispatch_dynamic") if case is FIRST[case.op] or not is_batched(case) else found
 
 
 def layouts(shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -165,17 +178,19 @@ def test_gradient_through_vmap(case: Case) -> None:
 
 
 def compiled_in(family: list[Case]) -> list[tuple[Case, torch.dtype]]:
-    """Each case in float32, and each other dtype in one case of each operator, in turn.
+    """Of an operator, every second case in float32, and the others in the other dtypes, in turn; an only one in two.
 
     How a dtype is loaded and stored is the same code for all operators.
     """
-    pairs = [(case, torch.float32) for case in family]
+    pairs = []
     for number, op in enumerate({case.op: None for case in family}):
         left = [FLOATS[1:][(number + k) % 3] for k in range(3)]
-        for case in (case for case in family if case.op == op):
+        cases = [case for case in family if case.op == op]
+        for place, case in enumerate(cases):
             found = [dtype for dtype in left if dtype in case.dtypes][:1]
-            pairs += [(case, dtype) for dtype in found]
             left = [dtype for dtype in left if dtype not in found]
+            pairs += [(case, dtype) for dtype in found if place % 2 or len(cases) == 1]
+            pairs += [(case, torch.float32)] if place % 2 == 0 or not found else []
     return pairs
 
 
@@ -220,18 +235,30 @@ def test_compiled_gives_the_bits_of_eager(family: str, dtype: torch.dtype, devic
             raise AssertionError(f"{case}, {dtype}: {error}") from error
 
 
-@each_taking_x
-def test_a_dynamic_batch_is_never_specialized(case: Case) -> None:
+BATCHED = {
+    f"{family} {start}": cases[start : start + 6]  # in larger graphs a case takes longer
+    for family, cases in ((name, list(filter(is_batched, every))) for name, every in BY_FAMILY.items())
+    for start in range(0, len(cases), 6)
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_dynamic_batch_is_never_specialized(name: str) -> None:
     """mark_dynamic raises if anything fixes the size; the backend takes ops apart as Inductor does."""
-    if not case.fuses:
-        pytest.skip("stays a node")
+    cases = BATCHED[name]
     torch._dynamo.reset()
     seen = torch._dynamo.testing.CompileCounterWithBackend("aot_eager_decomp_partition")
-    compiled = torch.compile(lambda x, *rest: case.op(x, *rest, **case.kwargs), backend=seen, fullgraph=True)
+
+    @torch.compile(backend=seen, fullgraph=True)
+    def compiled(arguments: list[tuple[Any, ...]]) -> list[Any]:
+        return [case.op(*args, **case.kwargs) for case, args in zip(cases, arguments, strict=True)]
+
     for rows in (6, 9, 4):
-        args = case.args(random((rows, *case.shape[1:])))
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.shape == args[0].shape:
-                torch._dynamo.mark_dynamic(arg, 0)
-        assert_all_same(tensors(compiled(*args)), tensors(case.op(*args, **case.kwargs)))
+        arguments = [case.args(random((rows, *case.shape[1:]))) for case in cases]
+        for args in arguments:
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.shape == args[0].shape:
+                    torch._dynamo.mark_dynamic(arg, 0)
+        for case, args, got in zip(cases, arguments, compiled(arguments), strict=True):
+            assert_all_same(tensors(got), tensors(case.op(*args, **case.kwargs)))
     assert seen.frame_count == 1
