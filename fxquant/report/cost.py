@@ -27,6 +27,7 @@ from fxquant.report.step_bytes import (
     simplified,
     total_of,
 )
+from fxquant.report.step_products import StepProduct, products_of_step
 from fxquant.support.table import megabytes, table
 
 _LINES = 12  # of the table of kept tensors that are printed
@@ -38,7 +39,8 @@ class Cost:
 
     ``total`` is the quantized step, ``plain`` the same step without quantizers, ``rest`` what of ``total`` no site is
     charged with. ``saved`` and ``plain_saved`` list the allocations that add up to ``total.saved`` and ``plain.saved``.
-    ``batch`` is the batch size of the example inputs where it was left open, else None.
+    ``batch`` is the batch size of the example inputs where it was left open, else None. ``products`` are those of the
+    quantized step, forward and backward, and whether they multiply codes.
     """
 
     plan: Plan
@@ -50,6 +52,7 @@ class Cost:
     saved: tuple[Saved, ...]
     plain_saved: tuple[Saved, ...]
     batch: int | None = None
+    products: tuple[StepProduct, ...] = ()
 
     def at(self, batch: int) -> Cost:
         """The same report with numbers: those of a step on ``batch`` samples.
@@ -75,7 +78,7 @@ class Cost:
             "batch": self.batch,
             "sites": [{**vars(site), "bytes": site.bytes.to_dict()} for site in self.sites],
             **{name: getattr(self, name).to_dict() for name in ("rest", "total", "plain")},
-            **{name: [one.to_dict() for one in getattr(self, name)] for name in ("saved", "plain_saved")},
+            **{name: [one.to_dict() for one in getattr(self, name)] for name in ("saved", "plain_saved", "products")},
         }
 
     def __str__(self) -> str:
@@ -96,6 +99,8 @@ class Cost:
         parts += ["", table(["saved", "dtype", "shape", "made by", "read in backward by"], lines[:_LINES])]
         if len(lines) > _LINES:
             parts.append(f"… and {len(lines) - _LINES} smaller: see .saved")
+        if any(one.integer for one in self.products):
+            parts += ["", _products_table(self.products)]
         return "\n".join(parts)
 
 
@@ -105,6 +110,7 @@ def cost(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Cost:
     """Bytes that a compiled training step of a prepared model reads, writes and saves for backward, site by site.
 
@@ -121,6 +127,8 @@ def cost(
         dynamic_batch: leave dimension 0 of every tensor that shares the first one's batch size open. Sizes are then
             sympy expressions in ``batch``, and `Cost.at` gives numbers: those of the graphs for an open batch, in which
             Inductor may fuse a few loops otherwise.
+        options: of backend "fxquant", as the step is to be compiled with: `Cost.products` then says which products
+            multiply codes. Without ``reuse_weights``, whose steps are not alike.
 
     Raises InvalidArgument for an unprepared model, inputs that it cannot run on and a model with nothing to train;
     UnsupportedModel where the graph breaks, and where the model fixes the batch that is to be open.
@@ -135,8 +143,17 @@ def cost(
         )
     batch = _batch(args, named) if dynamic_batch else None
     plain = trace_step(model, args, named, quantized=False, batch=batch)
-    step = trace_step(model, args, named, quantized=True, batch=batch)
+    _refuse_kept_weights(options or {})
+    step = trace_step(model, args, named, quantized=True, batch=batch, options=options)
     return cost_of(plan, plain, step, training=model.training, batch=batch)
+
+
+def _refuse_kept_weights(options: Mapping[str, Any]) -> None:
+    if options.get("reuse_weights"):
+        raise InvalidArgument(
+            "options['reuse_weights'] must be left out where a step's cost is counted: got True. Its steps are not "
+            "alike: weights are quantized in those after a change only."
+        )
 
 
 def cost_of(plan: Plan, plain: Step, step: Step, *, training: bool, batch: int | None) -> Cost:
@@ -159,6 +176,7 @@ def cost_of(plan: Plan, plain: Step, step: Step, *, training: bool, batch: int |
         saved=saved,
         plain_saved=saved_of(plain),
         batch=batch,
+        products=products_of_step(step),
     )
 
 
@@ -191,6 +209,20 @@ def _amount(size: Size) -> str:
     if not isinstance(size, int):
         return str(size)
     return megabytes(size) if size >= 1000 else f"{size} B"
+
+
+def _products_table(products: tuple[StepProduct, ...]) -> str:
+    """Those alike in one line, the largest share first."""
+    alike: dict[tuple[str, str, str, bool], list[float]] = {}
+    for one in products:
+        shapes = " · ".join("x".join(map(str, shape)) for shape in one.shapes[:3])
+        alike.setdefault((one.half, one.operator, shapes, one.integer), []).append(one.share)
+    ordered = sorted(alike.items(), key=lambda item: -sum(item[1]))
+    lines = [
+        [half, operator, shapes, str(len(shares)), "integer" if integer else "float", f"{sum(shares):.1%}"]
+        for (half, operator, shapes, integer), shares in ordered
+    ]
+    return table(["products", "operator", "operands", "times", "as", "of the work"], lines)
 
 
 def _cells(part: Bytes) -> list[str]:

@@ -140,6 +140,7 @@ ATTRIBUTES: Mapping[str, Callable[[], object]] = {
     "_flat_weights": lambda: torch.nn.GRU(1, 1),
     "_flat_weights_names": lambda: torch.nn.GRU(1, 1),
     "_getframe": lambda: sys,
+    "_int_mm": lambda: torch.ops.aten,
     "_overloadname": lambda: torch.ops.aten.add.Tensor,
     "_parameters": torch.nn.Module,
     "_safe_softmax": lambda: torch.ops.aten,

@@ -153,7 +153,7 @@ def test_plain_values_to_the_letter() -> None:
     assert {key: found[key] for key in plain} == plain
     assert [(one["size"], one["shape"], one["serves"]) for one in found["saved"]] == [("batch", ["batch", 1], ["mm"])]
     assert [one["size"] for one in found["plain_saved"]] == ["6*batch + 2"]
-    assert set(found) == {*plain, "saved", "plain_saved"}
+    assert set(found) == {*plain, "saved", "plain_saved", "products"}
 
 
 # ---------------------------------------------------------------- from two steps

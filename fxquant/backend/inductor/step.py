@@ -74,13 +74,19 @@ def site_of(node: fx.Node) -> str | None:
 
 
 def trace_step(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, quantized: bool, batch: int | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    quantized: bool,
+    batch: int | None,
+    options: Mapping[str, Any] | None = None,
 ) -> Step:
     """Compiles one training step of a prepared model, forward and backward, and stops before kernels are written.
 
     The pipeline is the one that training runs, on fake tensors: nothing is computed and the model stays as it was.
     ``quantized=False`` gives plain Inductor on the same model. With ``batch``, dimension 0 of every input of that size
-    is left open.
+    is left open. ``options`` are the quantizing backend's.
 
     Raises UnsupportedModel for a graph break and for a size that cannot stay open, InvalidArgument for inputs that do
     not run and for a model with nothing to train.
@@ -91,7 +97,7 @@ def trace_step(
         raise _cannot_run(error) from error
     if batch is not None:
         args, kwargs = _opened((args, dict(kwargs)), batch)
-    found = _lowered(model, args, kwargs, quantized)
+    found = _lowered(model, args, kwargs, quantized, options)
     if not any(one.backward for one in found):
         raise InvalidArgument(
             f"model must have something to train: got {type(model).__name__} without a gradient to any parameter. "
@@ -107,15 +113,21 @@ def trace_step(
     return step
 
 
-def _lowered(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], quantized: bool) -> list[Lowered]:
+def _lowered(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    quantized: bool,
+    options: Mapping[str, Any] | None,
+) -> list[Lowered]:
     """The forward graph, and the backward graph if there is one."""
     found: list[Lowered] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if quantized:
-            captured = quantize_graph(gm, example_inputs)
+            captured = quantize_graph(gm, example_inputs, options)
             _mark_sites(captured)
-            compile_quantized(captured, example_inputs, inner_compile=recorder(found))
+            compile_quantized(captured, example_inputs, options=options, inner_compile=recorder(found))
         else:
             from torch._inductor.compile_fx import compile_fx
 
