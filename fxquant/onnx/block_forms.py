@@ -17,7 +17,6 @@ from typing import Any
 from fxquant.errors import ExportError
 from fxquant.numerics.formats import FLOAT_FORMATS
 from fxquant.onnx.element_types import onnx_type
-from fxquant.onnx.runtime_forms import drop_unread
 from fxquant.passes.export.freeze import Blocks
 from fxquant.support.require import require
 
@@ -41,8 +40,6 @@ def write_blocks(model: Any, blocks: Mapping[str, Blocks], form: str) -> None:
         model.graph.remove([quantize, dequantize], safe=True)
         if form == "integer" and found.size < 0:
             _multiply_codes(nodes, result)
-    if form == "integer":
-        drop_unread(model.graph)  # a pair that is left beside a product of its codes, onnxruntime may stumble over
     if form == "trt":
         _write_mx_weights(model)
         if any(node.domain == "trt" for node in model.graph):
@@ -189,6 +186,8 @@ def _multiply_codes(nodes: _Nodes, value: Any) -> None:
         whole = nodes.make("Reshape", total, nodes.make("Concat", kept, last, axis=0))
         _put(whole, product.outputs[0])
         nodes.graph.remove(product, safe=True)
+        if not weight.outputs[0].uses():  # codes that two nodes read, onnxruntime may refuse: see own_zero_points
+            nodes.graph.remove(weight, safe=True)
 
 
 def _unit(found: Blocks) -> float:

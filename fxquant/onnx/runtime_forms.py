@@ -31,7 +31,7 @@ def fold_pads(graph: Any) -> int:
         conv.replace_input_with(0, pad.inputs[0])
         done += 1
     if done:
-        drop_unread(graph)
+        _drop_unread(graph)
     return done
 
 
@@ -179,7 +179,7 @@ def _users(node: Any) -> Iterator[Any]:
     return (user for value in node.outputs for user, _ in value.uses())
 
 
-def drop_unread(graph: Any) -> None:
+def _drop_unread(graph: Any) -> None:
     """Removes nodes that nobody reads any more."""
     for node in reversed(list(graph)):
         if not any(value.uses() or value in graph.outputs for value in node.outputs):

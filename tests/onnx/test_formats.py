@@ -83,8 +83,9 @@ def test_codes_are_those_of_training(case: Case, tmp_path: Path) -> None:
     kinds = onnx.TensorProto.DataType
     graph = onnx.load(path).graph
     codes = {kinds.Name(t.data_type) for t in graph.initializer if len(t.dims) == 2}
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    assert all(read.intersection(node.output) for node in graph.node), "no node is there for nothing"
+    read, held = {name for node in graph.node for name in node.input}, {tensor.name for tensor in graph.initializer}
+    weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in held]
+    assert all(node.output[0] in read for node in weights), "no weight is dequantized for nothing"
     assert codes - {"FLOAT"} == {kind for kind in case.types if kind != "UINT8" or case.target == "tensorrt"}
     found = fxquant.verify_onnx(model, args, path, rounds=0)
     weight_only = RECIPES[case.recipe].activation is None

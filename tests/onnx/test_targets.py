@@ -18,6 +18,8 @@ from fxquant.onnx import lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
+from fxquant.targets.cpu import sums_saturate
+from fxquant.targets.onnxruntime import EXACT_SUMS
 from fxquant.targets.session import run_outputs
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import calibrated
@@ -96,7 +98,7 @@ def test_a_folded_bias_of_a_linear_without_one_is_in_the_file(target: str, tmp_p
     fxquant.calibrate(model, [x], progress=False)
     report = fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
     assert not report.notes
-    (found,) = run_outputs(tmp_path / "m.onnx", {"input": x.numpy()}, optimize=True)
+    (found,) = run_outputs(tmp_path / "m.onnx", {"input": x.numpy()}, optimize=True, config=EXACT_SUMS)
     np.testing.assert_allclose(found, expected, atol=0.05)
     assert found.mean() == pytest.approx(expected.mean(), abs=0.01) and found.mean() < -2.5
 
@@ -167,4 +169,5 @@ def test_forms_that_runtimes_run_faster(tmp_path: Path) -> None:
     assert not sum(row.differing for row in verified.codes)
     assert all(row.integer for row in verified.rows)
     pytest.importorskip("openvino")  # which refuses a Pad of codes whose zero point is not 0
-    assert fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino").outputs_within_code == 1
+    verified = fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino")
+    assert verified.outputs_within_code == 1 or sums_saturate()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,8 @@ import fxquant
 from fxquant.errors import NotQuantizedWarning
 from fxquant.plan.positions import matching
 from fxquant.prepared.quantizer import quantizers
+from fxquant.targets.onnxruntime import EXACT_SUMS
+from fxquant.targets.session import session
 from tests.nets import prepared, ranges, step
 
 EAGER = "fxquant_eager"
@@ -106,8 +107,8 @@ def test_evaluation_and_export_give_each_operator_its_own_range(tmp_path: Path) 
     assert ranges(model)["input"] == before["input"]
     with pytest.warns(NotQuantizedWarning, match="have no place in the exported graph"):
         fxquant.export_onnx(model, (X,), tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    built = session(tmp_path / "m.onnx", optimize=True, config=EXACT_SUMS)
+    (found,) = built.run(None, {built.get_inputs()[0].name: X.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), evaluated(model), rtol=0, atol=1e-5)
 
 
@@ -117,8 +118,8 @@ def test_functions_that_forward_calls_are_told_apart_in_the_file(tmp_path: Path)
     expected = evaluated(model)
     assert not torch.equal(expected, model(X).detach()), "evaluation is quantized"
     fxquant.export_onnx(model, (X,), tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    built = session(tmp_path / "m.onnx", optimize=True, config=EXACT_SUMS)
+    (found,) = built.run(None, {built.get_inputs()[0].name: X.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
