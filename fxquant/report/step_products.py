@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backend.inductor.step import Step
-from fxquant.graph.arguments import argument
+from fxquant.graph.arguments import argument, operand
 from fxquant.graph.nodes import packet
 from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
 
 aten = torch.ops.aten
 
-_MATRICES = {aten.mm: 0, aten._int_mm: 0, aten.addmm: 1, aten.bmm: 0, aten.baddbmm: 1}  # where the left operand stands
+# The left operand of each.
+_MATRICES = {aten.mm: "self", aten._int_mm: "self", aten.addmm: "mat1", aten.bmm: "self", aten.baddbmm: "batch1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +74,17 @@ def _work(node: fx.Node) -> int:
     """Multiply-adds; 0 for what is no product."""
     name, given = packet(node), [_shape(each) for each in node.all_input_nodes]
     if name in _MATRICES:
-        left = node.args[_MATRICES[name]]
-        return _count(_shape(left)) * _shape(node)[-1]
+        return _count(_shape(operand(node, _MATRICES[name]))) * _shape(node)[-1]
     if name is aten.convolution or node.target is INTEGER_CONVOLUTION:
         return _count(_shape(node)) * _count(given[1][1:])
     if name is aten.convolution_backward:
-        gradient, _, weight = (_shape(each) for each in node.args[:3])
+        gradient, weight = (_shape(operand(node, each)) for each in ("grad_output", "weight"))
         return sum(argument(node, "output_mask")[:2]) * _count(gradient) * _count(weight[1:])
     text = str(name)
     if "scaled_dot_product" not in text:
         return 0
-    first = 1 if "backward" in text else 0  # the gradient stands first there; five products of the size, else two
-    query, key = _shape(node.args[first]), _shape(node.args[first + 1])
-    return (5 if first else 2) * _count(query) * key[-2]
+    query, key = (_shape(operand(node, each)) for each in ("query", "key"))
+    return (5 if "backward" in text else 2) * _count(query) * key[-2]  # products of that size
 
 
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...], ...]:
