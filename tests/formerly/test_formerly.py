@@ -47,10 +47,15 @@ def evaluated(model: torch.nn.Module) -> torch.Tensor:
     return result
 
 
+def assert_the_same(found: torch.Tensor, then: torch.Tensor) -> None:
+    """But for the last places, where another CPU adds up in another order than the one that wrote the files."""
+    torch.testing.assert_close(found, then, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["plain", "delayed"])
 def test_a_whole_model_loads_and_evaluates_as_it_did(name: str, cold: None) -> None:
     model = torch.load(DATA / f"{name}.pt", weights_only=False)
-    assert torch.equal(evaluated(model), OUTPUTS[name])
+    assert_the_same(evaluated(model), OUTPUTS[name])
     assert len(fxquant.explain(model).rows) == len(list(quantizers(model)))
 
 
@@ -64,14 +69,15 @@ def test_it_trains_on_as_today_s_does(cold: None) -> None:
         results.append({**model.state_dict(), **grads})
         del results[-1]["quantizers_plan"]
     assert results[0].keys() == results[1].keys() and len(results[0]) > 12
-    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+    for key, value in results[0].items():
+        assert_the_same(value, results[1][key])
 
 
 def test_it_is_saved_again_and_stripped(tmp_path: Path, cold: None) -> None:
     model = torch.load(DATA / "delayed.pt", weights_only=False)
     torch.save(model, tmp_path / "again.pt")
     again = torch.load(tmp_path / "again.pt", weights_only=False)
-    assert torch.equal(evaluated(again), OUTPUTS["delayed"])
+    assert_the_same(evaluated(again), OUTPUTS["delayed"])
     assert again[0][1].train(True).training is False, "its BatchNorm is frozen"
     fxquant.strip(again)
     assert not list(quantizers(again)) and again[0][1].train(True).training
@@ -81,7 +87,7 @@ def test_it_is_saved_again_and_stripped(tmp_path: Path, cold: None) -> None:
 def test_a_checkpoint_loads(cold: None) -> None:
     model = fxquant.prepare(net(), (images(),)).eval()
     model.load_state_dict(torch.load(DATA / "checkpoint.pt", weights_only=False))
-    assert torch.equal(evaluated(model), OUTPUTS["plain"])
+    assert_the_same(evaluated(model), OUTPUTS["plain"])
 
 
 def test_a_checkpoint_of_another_recipe_is_still_refused() -> None:
