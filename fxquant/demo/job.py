@@ -18,7 +18,8 @@ from fxquant.demo.extras import require
 from fxquant.demo.nets import NETS
 from fxquant.demo.results import Result
 from fxquant.demo.train import Forward, Schedule, accuracy, score, train
-from fxquant.targets.onnxruntime import exact_outputs
+from fxquant.targets.cpu import sums_saturate
+from fxquant.targets.onnxruntime import EXACT_SUMS
 from fxquant.targets.session import input_names, run_outputs
 
 RECIPES = ("int8", "w4a8")
@@ -119,6 +120,7 @@ def quantize(
     path = out / f"{trained.net}-{recipe}.onnx"
     report = deploy(model, digits, path)
     deployed = run_onnx(path, digits.test_x)
+    say_of_sums(title, path, console)
     result = Result(
         net=trained.net,
         recipe=recipe,
@@ -166,10 +168,16 @@ def proof(report: Any) -> dict[str, Any]:
     }
 
 
+def say_of_sums(title: str, path: Path, console: Console) -> None:
+    """That the file was read with other sums than by default, where those saturate."""
+    if sums_saturate():
+        told = path.with_suffix(".txt").name
+        console.stage(title, f"onnxruntime's sums saturate on this CPU: read with exact ones, see {told}")
+
+
 def run_onnx(path: Path, images: Tensor) -> Tensor:
     """The file's logits for all ``images``, from onnxruntime on the CPU, with exact sums also where they saturate."""
     require("onnxruntime")
     (name,) = input_names(path)
-    feeds = {name: images.numpy()}
-    found = exact_outputs(path, feeds) or run_outputs(path, feeds, optimize=True)
-    return torch.from_numpy(found[0])
+    (logits,) = run_outputs(path, {name: images.numpy()}, optimize=True, config=EXACT_SUMS)
+    return torch.from_numpy(logits)

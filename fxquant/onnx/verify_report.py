@@ -52,7 +52,7 @@ class VerifyReport:
         latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
         integer_dot: None, or why integer speed is not to be expected on this CPU.
         exact_output_difference: on a CPU whose 8-bit sums saturate, `optimized_output_difference` with the setting
-            ``exact_by`` of the runtime, which sums exactly; NaN on others.
+            ``exact_by`` of the runtime, which sums exactly; NaN on others, and where the file does not load so.
         roundings: how training rounds activations, ``"divide"`` or ``"reciprocal"``; by the plan, of any version.
     """
 
@@ -177,8 +177,10 @@ class VerifyReport:
 
     def _saturation_lines(self) -> list[str]:
         exact = self.exact_output_difference
-        if math.isnan(exact) or exact == self.optimized_output_difference:
+        if self.exact_by is None or exact == self.optimized_output_difference:
             return []
+        if math.isnan(exact):
+            return [f"whether sums of 8-bit products saturated is unknown: the file does not load with {self.exact_by}"]
         return [f"sums of 8-bit products saturated on this CPU: with {self.exact_by}, outputs differ by {exact:.3g}"]
 
     def _latency_line(self) -> str:

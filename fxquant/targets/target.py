@@ -45,8 +45,8 @@ class Ran:
         rows: a row per node of `WEIGHTED`.
         outputs: in the graph's order; None where the file was compiled and no kernel could run.
         integer_dot: None, or why integer speed is not to be expected on this machine.
-        exact_outputs: where its sums saturate on this machine, the outputs with a setting that sums exactly; else None.
-        exact_by: that setting, in words.
+        exact_by: where its sums can saturate on this machine, the setting that sums exactly, in words; else None.
+        exact_outputs: the outputs with that setting; None where the file does not load with it.
     """
 
     runtime: str

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
+from fxquant.targets.cpu import sums_saturate
 from tests.onnx.models import calibrated
 
 
@@ -133,10 +134,18 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
-def exported(name: str, target: str, folder: Path) -> tuple[nn.Module, Tensor, Path]:
+SEVEN_BITS = fxquant.Recipe(
+    name="w7a8", weight=fxquant.QuantSpec(bits=7, narrow=True, axis=0, range=fxquant.CurrentTensor())
+)
+EXACT = SEVEN_BITS if sums_saturate() else "int8"  # what no integer kernel of this CPU saturates with
+
+
+def exported(
+    name: str, target: str, folder: Path, recipe: str | fxquant.Recipe = "int8"
+) -> tuple[nn.Module, Tensor, Path]:
     make, x = NETS[name]
     torch.manual_seed(0)
-    model = calibrated(make(), x, target=target)
+    model = calibrated(make(), x, target=target, recipe=recipe)
     path = folder / "net.onnx"
     fxquant.export_onnx(model, (x,), path)
     return model, x, path

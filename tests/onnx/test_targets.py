@@ -18,12 +18,11 @@ from fxquant.onnx import lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
-from fxquant.targets.cpu import sums_saturate
 from fxquant.targets.onnxruntime import EXACT_SUMS
 from fxquant.targets.session import run_outputs
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import calibrated
-from tests.onnx.nets import IMAGE, exported, scores_file, shown
+from tests.onnx.nets import EXACT, IMAGE, exported, scores_file, shown
 
 
 class Normed(nn.Module):
@@ -159,7 +158,7 @@ def test_forms_that_runtimes_run_faster(tmp_path: Path) -> None:
     """Rows of codes are picked, the convolution pads, sums stay out of norms, SiLU is one node and PReLU none."""
     torch.manual_seed(0)
     ids, path = torch.randint(0, 64, (2, 8)), tmp_path / "net.onnx"
-    model = calibrated(Padded(), ids)
+    model = calibrated(Padded(), ids, recipe=EXACT)
     report = fxquant.export_onnx(model, (ids,), path)
     assert not report.notes
     text = shown(path)
@@ -169,5 +168,4 @@ def test_forms_that_runtimes_run_faster(tmp_path: Path) -> None:
     assert not sum(row.differing for row in verified.codes)
     assert all(row.integer for row in verified.rows)
     pytest.importorskip("openvino")  # which refuses a Pad of codes whose zero point is not 0
-    verified = fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino")
-    assert verified.outputs_within_code == 1 or sums_saturate()
+    assert fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino").outputs_within_code == 1

@@ -178,19 +178,17 @@ def test_gradient_through_vmap(case: Case) -> None:
 
 
 def compiled_in(family: list[Case]) -> list[tuple[Case, torch.dtype]]:
-    """Of an operator, every second case in float32, and the others in the other dtypes, in turn; an only one in two.
+    """Each case in float32, and each other dtype in one case of each operator, in turn.
 
     How a dtype is loaded and stored is the same code for all operators.
     """
-    pairs = []
+    pairs = [(case, torch.float32) for case in family]
     for number, op in enumerate({case.op: None for case in family}):
         left = [FLOATS[1:][(number + k) % 3] for k in range(3)]
-        cases = [case for case in family if case.op == op]
-        for place, case in enumerate(cases):
+        for case in (case for case in family if case.op == op):
             found = [dtype for dtype in left if dtype in case.dtypes][:1]
+            pairs += [(case, dtype) for dtype in found]
             left = [dtype for dtype in left if dtype not in found]
-            pairs += [(case, dtype) for dtype in found if place % 2 or len(cases) == 1]
-            pairs += [(case, torch.float32)] if place % 2 == 0 or not found else []
     return pairs
 
 

@@ -18,7 +18,7 @@ from fxquant.targets.cpu import sums_saturate
 from fxquant.targets.openvino_rows import kernel_rows
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.graphs import Graph
-from tests.onnx.nets import NETS, exported
+from tests.onnx.nets import EXACT, NETS, exported
 
 
 def test_openvino_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,19 +31,21 @@ def test_openvino_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", NETS)
 def test_openvino_runs_products_on_integers(name: str, tmp_path: Path, plain_only: None) -> None:
     pytest.importorskip("openvino")
-    model, x, path = exported(name, "openvino", tmp_path)
+    model, x, path = exported(name, "openvino", tmp_path, EXACT)
     report = fxquant.verify_onnx(model, (x,), path)
     floats = {row.name: row.reason for row in report.rows if not row.integer}
     # Attention is one kernel there: its second product has float probabilities where the model calls the operator.
     seen = ["OpenVINO runs it on i8, i8, f32"] if name == "attention-operator" else []
-    # Without VNNI it leaves some more in float, and sums of the others saturate: the file is right all the same.
+    # Without VNNI it leaves some more in float.
     assert list(floats.values()) == seen or sums_saturate()
     products = {"Conv", "ConvTranspose", "MatMul"}
     nodes = [node for node in onnx.load(path).graph.node if node.op_type in products]
     assert len(nodes) - 1 <= len(report.rows) <= len(nodes)
     assert report.integer_share == (len(report.rows) - len(floats)) / len(report.rows)
     assert_codes_agree(report)
-    assert report.optimized_output_difference < 0.01 * report.output_spread or sums_saturate()
+    # Without VNNI products of two activations saturate, which no weight of 7 bits is in.
+    saturated = sums_saturate() and name.startswith("attention")
+    assert saturated or report.optimized_output_difference < 0.01 * report.output_spread
     assert lint_onnx(path, "openvino")
     text = str(report)
     assert f"{path} in OpenVINO 20" in text and "conv/gemm/matmul nodes run on integers" in text

@@ -29,6 +29,7 @@ from fxquant.passes.joint import product_times, use_integer_matmul
 from fxquant.passes.joint.kept_times import instructions
 from fxquant.passes.joint.product_times import Problem, Times, times
 from fxquant.passes.joint.use_integer_matmul import UseIntegerMatmul
+from fxquant.targets.cpu import sums_saturate
 from tests.passes.graphs import apply, untouched
 
 aten = torch.ops.aten
@@ -39,6 +40,9 @@ ZERO = torch.zeros(1, dtype=torch.int32)
 pytestmark = pytest.mark.skipif(
     bool(multiplies_exactly("matmul", "cpu", False)), reason="this machine has no exact integer product"
 )
+
+# Larger weights saturate without VNNI, in onnxruntime's kernels and in torch's convolutions.
+LARGEST = 63 if sums_saturate() else 127
 
 exact_convolutions = pytest.mark.skipif(
     bool(multiplies_exactly("conv", "cpu", False)), reason="this machine's integer convolutions saturate"
@@ -99,14 +103,11 @@ def runtime(nodes: list[Any], inputs: dict[str, Tensor], dtype: int = TensorProt
 
 @pytest.mark.parametrize("point", [0, 113, 255])
 def test_sums_and_values_are_those_of_onnxruntime(point: int) -> None:
-    """MatMulInteger's sums exactly; then Cast, Mul, Add, bit for bit.
-
-    Weights of 7 bits: larger ones saturate in onnxruntime's kernel where the CPU has no VNNI.
-    """
+    """MatMulInteger's sums exactly; then Cast, Mul, Add, bit for bit."""
     x, w, scales = operands()
     zero, bias = torch.tensor([point], dtype=torch.int32), torch.randn(5)
     code = quantize_per_tensor(x, SCALE, zero, 0, 255, torch.uint8)
-    weight = quantize_per_channel(w, scales, torch.zeros(5, dtype=torch.int32), 0, -63, 63, torch.int8).t()
+    weight = quantize_per_channel(w, scales, torch.zeros(5, dtype=torch.int32), 0, -LARGEST, LARGEST, torch.int8).t()
     inputs = {"x": code, "w": weight.contiguous(), "z": zero.to(torch.uint8), "v": torch.zeros(1, dtype=torch.int8)}
     product = helper.make_node("MatMulInteger", ["x", "w", "z", "v"], ["total"])
     exact = runtime([helper.make_node("MatMulInteger", ["x", "w", "z", "v"], ["y"])], inputs, TensorProto.INT32)
@@ -151,7 +152,7 @@ def test_a_sum_beyond_the_float_digits_is_rounded_once() -> None:
 )
 def test_a_convolution_has_exact_sums(dims: int, stride: int, padding: int, dilation: int, groups: int) -> None:
     code = torch.randint(0, 256, (2, 8, *[7] * dims), dtype=torch.uint8)
-    weight = torch.randint(-64, 64, (16, 8 // groups, *[3] * dims), dtype=torch.int8)
+    weight = torch.randint(-LARGEST - 1, LARGEST + 1, (16, 8 // groups, *[3] * dims), dtype=torch.int8)
     where = ([stride] * dims, [padding] * dims, [dilation] * dims)
     found = integer_convolution(code, weight, POINT, *where, groups)
     wide = code.double() - 113, weight.double()
@@ -164,7 +165,7 @@ def test_a_convolution_has_exact_sums(dims: int, stride: int, padding: int, dila
 
 def test_a_convolution_has_the_sums_of_onnxruntime() -> None:
     code = torch.randint(0, 256, (1, 4, 6, 6), dtype=torch.uint8)
-    weight = torch.randint(-64, 64, (5, 4, 3, 3), dtype=torch.int8)
+    weight = torch.randint(-LARGEST, LARGEST + 1, (5, 4, 3, 3), dtype=torch.int8)
     node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], pads=[1, 1, 1, 1])
     expected = runtime([node], {"x": code, "w": weight, "z": torch.tensor(113, dtype=torch.uint8)}, TensorProto.INT32)
     found = integer_convolution(code, weight, POINT, [1, 1], [1, 1], [1, 1])
@@ -458,7 +459,6 @@ def test_auto_asks_about_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
     monkeypatch.setattr(use_integer_matmul, "multiplies_exactly", lambda *_: "")
     monkeypatch.setattr(use_integer_matmul, "times", lambda problem: asked.append(problem) or Times(1.0, 0.1))
-    monkeypatch.setattr(use_integer_matmul, "multiplies_exactly", lambda *_: "")
     x, w = torch.randn(2, 4, 6, 6, dtype=torch.bfloat16), torch.randn(6, 2, 3, 3, dtype=torch.bfloat16)
     gm = traced(lambda x, w, s: F.conv2d(u8(x), channels(w, s), None, 2, 1, 1, 2), x, w, torch.ones(6))
     assert UseIntegerMatmul().run(gm).rewrites == 1
