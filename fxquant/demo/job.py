@@ -19,8 +19,7 @@ from fxquant.demo.nets import NETS
 from fxquant.demo.results import Result
 from fxquant.demo.train import Forward, Schedule, accuracy, score, train
 from fxquant.targets.cpu import sums_saturate
-from fxquant.targets.onnxruntime import EXACT_SUMS
-from fxquant.targets.session import input_names, run_outputs
+from fxquant.targets.session import EXACT_SUMS, input_names, run_outputs
 
 RECIPES = ("int8", "w4a8")
 TARGET = "onnxruntime"

@@ -16,7 +16,7 @@ from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, FLOAT_RECURRENT
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute, title
 from fxquant.targets.onnxruntime_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, PRODUCT_KINDS, Profile
-from fxquant.targets.session import REFERENCE, latency, run_outputs
+from fxquant.targets.session import EXACT_SUMS, REFERENCE, latency, run_outputs
 from fxquant.targets.target import Ran, Runtime, Target
 
 if TYPE_CHECKING:
@@ -92,10 +92,6 @@ def _blocks_beside_codes_are_int4(reader: LintReader) -> Breaches:
 
 def _require() -> ModuleType:
     return require("onnxruntime")
-
-
-# Without VNNI its kernels add two products of uint8 and int8 in 16 bits; with this they multiply wider, more slowly.
-EXACT_SUMS = {"session.x64quantprecision": "1"}
 
 
 def run(path: ModelPath, feeds: Feeds) -> Ran:

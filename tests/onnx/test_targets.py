@@ -18,8 +18,7 @@ from fxquant.onnx import lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
-from fxquant.targets.onnxruntime import EXACT_SUMS
-from fxquant.targets.session import run_outputs
+from fxquant.targets.session import EXACT_SUMS, run_outputs
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import calibrated
 from tests.onnx.nets import EXACT, IMAGE, exported, scores_file, shown

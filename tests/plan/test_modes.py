@@ -13,8 +13,7 @@ import fxquant
 from fxquant.errors import NotQuantizedWarning
 from fxquant.plan.positions import matching
 from fxquant.prepared.quantizer import quantizers
-from fxquant.targets.onnxruntime import EXACT_SUMS
-from fxquant.targets.session import session
+from fxquant.targets.session import EXACT_SUMS, session
 from tests.nets import prepared, ranges, step
 
 EAGER = "fxquant_eager"

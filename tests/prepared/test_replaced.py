@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import InvalidArgument, NotQuantizedWarning
 from fxquant.prepared.quantizer import quantizers
-from fxquant.targets.onnxruntime import EXACT_SUMS
-from fxquant.targets.session import session
+from fxquant.targets.session import EXACT_SUMS, session
 from tests.nets import prepared, ranges, step, unset
 from tests.onnx.agreement import assert_codes_agree
 

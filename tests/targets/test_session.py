@@ -12,7 +12,6 @@ from onnx.reference import ReferenceEvaluator
 
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.targets import session as runtime
-from fxquant.targets.onnxruntime import EXACT_SUMS
 from tests.onnx.graphs import BOOL, Graph, image, rows
 
 
@@ -78,7 +77,7 @@ class TestCodes:
 
     def test_are_those_that_the_integer_kernels_compute(self, tmp_path: Path) -> None:
         path = network(tmp_path)
-        (fast,) = runtime.run_outputs(path, pixels(), optimize=True, config=EXACT_SUMS)
+        (fast,) = runtime.run_outputs(path, pixels(), optimize=True, config=runtime.EXACT_SUMS)
         (plain,) = runtime.run_outputs(path, pixels(), optimize=False)
         np.testing.assert_array_equal(fast, plain, strict=True)
 
@@ -168,7 +167,7 @@ class TestOutputs:
         graph, x = rows(rank=3)
         path = graph.save(tmp_path, graph.op("MatMul", x, graph.weight(8, 5, axis=1)))
         feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)}
-        (fast,) = runtime.run_outputs(path, feeds, optimize=True, config=EXACT_SUMS)
+        (fast,) = runtime.run_outputs(path, feeds, optimize=True, config=runtime.EXACT_SUMS)
         (plain,) = runtime.run_outputs(path, feeds, optimize=False)
         (expected,) = ReferenceEvaluator(onnx.load(path)).run(None, feeds)
         np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-6)

@@ -17,9 +17,8 @@ import fxquant
 from fxquant.ops import fake_quantize_bias
 from fxquant.passes.captured.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.captured.quantize_bias import QuantizeBias
-from fxquant.targets.onnxruntime import EXACT_SUMS
 from fxquant.targets.profiles import ONNXRUNTIME, OPENVINO, Profile
-from fxquant.targets.session import run_outputs
+from fxquant.targets.session import EXACT_SUMS, run_outputs
 from tests.onnx.models import calibrated
 from tests.passes.graphs import QUANTIZE, apply, captured, show, untouched
 
