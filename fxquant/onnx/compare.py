@@ -88,6 +88,13 @@ def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list
     return compared, cascaded, arrays(outputs)
 
 
+def compare_found(case: Case, found: Mapping[str, np.ndarray]) -> Codes:
+    """Every site of the model against codes of the file, each from those codes before it."""
+    theirs = {**found, **{key: codes for key, codes in _absorbed_codes(case.path).items() if codes is not None}}
+    with _as_trained(case), visiting(case.model, "verify_onnx") as run:
+        return _compare(case, run, theirs, follow=True)[0]
+
+
 def _as_trained(case: Case) -> contextlib.AbstractContextManager[Any]:
     """The autocast that the model was trained under, where that is what the file's float parts are."""
     found = next((p.value for p in load_model(case.path).metadata_props if p.key == FLOAT_DTYPE), "")

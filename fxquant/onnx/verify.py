@@ -21,6 +21,7 @@ from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import InvalidArgument, MissingDependency
 from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
 from fxquant.onnx.edges import Edges
+from fxquant.onnx.levels import compare_levels
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.onnx.write import save, to_onnx
@@ -50,11 +51,12 @@ def verify_onnx(
     """Loads the exported file and holds it to the prepared model on the given inputs.
 
     Runs it in onnxruntime without optimizations, which executes Q/DQ as the standard says (codes at every
-    QuantizeLinear and outputs against `fxquant_eager`), then as the model's target does: in onnxruntime with all
-    optimizations (outputs, kernels, and ``rounds`` timed runs against an export of the float model, on one thread,
-    interleaved, medians; 0 times nothing, and exports no float model), in OpenVINO (outputs, kernels), or parsed and
-    built by TensorRT for RTX, which needs no GPU (kernels, and the target's rules). Where tensorrt_rtx is not
-    installed, and for generic, it checks the rules alone. Changes neither model nor file.
+    QuantizeLinear and outputs against `fxquant_eager`), at each of its graph optimization levels (the same), then as
+    the model's target does: in onnxruntime with all optimizations (outputs, kernels, and ``rounds`` timed runs against
+    an export of the float model, on one thread, interleaved, medians; 0 times nothing, and exports no float model), in
+    OpenVINO (outputs, kernels), or parsed and built by TensorRT for RTX, which needs no GPU (kernels, and the target's
+    rules). Where tensorrt_rtx is not installed, and for generic, it checks the rules alone. Changes neither model nor
+    file.
 
     Args:
         runtime: a target's name, to run the file in another runtime than its own's; named, it must be installed.
@@ -72,8 +74,10 @@ def verify_onnx(
     run = _runtime(target, asked, path, named=runtime is not None)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
     with unset_as_deployed(case.model), scaled_tables(case.model):
-        compared, cascaded, trained = compare_codes(case, [site.key for site in plan.sites])
-    unoptimized = run_outputs(path, case.feeds, optimize=False)
+        keys = [site.key for site in plan.sites]
+        compared, cascaded, trained = compare_codes(case, keys)
+        unoptimized = run_outputs(path, case.feeds, optimize=False)
+        rows = compare_levels(case, keys, unoptimized)
     return VerifyReport(
         path=os.fspath(path),
         target=plan.target,
@@ -83,6 +87,7 @@ def verify_onnx(
         cascaded_codes=sum(row.differing for row in cascaded.rows),
         max_output_difference=largest_difference(unoptimized, trained),
         output_spread=float(max((value.std() for value in trained), default=0.0)),
+        levels=rows,
         roundings=tuple(sorted({str(s.local.spec.rounding) for s in plan.sites if s.local.role != "weight"})),
         **vars(_in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)),
     )

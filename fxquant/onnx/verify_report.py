@@ -13,6 +13,7 @@ from fxquant.targets.session import REFERENCE
 from fxquant.targets.target import KernelRow
 
 PLAIN = f"{REFERENCE} without optimizations"
+_WITHIN = 0.999  # of the outputs, where codes are not compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,42 @@ class CodeRow:
     differing: int
     compared: int
     largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelRow:
+    """A file at one graph optimization level of onnxruntime.
+
+    Attributes:
+        error: why it does not load or run there; None where it does.
+        differing, compared, largest: codes against training's, each site from the codes that the level gave before it.
+            None where they were not compared: the file is large.
+        outputs_within_code: the share of output values within one 8-bit code of those without optimizations.
+    """
+
+    level: str
+    error: str | None = None
+    differing: int | None = None
+    compared: int | None = None
+    largest: int | None = None
+    outputs_within_code: float = math.nan
+
+    @property
+    def holds(self) -> bool:
+        """Loads, and its codes are within the contract of docs/numerics.md: one in 10,000 is off, by one."""
+        if self.error is not None:
+            return False
+        if self.differing is None or self.compared is None or self.largest is None:
+            return self.outputs_within_code >= _WITHIN
+        return self.largest <= 1 and self.differing <= max(1, self.compared // 10_000)
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"level {self.level!r} does not run: {self.error}"
+        outputs = f"{100 * self.outputs_within_code:.4g} % of the outputs within an 8-bit code"
+        if self.differing is None:
+            return f"level {self.level!r}: {outputs}"
+        return f"level {self.level!r}: {self.differing} of {self.compared} codes differ, by {self.largest}; {outputs}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +90,8 @@ class VerifyReport:
         integer_dot: None, or why integer speed is not to be expected on this CPU.
         exact_output_difference: on a CPU whose 8-bit sums saturate, `optimized_output_difference` with the setting
             ``exact_by`` of the runtime, which sums exactly; NaN on others, and where the file does not load so.
+        levels: the file at every graph optimization level that the installed onnxruntime has; empty where it has no
+            kernels for the file as it is.
         roundings: how training rounds activations, ``"divide"`` or ``"reciprocal"``; by the plan, of any version.
     """
 
@@ -75,6 +114,7 @@ class VerifyReport:
     roundings: tuple[str, ...] = ()
     exact_output_difference: float = math.nan
     exact_by: str | None = None
+    levels: tuple[LevelRow, ...] = ()
 
     @property
     def integer_share(self) -> float:
@@ -112,6 +152,7 @@ class VerifyReport:
             **measured,
             "rows": [vars(row) for row in self.rows],
             "codes": [vars(row) for row in self.codes],
+            "levels": [{**vars(row), "holds": row.holds} for row in self.levels],
             "lint": None if self.lint is None else self.lint.to_dict(),
         }
 
@@ -136,6 +177,7 @@ class VerifyReport:
             *self._not_compared_lines(),
             self._output_line(),
             *self._saturation_lines(),
+            *self._level_lines(),
             *([self._latency_line()] if not math.isnan(self.latency) else []),
             *([self.integer_dot] if self.integer_dot else []),
         ]
@@ -163,6 +205,11 @@ class VerifyReport:
         names, count = ", ".join(self.not_compared), len(self.not_compared)
         why = "as the model runs them in another form"
         return [f"{count} sites of the file were not compared, {why}: {names}"] if names else []
+
+    def _level_lines(self) -> list[str]:
+        held = [row.level for row in self.levels if row.holds]
+        kept = f"codes are training's in {REFERENCE} at the levels {', '.join(held)}"
+        return [*([kept] if held else []), *(f"{REFERENCE}, {row}" for row in self.levels if not row.holds)]
 
     def _output_line(self) -> str:
         spread, plain = f"(spread {self.output_spread:.3g})", f"outputs differ by {self.max_output_difference:.3g}"

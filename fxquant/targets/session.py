@@ -29,6 +29,15 @@ REFERENCE = "onnxruntime"
 # Without VNNI its kernels add two products of uint8 and int8 in 16 bits; with this they multiply wider, more slowly.
 EXACT_SUMS = {"session.x64quantprecision": "1"}
 
+# Graph optimization levels of onnxruntime, from none to all; not every version has each.
+_LEVELS = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "layout": "ORT_ENABLE_LAYOUT",
+    "all": "ORT_ENABLE_ALL",
+}
+
 # numpy has no 2- or 4-bit integers, so onnxruntime cannot hand them out: a Cast to the name on the right can.
 _WIDER = {"INT4": "INT8", "UINT4": "UINT8", "INT2": "INT8", "UINT2": "UINT8"}
 
@@ -37,11 +46,12 @@ def session(
     model: ModelPath | bytes,
     *,
     optimize: bool,
+    level: str | None = None,
     threads: int | None = None,
     optimized_path: ModelPath | None = None,
     config: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A quiet session on the CPU, with every graph optimization or with none.
+    """A quiet session on the CPU, with every graph optimization or with none, or with those of a level of `levels`.
 
     ``threads`` is the size of the pool inside a node, ``None`` for onnxruntime's choice. ``optimized_path``
     receives the graph that will run. ``config`` holds further session entries: a model in bytes finds its
@@ -50,8 +60,8 @@ def session(
     """
     ort = require("onnxruntime")
     options = ort.SessionOptions()
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    chosen = _LEVELS[level or ("all" if optimize else "disable")]
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, chosen)
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -65,6 +75,18 @@ def session(
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         subject = "The model" if isinstance(model, bytes) else os.fspath(model)
         raise ExportError(f"{subject} must load in onnxruntime {ort.__version__}: got {error}") from error
+
+
+def levels() -> tuple[str, ...]:
+    """Graph optimization levels that the installed onnxruntime has, from none to all."""
+    found = require("onnxruntime").GraphOptimizationLevel
+    return tuple(name for name, constant in _LEVELS.items() if hasattr(found, constant))
+
+
+def runs_as_written(path: ModelPath) -> bool:
+    """Whether onnxruntime has kernels for a file as it is, and it is not run as `rounded` or by onnx's evaluator."""
+    model = load_model(path)
+    return not needs_standard(model) and not is_beyond_onnxruntime(model)
 
 
 def is_newer_than_onnxruntime(model: onnx.ModelProto) -> bool:
@@ -117,23 +139,31 @@ def input_names(path: ModelPath) -> list[str]:
 
 
 def run_outputs(
-    path: ModelPath, feeds: Feeds, *, optimize: bool, config: Mapping[str, str] | None = None
+    path: ModelPath,
+    feeds: Feeds,
+    *,
+    optimize: bool,
+    level: str | None = None,
+    config: Mapping[str, str] | None = None,
 ) -> list[np.ndarray]:
-    """The model's outputs, in the graph's order; ``config`` as in `session`.
+    """The model's outputs, in the graph's order; ``level`` and ``config`` as in `session`.
 
     Raises ``ExportError`` where the model does not load or a node fails while it runs (that it loads is no
     proof: fused per-channel activations fail only then), ``InvalidArgument`` for feeds of other names.
     """
     if not optimize and (model := _beyond(path)) is not None:
         return run_standard(model, None, feeds)
-    return run_session(session(path, optimize=optimize, config=config), None, feeds)
+    return run_session(session(path, optimize=optimize, level=level, config=config), None, feeds)
 
 
-def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> dict[str, np.ndarray]:
+def run_codes(
+    path: ModelPath, feeds: Feeds, *, also: Collection[str] = (), level: str | None = None
+) -> dict[str, np.ndarray]:
     """What every activation QuantizeLinear of the graph gives, by the keys of ``quantize_outputs``.
 
     ``also`` names those that are known to be activations though no input reaches them, as position embeddings.
-    Runs without optimizations, so that each Q is one node and its arithmetic the standard's. Integers of 2 or
+    Runs without optimizations, so that each Q is one node and its arithmetic the standard's, or at a ``level`` of
+    `levels`: a kernel that a Q became a part of gives the codes then. Integers of 2 or
     4 bits come widened to 8; float8 codes come as their bits in uint8. Raises as ``run_outputs``.
     """
     onnx = require("onnx")
@@ -156,7 +186,7 @@ def run_codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> d
     if needs_standard(model):
         onnx.load_external_data_for_model(model, folder_of(path))
         return {k: bits(v) for k, v in zip(names, run_standard(model, list(names.values()), feeds), strict=True)}
-    built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
+    built = session(model.SerializeToString(), optimize=False, level=level, config=data_folder(path))
     return dict(zip(names, run_session(built, list(names.values()), feeds), strict=True))
 
 
