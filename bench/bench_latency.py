@@ -1,13 +1,14 @@
 """What a quantized file costs at run time: its time over that of the float export, in the same runtime, at real sizes.
 
-    python bench/bench_latency.py [--nets resnet18,minilm,…] [--runtimes onnxruntime,openvino] [--rounds 30]
+    python bench/bench_latency.py [--nets resnet18,minilm,…] [--runtimes onnxruntime,openvino,torch] [--rounds 30]
                                   [--threads 1] [--keep folder] [--out bench/results/latency.jsonl]
 
 Nets of torchvision, timm and transformers with random weights, for one picture of 224×224 or one sentence of 128
 tokens. Each is prepared for the runtime, calibrated on its input and exported; that file and the float model's export
 then run in turns, and the medians of CPU time are compared. A JSON line per net and runtime. ``off``: the largest
 distance of the outputs from those of onnxruntime without optimizations, as a part of their spread. OpenVINO runs with
-``INFERENCE_PRECISION_HINT`` f32.
+``INFERENCE_PRECISION_HINT`` f32. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float
+model under the same, and beside both files in onnxruntime (``onnxruntime_int8_ms``, ``onnxruntime_float_ms``).
 """
 
 from __future__ import annotations
@@ -228,6 +229,52 @@ def off(path: Path, feeds: Feeds, outputs: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max() / max(float(np.ptp(a)), 1e-30)) for a, b in pairs)
 
 
+def torch_runs(model: nn.Module, x: Tensor) -> dict[str, Run]:
+    """The converted model and the float one, both compiled by plain Inductor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ready = fxquant.prepare(copy.deepcopy(model), (x,))
+        fxquant.calibrate(ready, [x], progress=False)
+        converted = fxquant.convert(ready.eval(), (x,), dynamic_batch=False)
+
+    def run(compiled: Callable[[Tensor], Any]) -> Run:
+        def once() -> list[np.ndarray]:
+            with torch.no_grad():
+                found = compiled(x)
+            return [value.numpy() for value in torch.utils._pytree.tree_leaves(found)]
+
+        return once
+
+    return {"int8": run(torch.compile(converted)), "float": run(torch.compile(model))}
+
+
+def measure_torch(name: str, folder: Path, rounds: int, threads: int) -> dict[str, object]:
+    """The row of a net in torch itself, with onnxruntime's times of the same run beside it."""
+    torch.set_num_threads(threads)
+    model, x = build(name)
+    paths = {"onnxruntime_int8": folder / f"{name}.onnx", "onnxruntime_float": folder / f"{name}_float.onnx"}
+    quantized(model, x, "onnxruntime", paths["onnxruntime_int8"])
+    plain(model, x, paths["onnxruntime_float"])
+    runs = torch_runs(model, x)
+    feeds = {key: dict(zip(input_names(path), [x.numpy()], strict=True)) for key, path in paths.items()}
+    runs |= {key: onnxruntime_run(path, feeds[key], threads) for key, path in paths.items()}
+    ours, theirs = paths["onnxruntime_int8"], feeds["onnxruntime_int8"]
+    distance = off(ours, theirs, list(runs["int8"]()))
+    found = timed(runs, rounds)
+    return {
+        "net": name,
+        "runtime": "torch",
+        "version": torch.__version__,
+        **{f"{key}_ms": round(1e3 * seconds, 2) for key, seconds in found.items()},
+        "ratio": round(found["int8"] / found["float"], 3),
+        "off": float(f"{distance:.2g}"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "rounds": rounds,
+        **environment(),
+        "threads": threads,
+    }
+
+
 def measure(name: str, runtime: str, folder: Path, rounds: int, threads: int) -> dict[str, object]:
     """The row of a net in a runtime."""
     model, x = build(name)
@@ -267,8 +314,12 @@ def main() -> None:
     for name in options.nets.split(","):
         for runtime in options.runtimes.split(","):
             with tempfile.TemporaryDirectory() as folder:
+                kept = options.keep or Path(folder)
                 try:
-                    row = measure(name, runtime, options.keep or Path(folder), options.rounds, options.threads)
+                    if runtime == "torch":
+                        row = measure_torch(name, kept, options.rounds, options.threads)
+                    else:
+                        row = measure(name, runtime, kept, options.rounds, options.threads)
                 except Unavailable as error:
                     row = {"net": name, "runtime": runtime, "unavailable": str(error), **environment()}
             emit([row], options.out)
