@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxquant import errors, ops, ptq, tensor_quant
-    from fxquant.onnx import export_onnx, verify_onnx
+    from fxquant.onnx import export_onnx, tune_onnx, verify_onnx
     from fxquant.prepared.convert import convert
     from fxquant.prepared.freeze import freeze_batch_norm, freeze_ranges
     from fxquant.prepared.optimizers import parameter_groups
@@ -53,7 +53,7 @@ _HOMES = {
     "calibrate": "fxquant.probe.calibrate",
     **dict.fromkeys(("Mixed", "mixed", "sensitivity"), "fxquant.search"),
     **dict.fromkeys(("cost", "explain"), "fxquant.report"),
-    **dict.fromkeys(("export_onnx", "verify_onnx"), "fxquant.onnx"),
+    **dict.fromkeys(("export_onnx", "tune_onnx", "verify_onnx"), "fxquant.onnx"),
     **dict.fromkeys(("CurrentTensor", "Fixed", "Learned", "MovingAverage", "QuantSpec", "Recipe"), "fxquant.spec"),
     "distill": "fxquant.training",
     "Schedule": "fxquant.training.schedule",
@@ -102,6 +102,7 @@ __all__ = [
     "strip",
     "sync_ranges",
     "tensor_quant",
+    "tune_onnx",
     "verify_onnx",
 ]
 

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         "demo", help="train, quantize, export and verify two nets on handwritten digits", add_help=False
     )
     _add_kernels(commands)
+    _add_tune(commands)
     lint = commands.add_parser("lint", help="check an ONNX file against a target's rules; 1 where it breaks one")
     lint.add_argument("path", help="an ONNX file")
     lint.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
@@ -55,6 +56,20 @@ def _add_kernels(commands: Any) -> None:
     kernels.add_argument("--timeout", type=float, help="seconds after which a build is ended; tensorrt alone")
     kernels.add_argument("--json", action="store_true", help="print JSON")
     kernels.set_defaults(run=_kernels)
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser("tune", help="which layers of a Q/DQ file are faster in float on this machine")
+    tune.add_argument("path", help="an ONNX file, of any tool")
+    tune.add_argument("--target", default="onnxruntime", help="onnxruntime or openvino (default: onnxruntime)")
+    tune.add_argument(
+        "--shape", action="append", default=[], metavar="NAME=SHAPE", help="sizes of an input: x=1x3x224x224"
+    )
+    tune.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
+    tune.add_argument("--rounds", type=int, default=20, help="runs of each file; more see smaller gains (default: 20)")
+    tune.add_argument("--output", metavar="FILE.onnx", help="write the file with those layers float")
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    tune.set_defaults(run=_tune)
 
 
 def _add_explain(commands: Any) -> None:
@@ -111,6 +126,27 @@ def _kernels(given: argparse.Namespace) -> int:
     text = table(("node", "op", "kernel", "integer", "why not"), cells)
     sys.stdout.write(f"{json.dumps([vars(row) for row in rows], indent=2) if given.json else text}\n")
     return 0
+
+
+def _tune(given: argparse.Namespace) -> int:
+    found = fxquant.tune_onnx(
+        given.path,
+        target=given.target,
+        shapes=dict(map(_sizes, given.shape)),
+        threads=given.threads,
+        rounds=given.rounds,
+        output=given.output,
+    )
+    sys.stdout.write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found}\n")
+    return 0
+
+
+def _sizes(text: str) -> tuple[str, tuple[int, ...]]:
+    """``x=1x3x224x224`` as a name and sizes."""
+    name, _, shape = text.rpartition("=")
+    if not name or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise fxquant.errors.InvalidArgument(f"--shape must be NAME=SHAPE: got {text!r}. Write x=1x3x224x224.")
+    return name, tuple(map(int, shape.split("x")))
 
 
 def _lint(given: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
 from fxquant.onnx.precision import Precision, choose_precision
 from fxquant.onnx.runtime_forms import fold_pads, one_node_silu, prelu_of_halves, sum_before_norms
+from fxquant.onnx.site_edges import write_sites
 from fxquant.onnx.typed import type_floats
 from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.whole_products import keep_products_whole
@@ -146,7 +147,7 @@ def export_onnx(
     _check_storage(weight_storage)
     precision = choose_precision(plain, profile, float_dtype, io_dtype, opset, _elements(plan))
     told = check_card(capability, plan, precision, profile)
-    destination = _check_path(path)
+    destination = check_path(path)
     told += check_ranges(plain)
     args, named, sizes = opened(plain, args, kwargs, dynamic_batch, dynamic_shapes)
     edges = Edges.of(plain, args, named)
@@ -158,6 +159,7 @@ def export_onnx(
         int4 = weight_storage == "int4"
         notes = [*told, *frozen.notes, *_finish(program.model, gm.graph, frozen, profile, precision, int4=int4)]
         notes += _set_types(program.model, edges, precision, profile)
+        write_sites(program.model, plan, frozen.weights, frozen.activations)
         half = precision.compute if precision.is_half else None
         check = None
         if verify:
@@ -224,7 +226,8 @@ def _set_types(model: Any, edges: Edges | None, precision: Precision, profile: P
     return type_floats(model, precision.compute, precision.opset, without, int4=profile.int4_half_scales)
 
 
-def _check_path(path: str | os.PathLike[str]) -> Path:
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """A file that can be written; InvalidArgument where it cannot."""
     destination = Path(path)
     folder = destination.absolute().parent
     if not folder.is_dir():

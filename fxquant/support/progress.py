@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+_QUIET = 2  # seconds
 
 
 def track(items: Iterable[T], description: str, *, show: bool = True) -> Iterator[T]:
@@ -31,3 +34,27 @@ def _plain(items: Iterable[T], description: str) -> Iterator[T]:
         sys.stderr.write(f"\r{description} {count}")
     if count:
         sys.stderr.write("\n")
+
+
+@contextlib.contextmanager
+def counting(description: str, *, show: bool = True) -> Iterator[Callable[[str], None]]:
+    """Inside, a function that says what is being done, for work whose steps are not known before.
+
+    It draws a line on a terminal, from two seconds on.
+    """
+    start, drawn = time.monotonic(), False
+
+    def step(text: str) -> None:
+        nonlocal drawn
+        passed = time.monotonic() - start
+        if show and passed > _QUIET and sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{description}, {passed:.0f} s: {text}")
+            sys.stderr.flush()
+            drawn = True
+
+    try:
+        yield step
+    finally:
+        if drawn:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()

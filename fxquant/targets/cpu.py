@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from fxquant.targets.document import ModelPath
@@ -28,6 +29,17 @@ def integer_dot_support(cpuinfo: ModelPath = "/proc/cpuinfo") -> str | None:
     if "Features" in features:
         return None if "asimddp" in features["Features"] else f"This CPU has no asimddp: {need}."
     return f"Unknown CPU features, {os.fspath(cpuinfo)} lists none: {need} (VNNI on x86, asimddp on Arm)."
+
+
+def cpu_name(cpuinfo: ModelPath = "/proc/cpuinfo") -> str:
+    """The CPU's model, as the system calls it."""
+    name = platform.processor() or platform.machine() or "unknown CPU"
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:
+        return name
+    words = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return words.get("model name", name)
 
 
 def sums_saturate(cpuinfo: ModelPath = "/proc/cpuinfo") -> bool:

@@ -16,7 +16,7 @@ from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, FLOAT_RECURRENT
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute, title
 from fxquant.targets.onnxruntime_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, PRODUCT_KINDS, Profile
-from fxquant.targets.session import EXACT_SUMS, REFERENCE, latency, run_outputs
+from fxquant.targets.session import EXACT_SUMS, REFERENCE, latency, run_outputs, samples
 from fxquant.targets.target import Ran, Runtime, Target
 
 if TYPE_CHECKING:
@@ -121,5 +121,5 @@ TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
     lint=Lint(rules=_RULES),
-    runtime=Runtime(require=_require, run=run, kernels=kernel_rows, latency=latency),
+    runtime=Runtime(require=_require, run=run, kernels=kernel_rows, latency=latency, samples=samples),
 )

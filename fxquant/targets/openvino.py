@@ -6,8 +6,9 @@ Names of kernels were seen there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fxquant.support.require import require
 from fxquant.targets.cpu import integer_dot_support
 from fxquant.targets.document import Feeds, ModelPath
 from fxquant.targets.expected import FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
+from fxquant.targets.in_turns import in_turns
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute
 from fxquant.targets.openvino_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
@@ -154,8 +156,19 @@ def _loading(path: ModelPath) -> Iterator[str]:
         raise ExportError(f"{os.fspath(path)} must load and run in OpenVINO {version}: got {error}") from error
 
 
-def _compiled(path: ModelPath) -> Any:
-    hint = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the CPU has it
+def samples(cases: Mapping[str, tuple[ModelPath, Feeds]], *, rounds: int, threads: int = 1) -> dict[str, list[float]]:
+    """Seconds of one run of each file in each round, compiled for one request at a time. Raises as `run`."""
+    runs = {}
+    for key, (path, feeds) in cases.items():
+        with _loading(path):
+            request = _compiled(path, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY").create_infer_request()
+            runs[key] = functools.partial(request.infer, dict(feeds), share_inputs=True, share_outputs=True)
+            runs[key]()
+    return in_turns(runs, rounds=rounds)
+
+
+def _compiled(path: ModelPath, **config: object) -> Any:
+    hint = {"INFERENCE_PRECISION_HINT": "f32", **config}  # else bfloat16 where the CPU has it
     return _require().Core().compile_model(os.fspath(path), "CPU", hint)
 
 
@@ -163,5 +176,5 @@ TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
     lint=Lint(rules=_RULES),
-    runtime=Runtime(require=_require, run=run, kernels=kernels),
+    runtime=Runtime(require=_require, run=run, kernels=kernels, samples=samples),
 )

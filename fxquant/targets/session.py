@@ -6,9 +6,9 @@ target. Nothing here changes the file: what needs another graph works on a copy 
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
+from fxquant.targets.in_turns import in_turns
 from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
 from fxquant.targets.standard import TRT, bits, needs_standard, run_standard
 
@@ -199,30 +200,41 @@ def quantize_outputs(path: ModelPath) -> dict[str, str]:
     return _quantize_outputs(Wiring(model=load_model(path), folder=folder_of(path)), ())
 
 
+def values_of(path: ModelPath, feeds: Feeds, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Values of the graph by their names, outputs or not; without optimizations. Raises as ``run_outputs``."""
+    model = load_model(path)
+    model = rounded(model, folder_of(path)) if is_beyond_onnxruntime(model) else model
+    shown = {output.name for output in model.graph.output}
+    model.graph.output.extend(require("onnx").ValueInfoProto(name=name) for name in names if name not in shown)
+    if not names:
+        return {}
+    built = session(model.SerializeToString(), optimize=False, config=data_folder(path))
+    return dict(zip(names, run_session(built, names, feeds), strict=True))
+
+
 def latency(paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int = 30, threads: int = 1) -> dict[str, float]:
-    """Median seconds of one run of each model, all optimized, one after the other in every round.
+    """Median seconds of one run of each model: medians of `samples`."""
+    found = samples({key: (path, feeds) for key, path in paths.items()}, rounds=rounds, threads=threads)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def samples(
+    cases: Mapping[str, tuple[ModelPath, Feeds]], *, rounds: int, threads: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of one run of each model in each round, all optimized, one after the other in every round.
 
     Each model is warmed up first, and the order turns with the rounds. Raises as
     ``run_outputs``, and ``InvalidArgument`` for ``rounds`` below 1.
     """
-    if rounds < 1:
-        raise InvalidArgument(f"rounds must be at least 1: got {rounds}.")
     # Idle pools that spin would take the cores from the model being timed.
     still = {"session.intra_op.allow_spinning": "0"}
-    sessions = {k: session(path, optimize=True, threads=threads, config=still) for k, path in paths.items()}
-    for built in sessions.values():
-        for _ in range(3):
-            run_session(built, None, feeds)
-    given = {key: _as_declared(built, feeds) for key, built in sessions.items()}
-    seconds: dict[str, list[float]] = {key: [] for key in sessions}
-    order = list(sessions)
-    for _ in range(rounds):
-        for key in order:
-            start = time.perf_counter()
-            sessions[key].run(None, given[key])
-            seconds[key].append(time.perf_counter() - start)
-        order = order[1:] + order[:1]
-    return {key: statistics.median(values) for key, values in seconds.items()}
+    sessions = {k: session(path, optimize=True, threads=threads, config=still) for k, (path, _) in cases.items()}
+    for key, built in sessions.items():
+        run_session(built, None, cases[key][1])  # whose errors say more than a bare run's
+    return in_turns(
+        {k: functools.partial(built.run, None, _as_declared(built, cases[k][1])) for k, built in sessions.items()},
+        rounds=rounds,
+    )
 
 
 def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:

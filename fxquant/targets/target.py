@@ -63,6 +63,14 @@ class Latency(Protocol):
     def __call__(self, paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int) -> dict[str, float]: ...
 
 
+class Samples(Protocol):
+    """Seconds of each round's run of each file on its own inputs, interleaved."""
+
+    def __call__(
+        self, cases: Mapping[str, tuple[ModelPath, Feeds]], *, rounds: int, threads: int
+    ) -> dict[str, list[float]]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How a file is run on this machine; the functions import the runtime's package when they are called.
@@ -72,6 +80,7 @@ class Runtime:
         run: file and inputs → what it made of them. Raises ExportError where the file does not load or run.
         kernels: a file → the rows of ``run``, without inputs.
         latency: how runs are timed; None where they are not.
+        samples: the same with the times of all rounds, which say how much of a difference is noise; None likewise.
         rules_do: where the package is not installed, the target's rules are verified by instead, unless the runtime
             was asked for by name.
         capabilities: of devices that a file can be compiled for: ``run`` and ``kernels`` then take ``capability``.
@@ -82,6 +91,7 @@ class Runtime:
     run: Callable[..., Ran]
     kernels: Callable[..., tuple[KernelRow, ...]]
     latency: Latency | None = None
+    samples: Samples | None = None
     rules_do: bool = False
     capabilities: tuple[str, ...] = ()
     has_timeout: bool = False

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxquant.graph.arguments import argument, argument_at
 from fxquant.graph.edit import call
-from fxquant.graph.kinds import operands
+from fxquant.graph.kinds import operands, unit_end
 from fxquant.graph.nodes import call_nodes, only_user, packet
 from fxquant.ops.qdq import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from fxquant.passes.base import Pass, PassResult
@@ -88,6 +88,7 @@ class SeparateFloatWeights(Pass):
 
     Between two quantizers onnxruntime rounds a float weight to 8 bits with one scale of its own making, even where it
     has no integer kernel and computes in float afterwards. The maximum changes no value and parts what it looks for.
+    A BatchNorm between stays before the maximum, and becomes part of the convolution in the file.
     """
 
     stages: ClassVar = (EXPORT,)
@@ -98,18 +99,19 @@ class SeparateFloatWeights(Pass):
 
 
 def _separate(gm: fx.GraphModule, node: fx.Node) -> bool:
-    named, user = operands(node), only_user(node)
+    named, end = operands(node), unit_end(node, frozenset())
+    user = only_user(end)
     source, weight = named.get("input"), named.get("weight")
     if source is None or weight is None or user is None or weight.target is DEQUANTIZE or pair_before(source) is None:
         return False
-    if packet(user) is aten.relu:
-        _as_maximum(gm, user, node)
+    if packet(user) is aten.relu and any(reader.target is QUANTIZE_DEQUANTIZE for reader in user.users):
+        _as_maximum(gm, user, end)
         return True
     if user.target is not QUANTIZE_DEQUANTIZE:
         return False
     with gm.graph.inserting_before(user):
-        parted = _maximum(gm, node, torch.finfo(node.meta["val"].dtype).min, node)
-    user.replace_input_with(node, parted)
+        parted = _maximum(gm, end, torch.finfo(end.meta["val"].dtype).min, end)
+    user.replace_input_with(end, parted)
     return True
 
 

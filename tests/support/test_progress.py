@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.support.progress import track
+from fxquant.support import progress
+from fxquant.support.progress import counting, track
 
 
 class Terminal(io.StringIO):
@@ -77,3 +78,38 @@ def test_an_interrupt_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(track(interrupted(), "counting"))
+
+
+# ---------------------------------------------------------------- steps that are not known before
+
+
+def test_steps_are_drawn_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, now = on_terminal(monkeypatch), [10.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with counting("tuning") as step:
+        now[0] = 11.9
+        step("a file")
+        assert terminal.getvalue() == ""
+        now[0] = 13.0
+        step("another")
+        assert terminal.getvalue() == "\r\033[Ktuning, 3 s: another"
+    assert terminal.getvalue().endswith("\r\033[K"), "the line is cleared"
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_steps_without_a_terminal_or_a_wish(show: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO() if show else Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_QUIET", -1)
+    with counting("tuning", show=show) as step:
+        step("a file")
+    assert stream.getvalue() == ""
+
+
+def test_the_line_is_cleared_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "_QUIET", -1)
+    with pytest.raises(ValueError, match="broken"), counting("tuning") as step:
+        step("a file")
+        raise ValueError("broken")
+    assert terminal.getvalue().endswith("a file\r\033[K")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.targets.cpu import integer_dot_support, sums_saturate
+from fxquant.targets.cpu import cpu_name, integer_dot_support, sums_saturate
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,10 @@ def test_integer_dot_support_without_a_file_is_unknown(tmp_path: Path) -> None:
     found = integer_dot_support(tmp_path / "none")
     assert found is not None and found.startswith("Unknown CPU features")
     assert isinstance(integer_dot_support(), str | None) and not sums_saturate(tmp_path / "none")
+
+
+def test_the_name_of_the_cpu(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t: fpu\n")
+    assert cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3 GHz"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
+    assert cpu_name(tmp_path / "cpuinfo") == cpu_name(tmp_path / "none") != ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.targets import session as runtime
+from fxquant.targets.in_turns import in_turns
 from tests.onnx.graphs import BOOL, Graph, image, rows
 
 
@@ -246,6 +248,36 @@ class TestLatency:
     def test_asks_for_a_round(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match="rounds must be at least 1: got 0"):
             runtime.latency({}, {}, rounds=0)
+
+
+class TestSamples:
+    def test_each_file_runs_on_its_own_inputs_in_every_round(self, tmp_path: Path) -> None:
+        path = network(tmp_path)
+        cases = {"one": (path, pixels(1)), "three": (path, pixels(3))}
+        found = runtime.samples(cases, rounds=4)
+        assert {key: len(values) for key, values in found.items()} == {"one": 4, "three": 4}
+        assert all(value > 0 for values in found.values() for value in values)
+
+    def test_a_file_that_does_not_run_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidArgument, match="feeds must name the model's inputs"):
+            runtime.samples({"one": (network(tmp_path), {})}, rounds=1)
+
+
+def test_runs_take_turns_after_three_that_do_not_count() -> None:
+    calls: list[str] = []
+    found = in_turns({name: functools.partial(calls.append, name) for name in "abc"}, rounds=3)
+    assert "".join(calls) == "aaabbbccc" + "abc" + "bca" + "cab"
+    assert [len(found[name]) for name in "abc"] == [3, 3, 3]
+
+
+def test_values_by_their_names(tmp_path: Path) -> None:
+    """Those of onnx's evaluator, inner ones and outputs."""
+    path, feeds = network(tmp_path), pixels()
+    names = ["q_relu", "q_add", onnx.load(path).graph.output[0].name]
+    found = runtime.values_of(path, feeds, names)
+    for name, expected in zip(names, reference_codes(path, feeds, names), strict=True):
+        np.testing.assert_array_equal(found[name], expected)
+    assert runtime.values_of(path, feeds, []) == {}
 
 
 def test_branches_keep_their_quantizers_to_themselves(tmp_path: Path) -> None:

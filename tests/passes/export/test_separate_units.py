@@ -125,10 +125,27 @@ def test_a_float_weight_between_quantizers(relu: bool, least: float) -> None:
     assert f"maximum(conv2d_default, {name})" in show(gm) and "relu(" not in show(gm)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_float_weight_and_its_batch_norm(relu: bool) -> None:
+    """The exporter makes one convolution of the two, which onnxruntime would quantize as any other."""
+    g = Written()
+    value = g.call(aten.conv2d.default, g.pair(g.input(1, 2, 3, 3)), g.held("w", torch.ones(2, 2, 1, 1)))
+    mean, var = g.held("mean", torch.tensor([0.5, -1.0])), g.held("var", torch.tensor([2.0, 0.5]))
+    value = g.call(aten.batch_norm.default, value, None, None, mean, var, False, 0.1, 1e-5, False)
+    value = g.call(aten.relu.default, value) if relu else value
+    gm = g.done(g.pair(value, 0.3, "out"))
+    assert same_numbers(SeparateFloatWeights(), gm, torch.randn(1, 2, 3, 3)).rewrites == 1
+    name = "relu_default_least" if relu else "batch_norm_default_least"
+    assert f"maximum(batch_norm_default, {name})" in show(gm) and "relu(" not in show(gm)
+
+
 @pytest.mark.parametrize(
     "gm",
-    [conv(reads="neg"), conv(reads="twice"), conv(weight="integer"), conv(quantized=False)],
-    ids=["no quantizer after", "two readers", "an integer weight", "a float input"],
+    [
+        *(conv(reads="neg"), conv(reads="neg", relu=True), conv(reads="twice")),
+        *(conv(weight="integer"), conv(quantized=False)),
+    ],
+    ids=["no quantizer after", "none after its relu", "two readers", "an integer weight", "a float input"],
 )
 def test_weights_that_stay(gm: fx.GraphModule) -> None:
     untouched(SeparateFloatWeights(), gm)

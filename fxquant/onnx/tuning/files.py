@@ -1,0 +1,109 @@
+"""Files to be timed: written to a folder, and run in turns, as many at once as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxquant.onnx.tuning.choose import Set
+from fxquant.onnx.tuning.floating import with_floats
+from fxquant.onnx.tuning.graph import QdqGraph
+from fxquant.onnx.tuning.layers import LayerClass, Layers
+from fxquant.onnx.tuning.measure import Compared
+from fxquant.support.require import require
+from fxquant.targets.document import Feeds, ModelPath
+
+if TYPE_CHECKING:
+    import onnx
+
+Clock = Callable[[Mapping[str, tuple[ModelPath, Feeds]], int], Mapping[str, Sequence[float]]]
+"""Files with their inputs, and the number of rounds → seconds of each round, interleaved."""
+
+_EXTERNAL_BYTES = 1_800_000_000  # protocol buffers end at 2 GiB
+_MOST_FILES, _MOST_BYTES = 12, 1_000_000_000  # that run in turns; the reference is one of them
+
+
+def write(model: onnx.ModelProto, path: Path) -> None:
+    """Saves a model; its weights beside it, where it is too large for one file."""
+    onnx = require("onnx")
+    if model.ByteSize() > _EXTERNAL_BYTES:
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save(model, path)
+
+
+class Files:
+    """Variants of a file, by the classes that are float in them."""
+
+    def __init__(
+        self,
+        graph: QdqGraph,
+        classes: Sequence[LayerClass],
+        feeds: Feeds,
+        folder: Path,
+        clock: Clock,
+        rounds: int,
+        step: Callable[[str], None],
+    ) -> None:
+        self.graph, self.classes, self.feeds, self.folder = graph, classes, feeds, folder
+        self.clock, self.rounds, self.step = clock, rounds, step
+        self._number = 0
+
+    def variant(self, floats: Set) -> onnx.ModelProto:
+        """The model with these classes float."""
+        return with_floats(self.graph, [key for number in floats for key in self.classes[number].keys])
+
+    def alone(self, layers: Layers, arrays: Feeds) -> dict[int, Compared]:
+        """Each class by itself: float beside integer."""
+        found = {}
+        for number, kind in enumerate(self.classes):
+            self.step(f"layer {number + 1} of {len(self.classes)}")
+            cases = {}
+            for form, (model, feeds) in layers.models(kind, arrays).items():
+                path = self.folder / f"{form}.onnx"
+                write(model, path)
+                cases[form] = (path, feeds)
+            times = self.clock(cases, self.rounds)
+            found[number] = Compared.of(times["integer"], times["float"])
+            self._clear()
+        return found
+
+    def against(self, reference: Set, others: Sequence[Set], *, times: int = 1) -> Mapping[Set, Compared]:
+        """As `fxquant.onnx.tuning.choose.Against`."""
+        found: dict[Set, Compared] = {}
+        for batch in self._batches(reference, others):
+            seconds = self.clock(
+                {_name(floats): (path, self.feeds) for floats, path in batch.items()}, times * self.rounds
+            )
+            for floats in batch:
+                if floats != reference:
+                    found[floats] = Compared.of(seconds[_name(reference)], seconds[_name(floats)])
+            self._clear()
+        return found
+
+    def _batches(self, reference: Set, others: Sequence[Set]) -> Iterator[dict[Set, Path]]:
+        """Written files, the reference in each batch."""
+        waiting = list(others)
+        while waiting:
+            batch, size = {reference: self._written(reference)}, 0
+            while waiting and (len(batch) == 1 or (len(batch) < _MOST_FILES and size < _MOST_BYTES)):
+                batch[waiting[0]] = self._written(waiting[0])
+                size = sum(file.stat().st_size for file in self.folder.iterdir())
+                waiting.pop(0)
+            self.step(f"files of {len(batch) - 1} variants, {len(waiting)} to go")
+            yield batch
+
+    def _written(self, floats: Set) -> Path:
+        self._number += 1
+        path = self.folder / f"{self._number}.onnx"
+        write(self.variant(floats), path)
+        return path
+
+    def _clear(self) -> None:
+        for file in self.folder.iterdir():
+            file.unlink()
+
+
+def _name(floats: Set) -> str:
+    return ",".join(map(str, sorted(floats))) or "given"
