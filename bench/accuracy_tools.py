@@ -4,8 +4,9 @@ All get what fxquant's recipe of that name means where they can say it; a format
 `nets.Unavailable` with the reason. Versions tried: torch 2.13, brevitas 0.13, nvidia-modelopt 0.47, torchao 0.18. They
 differ in what they quantize: Brevitas, ModelOpt and torchao the inputs and weights of layers, torchao of ``nn.Linear``
 alone; fxquant also both sides of additions and the products inside attention, as an integer runtime needs. The tool
-"fxquant layers" quantizes no more than the layers' own; "fxquant integers" takes products of codes, in backward too.
-Rows of a tool "…, tables too" are of the recipes as they were, with embeddings in the format of the other weights.
+"fxquant tokens" has scales per token (``w4a4_dynamic`` for w4a4), as torchao; "fxquant layers" quantizes no more than
+the layers' own; "fxquant integers" takes products of codes, in backward too. Rows of a tool "…, tables too" and "…,
+attention in 4 bits" are of the recipes as they were, with embeddings or attention in the format of all else.
 """
 
 from __future__ import annotations
@@ -100,6 +101,13 @@ def _fxquant(model: nn.Module, batches: list[Tensor], format: str) -> Built:
     return _ours(model, batches, RECIPES[format])
 
 
+def _tokens(model: nn.Module, batches: list[Tensor], format: str) -> Built:
+    """The recipe with activations whose scales are those of each token."""
+    if f"{format}_dynamic" not in RECIPES:
+        raise Unavailable("no recipe of this format has a scale per token")
+    return _ours(model, batches, RECIPES[f"{format}_dynamic"])
+
+
 def _integers(model: nn.Module, batches: list[Tensor], format: str) -> Built:
     """The recipe with products of codes in forward and backward, wherever that is possible."""
     return _ours(model, batches, RECIPES[format], {"integer_matmul": True, "integer_backward": True})
@@ -134,6 +142,7 @@ _ROLES = ("weight", "activation")
 TOOLS: dict[str, Tool] = {
     "float": Tool(_float),
     "fxquant": Tool(_fxquant),
+    "fxquant tokens": Tool(_tokens),
     "fxquant integers": Tool(_integers),
     "fxquant learned": Tool(_learned),
     "fxquant extremes": Tool(_extremes),

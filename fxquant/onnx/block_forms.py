@@ -3,7 +3,7 @@
 ::
 
     QuantizeLinear → DequantizeLinear, which stand for it, by the name of the codes
-    →   standard    scale of each row or block computed by ONNX's own operators, then Q/DQ with it
+    →   standard    scale (and zero point) of each row or block computed by ONNX's own operators, then Q/DQ with it
     →   "integer"   the same, and what multiplies rows of it by an int8 weight a MatMulInteger of the codes
     →   "trt"       trt::TRT_FP4DynamicQuantize, trt::TRT_MXFP8DynamicQuantize, and what reads their results
 """
@@ -16,11 +16,13 @@ from typing import Any
 
 from fxquant.errors import ExportError
 from fxquant.numerics.formats import FLOAT_FORMATS
+from fxquant.numerics.storage import storage
 from fxquant.onnx.element_types import onnx_type
+from fxquant.ops.qparams import ACTIVATION_SCALE_FLOOR
 from fxquant.passes.export.freeze import Blocks
 from fxquant.support.require import require
 
-_FLOAT, _E4M3, _E2M1, _UINT8 = 1, 17, 23, 2  # onnx.TensorProto.DataType
+_FLOAT, _E4M3, _E2M1, _UINT8, _INT32 = 1, 17, 23, 2, 6  # onnx.TensorProto.DataType
 _E8M0_MIN = 2.0**-127
 _SMALLEST_NORMAL = 2.0**-126
 
@@ -161,11 +163,14 @@ def _multiply_codes(nodes: _Nodes, value: Any) -> None:
     """``MatMul(Reshape(DQ(codes, rows)), DQ(weight, columns))``  →  ``MatMulInteger(codes, weight) · rows · columns``.
 
     For weights of int8 codes with a scale each column; float32 takes the sums of products, as integers, exactly up to
-    2^24 and rounds them once beyond.
+    2^24 and rounds them once beyond. Of rows with zero points ``zero point · sum of the column`` is subtracted before.
     """
     dequantize, shape = (each for each in (value.producer().inputs[0].producer(), value.producer().inputs[1]))
     codes, scale = dequantize.inputs[:2]
+    point = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
     np = require("numpy")
+    if codes.dtype.name not in ("INT8", "UINT8"):
+        return
     for use in list(value.uses()):
         product, weight = use.node, use.node.inputs[1].producer() if len(use.node.inputs) > 1 else None
         if product.op_type != "MatMul" or use.idx != 0 or weight is None or weight.op_type != "DequantizeLinear":
@@ -176,9 +181,14 @@ def _multiply_codes(nodes: _Nodes, value: Any) -> None:
         if not is_int8 or not (single or (axis is not None and axis.as_int() == 1)):
             continue
         nodes.before = product
-        total = nodes.make("Cast", nodes.make("MatMulInteger", codes, weight.inputs[0]), to=_FLOAT)
-        total.producer().inputs[0].producer().name = product.name
+        total = nodes.make("MatMulInteger", codes, weight.inputs[0])
+        total.producer().name = product.name
         column = nodes.constant(np.array([-1, 1], dtype=np.int64))
+        if point is not None:
+            columns = nodes.constant(weight.inputs[0].const_value.numpy().sum(0, dtype=np.int32))
+            each = nodes.make("Reshape", nodes.make("Cast", point, to=_INT32), column)
+            total = nodes.make("Sub", total, nodes.make("Mul", each, columns))
+        total = nodes.make("Cast", total, to=_FLOAT)
         total = nodes.make("Mul", total, nodes.make("Reshape", scale, column))
         total = nodes.make("Mul", total, weight.inputs[1])
         last = nodes.constant(np.array([weight.inputs[0].const_value.shape[1]], dtype=np.int64))
@@ -202,9 +212,11 @@ def _unit(found: Blocks) -> float:
 
 def _in_onnx(nodes: _Nodes, found: Blocks) -> Any:
     """The scale of each row or block by standard operators, then Q/DQ with it."""
+    if found.has_zero_points:
+        return _in_onnx_with_zero_points(nodes, found)
     np = require("numpy")
     largest = float(found.quant_max) if found.element is None else FLOAT_FORMATS[found.element].max
-    kind = np.int8 if found.element is None else onnx_type(found.element)
+    kind = storage(found.quant_min, found.quant_max)[0] if found.element is None else onnx_type(found.element)
     shape = None
     rows = nodes.input
     if found.size > 0:
@@ -218,9 +230,7 @@ def _in_onnx(nodes: _Nodes, found: Blocks) -> Any:
         options: dict[str, Any] = {"axis": -1, "block_size": found.size}
         x = nodes.input
     else:  # one scale a row: QuantizeLinear has them along an axis of a matrix
-        shape = nodes.make("Shape", nodes.input)
-        length = int(nodes.input.shape[-1])
-        x = nodes.make("Reshape", nodes.input, nodes.constant(np.array([-1, length], dtype=np.int64)))
+        x, shape = _rows(nodes)
         scale = nodes.make("Reshape", scale, nodes.constant(np.array([-1], dtype=np.int64)))
         options = {"axis": 0}
     divisor = scale
@@ -232,6 +242,50 @@ def _in_onnx(nodes: _Nodes, found: Blocks) -> Any:
     codes.name, codes.type = nodes.label, nodes.type(int(output))
     value = nodes.make("DequantizeLinear", codes, scale, **options)
     return value if found.size > 0 else nodes.make("Reshape", value, shape)
+
+
+def _rows(nodes: _Nodes) -> tuple[Any, Any]:
+    """The input as a matrix of rows, and the shape to come back to."""
+    np = require("numpy")
+    length = int(nodes.input.shape[-1])
+    rows = nodes.make("Reshape", nodes.input, nodes.constant(np.array([-1, length], dtype=np.int64)))
+    return rows, nodes.make("Shape", nodes.input)
+
+
+def _in_onnx_with_zero_points(nodes: _Nodes, found: Blocks) -> Any:
+    """Scale and zero point of each row, as `fxquant.ops.affine_qparams` has them, then Q/DQ with both."""
+    np = require("numpy")
+    name, *limits = storage(found.quant_min, found.quant_max)
+    kind = nodes.ir.DataType.from_numpy(np.dtype(name)).value
+    rows, shape = _rows(nodes)
+    along, column = nodes.constant(np.array([-1], dtype=np.int64)), nodes.constant(np.array([-1, 1], dtype=np.int64))
+    zero = nodes.constant(0.0)
+    low = nodes.make("Min", nodes.make("ReduceMin", rows, along, keepdims=0), zero)
+    high = nodes.make("Max", nodes.make("ReduceMax", rows, along, keepdims=0), zero)
+    count = found.quant_max - found.quant_min
+    if found.symmetric:
+        reach = nodes.make("Max", nodes.make("Neg", low), high)
+        scale = nodes.make("Div", reach, nodes.constant(float(count // 2)))
+    else:
+        scale = nodes.make("Div", nodes.make("Sub", high, low), nodes.constant(float(count)))
+    ends = nodes.constant(ACTIVATION_SCALE_FLOOR), nodes.constant(float(np.finfo(np.float32).max))
+    scale = nodes.make("Clip", scale, *ends)
+    least, most = (nodes.constant(float(limit)) for limit in (found.quant_min, found.quant_max))
+    if found.symmetric:
+        middle = nodes.constant(float((found.quant_min + found.quant_max + 1) // 2))
+        place = nodes.make("Add", nodes.make("Mul", scale, zero), middle)
+    else:
+        place = nodes.make("Sub", least, nodes.make("Round", nodes.make("Div", low, scale)))
+        place = nodes.make("Clip", place, least, most)
+    if [found.quant_min, found.quant_max] != limits:  # the type is wider than the range
+        edges = [nodes.make("Mul", nodes.make("Sub", limit, place), scale) for limit in (least, most)]
+        start, end = (nodes.make("Reshape", edge, column) for edge in edges)
+        rows = nodes.make("Min", nodes.make("Max", rows, start), end)
+    point = nodes.make("Cast", place, to=int(kind))
+    codes = nodes.make("QuantizeLinear", rows, scale, point, axis=0)
+    codes.name, codes.type = nodes.label, nodes.type(int(kind))
+    value = nodes.make("DequantizeLinear", codes, scale, point, axis=0)
+    return nodes.make("Reshape", value, shape)
 
 
 def _scale(nodes: _Nodes, found: Blocks, amax: Any, largest: float) -> Any:

@@ -17,6 +17,7 @@ from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.block_forms import write_blocks
 from fxquant.onnx.card import check_card
+from fxquant.onnx.clip_codes import clip_codes
 from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
@@ -198,6 +199,7 @@ def _finish(
         one_node_silu(model)
         prelu_of_halves(model.graph)
         own_zero_points(model.graph)
+        clip_codes(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     if profile.splits_weights:

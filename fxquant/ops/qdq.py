@@ -9,7 +9,7 @@ from fxquant.numerics import elements
 from fxquant.numerics.formats import float_format
 from fxquant.ops.fake_quantize import PER_CHANNEL, PER_TENSOR_SCALAR, scale_tensor
 from fxquant.ops.library import define
-from fxquant.ops.qparams import BLOCK_QPARAMS, SYMMETRIC_QPARAMS
+from fxquant.ops.qparams import AFFINE_QPARAMS, BLOCK_QPARAMS, CHANNEL_MIN_MAX, SYMMETRIC_QPARAMS
 
 
 def _dequantize(
@@ -48,19 +48,23 @@ def _quantize_dequantize(
 def _quantize_dequantize_blocks(
     x: Tensor,
     size: int,
+    quant_min: int,
     quant_max: int,
+    symmetric: bool,
     element: str | None,
     scale_format: str | None,
     tensor_amax: float | None,
     label: str,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1] if size < 0 else size)
-    if scale_format is None:
+    if quant_min >= 0 or not symmetric:
+        scale, point = AFFINE_QPARAMS(*CHANNEL_MIN_MAX(rows, 0), quant_min, quant_max, symmetric)
+    elif scale_format is None:
         scale, point = SYMMETRIC_QPARAMS(rows, 0, quant_max, element=element)
     else:
         amax = None if tensor_amax is None else scale_tensor(tensor_amax, x.device)
         scale, point = BLOCK_QPARAMS(rows, amax, quant_max, scale_format, element=element)
-    y = PER_CHANNEL(rows, scale, point, 0, -quant_max, quant_max, rounding="divide", element=element)
+    y = PER_CHANNEL(rows, scale, point, 0, quant_min, quant_max, rounding="divide", element=element)
     return y.reshape(x.shape)
 
 
@@ -75,8 +79,8 @@ QUANTIZE_DEQUANTIZE = define(
     _quantize_dequantize,
 )
 QUANTIZE_DEQUANTIZE_BLOCKS = define(
-    "quantize_dequantize_blocks(Tensor input, int size, int quant_max, str? element, str? scale_format, "
-    "float? tensor_amax, str label) -> Tensor",
+    "quantize_dequantize_blocks(Tensor input, int size, int quant_min, int quant_max, bool symmetric, "
+    "str? element, str? scale_format, float? tensor_amax, str label) -> Tensor",
     _quantize_dequantize_blocks,
 )
 
@@ -102,7 +106,9 @@ def quantize_dequantize(
 def quantize_dequantize_blocks(
     input: Tensor,
     size: int,
+    quant_min: int,
     quant_max: int,
+    symmetric: bool,
     element: str | None,
     scale_format: str | None,
     tensor_amax: float | None,
@@ -112,13 +118,16 @@ def quantize_dequantize_blocks(
 
     Args:
         size: of a block, which must divide the axis; −1 for the whole axis, a scale per token.
-        quant_max: the highest code, of integers.
+        quant_min, quant_max: the lowest and the highest code, of integers.
+        symmetric: whether the zero point is fixed; otherwise a block has its own, as in `fxquant.ops.affine_qparams`.
         element: a small float in the place of integers.
         scale_format: as in `fxquant.ops.block_qparams`; None for ``amax / max`` in float32.
         tensor_amax: what "e4m3" scales are relative to; the tensor's own where None.
         label: names the site in the artifact.
     """
-    return QUANTIZE_DEQUANTIZE_BLOCKS(input, size, quant_max, element, scale_format, tensor_amax, label)
+    return QUANTIZE_DEQUANTIZE_BLOCKS(
+        input, size, quant_min, quant_max, symmetric, element, scale_format, tensor_amax, label
+    )
 
 
 __all__ = [

@@ -54,6 +54,19 @@ def _batch_like(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((1,), dtype=torch.float32), x.new_empty((1,), dtype=torch.float32)
 
 
+def _channel(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    others = [d for d in range(x.dim()) if d != axis % x.dim()]
+    if x.numel() == 0:
+        low = high = x.new_zeros(x.shape[axis])
+    else:
+        low, high = (x.amin(others), x.amax(others)) if others else (x, x)
+    return low.to(torch.float32), high.to(torch.float32)
+
+
+def _channel_like(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape[axis], dtype=torch.float32) for _ in "ab")  # type: ignore[return-value]
+
+
 def _update(x: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return minimum.clone(), maximum.clone()
@@ -176,6 +189,7 @@ def _blocks_like(
 
 
 BATCH_MIN_MAX = define("batch_min_max(Tensor input) -> (Tensor, Tensor)", _batch, fake=_batch_like)
+CHANNEL_MIN_MAX = define("channel_min_max(Tensor input, int axis) -> (Tensor, Tensor)", _channel, fake=_channel_like)
 AVERAGE_MIN_MAX = define(
     "average_min_max(Tensor low, Tensor high, Tensor min, Tensor max, float constant) -> (Tensor, Tensor)",
     _average,
@@ -213,6 +227,7 @@ BLOCK_QPARAMS = define(
 
 QPARAM_OPS = (
     BATCH_MIN_MAX,
+    CHANNEL_MIN_MAX,
     AVERAGE_MIN_MAX,
     UPDATE_MIN_MAX,
     EXTEND_MIN_MAX,
@@ -226,6 +241,11 @@ QPARAM_OPS = (
 def batch_min_max(input: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum as float32 of shape [1]; of nothing, (inf, −inf), which no average takes up."""
     return BATCH_MIN_MAX(input)
+
+
+def channel_min_max(input: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each slice of ``axis``, as float32 of shape [slices]; of empty ones 0."""
+    return CHANNEL_MIN_MAX(input, axis)
 
 
 def average_min_max(low: Tensor, high: Tensor, min: Tensor, max: Tensor, constant: float) -> tuple[Tensor, Tensor]:

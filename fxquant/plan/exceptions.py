@@ -45,6 +45,7 @@ class Exceptions:
                 kind=kind.name,
                 operand=operand,
                 is_weight=self._is_weight(node, kind, operand),
+                weighted=any(self._is_weight(node, kind, name) for name in operands(node)),
                 position=position,
             )
             self._decided[node, operand] = self.book.decide(where)

@@ -31,7 +31,7 @@ class QuantSpec:
         axis: channel axis of a per-channel scale, None for one scale per tensor.
         group_size: number of consecutive values that share a scale. Of a matrix of weights they run along the axis
             that is not ``axis``; of an activation along the one that its product sums over, −1 for all of it: a scale
-            per token. None for one scale per channel, or tensor.
+            per token, and a zero point where the codes have one. None for one scale per channel, or tensor.
         element: a small float that takes the place of integers: ``"e4m3"``, ``"e5m2"``, ``"e3m2"``, ``"e2m3"`` or
             ``"e2m1"``, rounded half to even and saturating. None: integers.
         scale_format: what the scales of groups are rounded to: ``"e8m0"``, powers of two as in MX; ``"e4m3"`` times one
@@ -95,8 +95,11 @@ class QuantSpec:
                 f"QuantSpec.group_size must be an integer of at least 2, or {TOKEN} for a scale per token: "
                 f"got {size!r}."
             )
-        if not self.signed or not self.symmetric:
-            raise InvalidArgument("QuantSpec per group must be signed and symmetric: runtimes take zero point 0 there.")
+        if size != TOKEN and not (self.signed and self.symmetric):
+            raise InvalidArgument(
+                f"QuantSpec per group must be signed and symmetric: got group_size={size}, signed={self.signed} and "
+                f"symmetric={self.symmetric}. Runtimes take zero point 0 there; {TOKEN}, a token, may have another."
+            )
         of_tensor = self.scale_format == "e4m3" and "activation" in self.range.roles
         if not self.range.per_group and not of_tensor:
             raise InvalidArgument(
@@ -138,13 +141,14 @@ class QuantSpec:
     def family(self) -> str:
         """What a runtime must know beyond integers with a scale, a channel's or a group's; empty if nothing.
 
-        ``"e4m3"``, ``"e2m1 e4m3 16"``, ``"token"``: element, format of scales, size of a group.
+        ``"e4m3"``, ``"e2m1 e4m3 16"``, ``"token"``: element, format of scales, size of a group; ``"affine token"``
+        where its zero point is not 0.
         """
         words = [self.element]
         if self.scale_format is not None:
             words += [self.scale_format, str(self.group_size)]
         elif self.group_size == TOKEN:
-            words.append("token")
+            words.append("token" if self.signed and self.symmetric else "affine token")
         elif self.group_size is not None and (self.element is not None):
             words.append(f"float32 {self.group_size}")
         return " ".join(filter(None, words))

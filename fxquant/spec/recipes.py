@@ -108,6 +108,14 @@ _U8 = QuantSpec(signed=False, symmetric=False)
 _LEARNED_U8, _LEARNED_U4 = (QuantSpec(bits=bits, signed=False, symmetric=False, range=Learned()) for bits in (8, 4))
 _LEARNED_S4, _LEARNED_S2 = (QuantSpec(bits=bits, narrow=True, axis=0, range=Learned()) for bits in (4, 2))
 
+# Of codes from 0 on, a token's own zero point wastes none: see bench/results/accuracy.jsonl for signed ones.
+_TOKEN_U4 = QuantSpec(bits=4, signed=False, symmetric=False, group_size=TOKEN, range=CurrentTensor())
+# Queries, keys and probabilities in four bits cost a language model as much as all else; kernels have 8 bits anyway.
+_ATTENTION = tuple(
+    Rule(kind=kind, weighted=False, operand="activation", spec=_LEARNED_U8, optional=True)
+    for kind in ("sdpa", "matmul", "einsum")
+)
+
 # No product makes up for the error of a table: in four bits those of a small language model cost more than all its
 # layers' weights (bench/results/accuracy.jsonl). They are looked up, not multiplied: 8 bits take memory, no time.
 _TABLES = Rule(kind="embedding", operand="weight", spec=_weight(narrow=True), optional=True)
@@ -120,7 +128,8 @@ INT8_DYNAMIC = Recipe(
     weight=_weight(narrow=True),
 )
 W4A8 = Recipe(name="w4a8", activation=_U8, weight=_weight(bits=4, narrow=True), rules=(_TABLES,))
-W4A4 = Recipe(name="w4a4", activation=_LEARNED_U4, weight=_LEARNED_S4, rules=(_TABLES,))
+W4A4 = Recipe(name="w4a4", activation=_LEARNED_U4, weight=_LEARNED_S4, rules=(_TABLES, *_ATTENTION))
+W4A4_DYNAMIC = Recipe(name="w4a4_dynamic", activation=_TOKEN_U4, weight=_LEARNED_S4, rules=(_TABLES, *_ATTENTION))
 W2A8 = Recipe(name="w2a8", activation=_LEARNED_U8, weight=_LEARNED_S2, rules=(_TABLES,))
 INT4_WEIGHT_ONLY = Recipe(name="int4_weight_only", activation=None, weight=_weight(bits=4, narrow=True, group_size=32))
 FP8 = Recipe(name="fp8", activation=QuantSpec(element="e4m3"), weight=_weight(element="e4m3"))
@@ -129,7 +138,7 @@ MXFP4 = Recipe(name="mxfp4", activation=_MXFP4[0], weight=_MXFP4[1], rules=(_FLO
 NVFP4 = Recipe(name="nvfp4", activation=QuantSpec(**_NVFP4), weight=_weight(**_NVFP4), rules=(_FLOAT_TABLES,))
 W4A16_NVFP4 = Recipe(name="w4a16_nvfp4", activation=None, weight=_weight(**_NVFP4))
 
-_EVERY = (INT8, INT8_DYNAMIC, W4A8, W4A4, W2A8, INT4_WEIGHT_ONLY, FP8, MXFP8, MXFP4, NVFP4, W4A16_NVFP4)
+_EVERY = (INT8, INT8_DYNAMIC, W4A8, W4A4, W4A4_DYNAMIC, W2A8, INT4_WEIGHT_ONLY, FP8, MXFP8, MXFP4, NVFP4, W4A16_NVFP4)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _EVERY}
 
 

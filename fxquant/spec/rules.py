@@ -14,6 +14,8 @@ from fxquant.spec.quant_spec import QuantSpec
 
 ModelEnd = Literal["first", "last"]
 
+_MATCHED = ("path", "module", "kind", "operand", "weighted", "position")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
@@ -24,6 +26,7 @@ class Where:
         kind: operator kind, as in `fxquant.graph.kinds.KINDS`.
         operand: ``"weight"``, ``"input"``, ``"lhs"``, …; ``"output"`` for the operator's result.
         is_weight: whether it is a weight under another name, as the ``"rhs"`` of ``x @ parameter``.
+        weighted: whether the operator has a weight, under whatever name.
         position: the ends of the model that the operator stands at.
     """
 
@@ -31,6 +34,7 @@ class Where:
     kind: str
     operand: str
     is_weight: bool = False
+    weighted: bool = False
     position: frozenset[str] = frozenset()
 
 
@@ -49,6 +53,7 @@ class Rule:
         kind: operator kind: ``"conv"``, ``"linear"``, ``"matmul"``, …
         operand: ``"weight"``, ``"input"``, …; ``"output"`` for the result; ``"activation"`` for all but the weight,
             which the parameter of ``x @ parameter`` is too.
+        weighted: whether the operator has a weight: False for products of two activations, as in attention.
         position: ``"first"`` or ``"last"`` operator of the model that has a weight.
         optional: whether it may match nothing; otherwise that is an error.
     """
@@ -58,12 +63,13 @@ class Rule:
     module: type | str | None = None
     kind: str | None = None
     operand: str | None = None
+    weighted: bool | None = None
     position: ModelEnd | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:
-        if all(getattr(self, name) is None for name in ("path", "module", "kind", "operand", "position")):
-            raise InvalidArgument("Rule must say what it matches: got none of path, module, kind, operand, position.")
+        if all(getattr(self, name) is None for name in _MATCHED):
+            raise InvalidArgument(f"Rule must say what it matches: got none of {', '.join(_MATCHED)}.")
         if self.position not in (None, "first", "last"):
             raise InvalidArgument(f"Rule.position must be 'first' or 'last': got {self.position!r}.")
         if self.spec is not None and not isinstance(self.spec, QuantSpec):
@@ -79,6 +85,8 @@ class Rule:
         if self.kind is not None and self.kind != where.kind:
             return False
         if self.operand is not None and not _is_operand(self.operand, where):
+            return False
+        if self.weighted is not None and self.weighted != where.weighted:
             return False
         if self.position is not None and self.position not in where.position:
             return False
@@ -97,7 +105,7 @@ class Rule:
         given = [
             f"{n}={v.__name__ if isinstance(v, type) else v if isinstance(v, QuantSpec) else repr(v)}"
             for n, v in fields
-            if n == "spec" or v not in (None, False)
+            if n == "spec" or (v is not None and (n, v) != ("optional", False))
         ]
         return f"Rule({', '.join(given[1:] + given[:1])})"
 
@@ -121,11 +129,13 @@ def skip(
     module: type | str | None = None,
     kind: str | None = None,
     operand: str | None = None,
+    weighted: bool | None = None,
     position: ModelEnd | None = None,
     optional: bool = False,
 ) -> Rule:
     """A rule that leaves what it matches in float: ``skip("head")``, ``skip(module=nn.LSTM)``."""
-    return Rule(spec=None, path=path, module=module, kind=kind, operand=operand, position=position, optional=optional)
+    where = {"path": path, "module": module, "kind": kind, "operand": operand, "weighted": weighted}
+    return Rule(spec=None, **where, position=position, optional=optional)  # type: ignore[arg-type]
 
 
 def first_layer(spec: QuantSpec | None = None, *, operand: str | None = None) -> Rule:

@@ -66,11 +66,11 @@ def _pairs(wiring: Wiring, labels: Collection[str]) -> dict[str, tuple[str, str]
     found = {}
     for node in wiring.model.graph.node:
         label = node.output[0] if node.output else ""
-        quantizes = node.op_type == "QuantizeLinear" or node.domain == TRT
-        if quantizes and label in labels and node.input[0] not in wiring.constants:
+        quantize = node if node.domain == TRT else wiring.quantizer(label)
+        if quantize is not None and label in labels and quantize.input[0] not in wiring.constants:
             after = [user for user in wiring.consumers.get(label, ()) if user.op_type.endswith("DequantizeLinear")]
             if after:
-                found[label] = (node.input[0], after[0].output[0])
+                found[label] = (quantize.input[0], after[0].output[0])
     return found
 
 

@@ -32,7 +32,7 @@ _PROFILE = Profile(
     onnxruntime_forms=True,
     float_pads=True,
     unpacks=True,
-    families=frozenset({"token"}),
+    families=frozenset({"token", "affine token"}),
     block_form="integer",
     # Beside a quantized activation it takes wider blocks for scales per column, and fails at run time.
     group_bits=range(2, 5),
@@ -58,7 +58,7 @@ _FORECAST = Forecast(
         "sdpa.value": ExpectedKernel(never=FLOAT_PROBABILITIES),
     },
     codes=range(2, 9),
-    families={"token": "MatMulInteger"},
+    families={"token": "MatMulInteger", "affine token": "MatMulInteger"},
     weight_only=WeightOnly(
         name="MatMulNBits",
         beside=f"{FLOAT}onnxruntime's integer products have no scales per group",

@@ -130,8 +130,8 @@ class SiteNodes:
         options: dict[str, Any] = {"rounding": spec.rounding, **of_element(spec)}
         if self._under_tensor:
             axis, found = 0, self._of_blocks(detached, found)
-        if spec.scale_format is not None:
-            options["pass_through"] = True  # what saturates does so by the rounding of its scale
+        if spec.scale_format is not None or spec.family == "affine token":
+            options["pass_through"] = True  # what saturates does so by the rounding of its scale, or of its zero point
         if found.scale_gradient:
             options["scale_gradient"] = found.scale_gradient
             if not found.error_gradient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -35,10 +36,17 @@ class Blocks:
     """An activation that is quantized along its last axis by scales of its own, as ``quantize_dequantize_blocks``."""
 
     size: int
+    quant_min: int
     quant_max: int
+    symmetric: bool
     element: str | None
     scale_format: str | None
     tensor_amax: float | None
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether each block has a zero point beside its scale."""
+        return self.quant_min >= 0 or not self.symmetric
 
 
 @dataclass
@@ -163,13 +171,15 @@ class _Freezing:
         assert spec.group_size is not None, "what is not in groups is quantized by one scale"
         found = Blocks(
             size=spec.group_size,
+            quant_min=spec.quant_min,
             quant_max=spec.quant_max,
+            symmetric=spec.symmetric,
             element=spec.element,
             scale_format=spec.scale_format,
             tensor_amax=amax,
         )
         source = view.input.all_input_nodes[0]
-        grid = (found.size, found.quant_max, found.element, found.scale_format, found.tensor_amax, label)
+        grid = (*dataclasses.astuple(found), label)
         for end in list(view.node.users):  # the reshape back
             with self.gm.graph.inserting_before(end):
                 new = call(self.gm.graph, QUANTIZE_DEQUANTIZE_BLOCKS, source, *grid, like=end)

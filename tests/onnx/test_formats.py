@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import QuantSpec, Recipe
 from fxquant.errors import ExportError, InvalidArgument
+from fxquant.onnx import lint_onnx
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import RECIPES
 from tests.onnx.models import calibrated
@@ -50,6 +52,8 @@ CASES = (
     Case("w4a4", "generic", ("INT8", "UINT8")),
     Case("w2a8", "generic", ("INT8", "UINT8")),
     Case("int8_dynamic", "generic", ("INT8",)),
+    Case("w4a4_dynamic", "generic", ("INT8",)),
+    Case("w4a4_dynamic", "onnxruntime", ("INT8",), "MatMulInteger"),
     Case("fp8", "generic", ("FLOAT8E4M3FN",)),
     Case("mxfp8", "generic", ("FLOAT8E4M3FN",)),
     Case("mxfp4", "generic", ("FLOAT4E2M1",)),
@@ -102,13 +106,40 @@ def test_codes_are_those_of_training(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "target", "kernel"),
+    [
+        ({"signed": False, "symmetric": False}, "onnxruntime", "MatMulInteger"),
+        ({"bits": 4, "symmetric": False}, "onnxruntime", "MatMulInteger"),
+        ({"signed": False}, "onnxruntime", "MatMulInteger"),
+        ({"bits": 12, "signed": False, "symmetric": False}, "generic", None),
+        ({"bits": 16}, "generic", None),
+    ],
+    ids=str,
+)
+def test_tokens_of_other_codes(fields: dict[str, Any], target: str, kernel: str | None, tmp_path: Path) -> None:
+    """With zero points of their own, or fixed ones that are not 0; of more than 8 bits, which had no type to fit."""
+    activation = QuantSpec(group_size=-1, range=CurrentTensor(), **fields)
+    weight = QuantSpec(bits=7, narrow=True, axis=0, range=CurrentTensor())  # sums saturate on no CPU
+    model, args = made(Recipe(name="tokens", activation=activation, weight=weight), target)
+    path = tmp_path / "model.onnx"
+    fxquant.export_onnx(model, args, path)
+    found = fxquant.verify_onnx(model, args, path, rounds=0)
+    assert found.differing_codes <= (0 if kernel is None else 2) and found.largest_code_difference <= 1
+    assert found.compared_codes > 2000 and len(found.codes) == 3
+    assert {row.kernel for row in found.rows} == ({kernel} if kernel else set())
+    if kernel is not None:
+        assert all(level.error is None and level.largest <= 1 for level in found.levels)
+        assert found.optimized_output_difference < 0.01 * found.output_spread
+
+
+@pytest.mark.parametrize(
     ("recipe", "target", "message"),
     [
         (
             "mxfp4",
             "onnxruntime",
             "recipe 'mxfp4' must have a format that target 'onnxruntime' runs: got e2m1 axis 0 group 32 scale e8m0 for "
-            "a weight. It runs integers, token; target='generic' takes any format.",
+            "a weight. It runs integers, affine token, token; target='generic' takes any format.",
         ),
         (
             "fp8",
@@ -122,6 +153,33 @@ def test_a_target_that_cannot_says_what_it_can(recipe: str, target: str, message
     with pytest.raises(InvalidArgument) as caught:
         made(recipe, target)
     assert str(caught.value) == message
+
+
+class Convolutions(nn.Module):
+    """Before a ReLU, which its quantizer does, and before what nothing can do for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, bias=False)
+        self.three, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.hardswish(self.two(self.one(x).relu()))
+        return self.head(self.head(self.three(y).mean((2, 3))))
+
+
+@pytest.mark.parametrize("recipe", ["w4a4", "w4a8", "w2a8"])
+def test_every_product_of_few_bits_is_integer_in_onnxruntime(recipe: str, tmp_path: Path) -> None:
+    """4-bit codes are bytes that a Clip narrows, which kept convolutions from their integer kernels."""
+    torch.manual_seed(0)
+    x, path = torch.randn(2, 8, 8, 8), tmp_path / "model.onnx"
+    model = calibrated(Convolutions().eval(), x, target="onnxruntime", recipe=recipe)
+    fxquant.export_onnx(model, (x,), path)
+    found = fxquant.verify_onnx(model, (x,), path, rounds=0)
+    assert len(found.rows) == 5 and [row.kernel for row in found.rows if not row.integer] == [], found
+    assert found.compared_codes > 3000 and found.differing_codes == 0
+    assert all(level.error is None and level.differing <= 2 for level in found.levels) and found.levels
+    assert bool(lint_onnx(path, target="onnxruntime"))
 
 
 def test_blocks_that_do_not_divide_are_left_in_float() -> None:
@@ -164,7 +222,7 @@ def test_codes_of_two_kinds_are_not_multiplied_by_tensorrt() -> None:
         (
             QuantSpec(element="e4m3"),
             "changes['up.input'] must have a format that target 'onnxruntime' runs: got e4m3 for an activation. "
-            "It runs integers, token; target='generic' takes any format.",
+            "It runs integers, affine token, token; target='generic' takes any format.",
         ),
     ],
     ids=str,
@@ -237,6 +295,7 @@ def test_half_files_multiply_the_same_codes(recipe: str, kernel: str, tmp_path: 
         ("mxfp8", "tensorrt", "float: TensorRT for RTX makes floats of MXFP8 codes before it multiplies"),
         ("w4a16_nvfp4", "tensorrt", "MatrixMultiply with an fp4 weight"),
         ("int8_dynamic", "onnxruntime", "MatMulInteger"),
+        ("w4a4_dynamic", "onnxruntime", "MatMulInteger"),
     ],
 )
 def test_explain_forecasts_what_was_seen(recipe: str, target: str, forecast: str) -> None:

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from fxquant.onnx.clip_codes import clip_codes
 from fxquant.onnx.runtime_forms import fold_pads, one_node_silu, prelu_of_halves, sum_before_norms
 from fxquant.targets.session import run_session, session
 
@@ -112,3 +113,40 @@ def test_prelu_is_two_halves() -> None:
     body = "a = PRelu(x, k) b = Neg(a) y = PRelu(b, k)"
     model = onnx.parser.parse_model(f"{HEAD} <float[2,1,1] k = {{0.25, -3}}> {{ {body} }}")
     assert changed(model, prelu_of_halves, 2) == ["Max", "Min", "Mul", "Add", "Neg", "Max", "Min", "Mul", "Add"]
+
+
+NARROW = "float lo = {-0.7}, float hi = {0.8}, float off = {0.83}, float far = {30}, float low = {-3}, int8 z8 = {-3}"
+
+
+def clipped(body: str) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(f"{HEAD} <{CONSTANTS}, {NARROW}> {{ {body} }}")
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("point", ["z", "z8"])
+def test_a_clip_to_fewer_codes_stands_on_the_codes(point: str) -> None:
+    """With its name, which `verify_onnx` reads; a kernel then takes the quantizer up."""
+    model = clipped(f"p = Clip(x, lo, hi) c = QuantizeLinear(p, s, {point}) y = DequantizeLinear(c, s, {point})")
+    assert changed(model, clip_codes, 1) == ["QuantizeLinear", "Clip", "DequantizeLinear"]
+    found = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
+    clip_codes(found.graph)
+    names = [node.outputs[0].name for node in found.graph]
+    assert names == ["c@wide", "c", "y"]
+
+
+def test_a_clip_that_others_read_stays_for_them_too() -> None:
+    model = clipped("p = Clip(x, lo, hi) c = QuantizeLinear(p, s, z) q = DequantizeLinear(c, s, z) y = Add(q, p)")
+    assert changed(model, clip_codes, 1) == ["Clip", "QuantizeLinear", "Clip", "DequantizeLinear", "Add"]
+
+
+@pytest.mark.parametrize(
+    ("edges", "point"),
+    [("lo, off", "z"), ("low, far", "z"), ("lo", "z"), ("lo, m", "z"), ("lo, hi", "z16")],
+    ids=["between codes", "all that bytes hold", "one edge", "computed", "of wider codes"],
+)
+def test_clips_of_floats_that_stay(edges: str, point: str) -> None:
+    quantized = f"c = QuantizeLinear(p, s, {point}) y = DequantizeLinear(c, s, {point})"
+    body = f"m = ReduceMax <keepdims = 0> (x) p = Clip(x, {edges}) {quantized}"
+    model = onnx.parser.parse_model(f"{HEAD} <{CONSTANTS}, {NARROW}, uint16 z16 = {{7}}> {{ {body} }}")
+    assert changed(model, clip_codes, 0)[-3:] == ["Clip", "QuantizeLinear", "DequantizeLinear"]

@@ -95,7 +95,14 @@ CASES = [
     Case(
         "quantize_dequantize, blocks",
         QUANTIZE_DEQUANTIZE_BLOCKS,
-        lambda x: (x, 8, 6, "e2m1", "e4m3", 2.0, "site"),
+        lambda x: (x, 8, -6, 6, True, "e2m1", "e4m3", 2.0, "site"),
+        grads=(),
+        elementwise=False,
+    ),
+    Case(
+        "quantize_dequantize, tokens with zero points",
+        QUANTIZE_DEQUANTIZE_BLOCKS,
+        lambda x: (x, -1, 0, 15, False, None, None, None, "site"),
         grads=(),
         elementwise=False,
     ),

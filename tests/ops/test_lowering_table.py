@@ -40,7 +40,7 @@ OTHERS = (
     Case(
         "quantize_dequantize_blocks",
         QUANTIZE_DEQUANTIZE_BLOCKS,
-        lambda x: (x, 8, 6, "e2m1", "e4m3", 2.0, "site"),
+        lambda x: (x, 8, -6, 6, True, "e2m1", "e4m3", 2.0, "site"),
     ),
     Case(
         "integer_convolution",

@@ -14,6 +14,7 @@ from fxquant.ops import (
     affine_qparams,
     average_min_max,
     batch_min_max,
+    channel_min_max,
     extend_min_max,
     resolve_min_max,
     symmetric_qparams,
@@ -167,6 +168,35 @@ class TestAffine:
     def test_a_range_wider_than_float32_makes_no_nan(self) -> None:
         scale, zero = affine_qparams(*pair(-3e38, 3e38), 0, 1, False)
         assert torch.isfinite(scale) and not PER_TENSOR(X, scale, zero, 0, 1).isnan().any()
+
+
+class TestChannels:
+    """Extremes of slices, which `affine_qparams` takes as it does those of tensors."""
+
+    @given(st.integers(0, 2), st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+    @settings(max_examples=20, deadline=None)
+    def test_are_those_of_each_slice_alone(self, axis: int, dtype: torch.dtype) -> None:
+        x = (torch.randn(3, 4, 5) * 10).to(dtype)
+        low, high = channel_min_max(x, axis)
+        assert low.dtype == high.dtype == torch.float32 and low.shape == high.shape == (x.shape[axis],)
+        scales, points = affine_qparams(low, high, 0, 15, False)
+        for i, each in enumerate(x.unbind(axis)):
+            assert (low[i], high[i]) == (each.min().float(), each.max().float())
+            scale, point = affine_qparams(*resolve_min_max(each, *UNSET), 0, 15, False)
+            assert (scales[i], points[i]) == (scale.item(), point.item())
+
+    def test_a_vector_keeps_its_elements(self) -> None:
+        x = torch.tensor([7.0, -14.0])
+        assert all(torch.equal(found, x) for found in channel_min_max(x, 0))
+
+    def test_of_nothing_they_are_zero(self) -> None:
+        assert [found.tolist() for found in channel_min_max(torch.empty(3, 0), 0)] == [[0, 0, 0]] * 2
+        assert [found.tolist() for found in channel_min_max(torch.empty(0, 3), 0)] == [[], []]
+
+    def test_a_slice_without_numbers_spoils_no_other(self) -> None:
+        low, high = channel_min_max(torch.tensor([[NAN, 1.0], [2.0, INF], [-1.0, 3.0]]), 0)
+        assert low.isnan().tolist() == [True, False, False] and (low[1], low[2]) == (2, -1)
+        assert high.isnan().tolist() == [True, False, False] and (high[1], high[2]) == (INF, 3)
 
 
 class TestSymmetric:

@@ -74,6 +74,21 @@ def test_families(spec: QuantSpec, family: str) -> None:
     assert spec.family == family
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bits": 4, "signed": False, "symmetric": False}, "u4 token"),
+        ({"bits": 8, "signed": True, "symmetric": False}, "s8 token"),
+        ({"bits": 8, "signed": False, "symmetric": True}, "u8 token"),
+    ],
+    ids=str,
+)
+def test_tokens_may_have_zero_points(fields: dict[str, Any], words: str) -> None:
+    spec = QuantSpec(group_size=-1, range=CurrentTensor(), **fields)
+    assert (str(spec), spec.family) == (words, "affine token")
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
 def test_fields_of_an_older_version_have_no_groups() -> None:
     fields = SPECS[2].to_dict()
     del fields["group_size"]
@@ -137,7 +152,8 @@ def test_fields_of_an_older_version_have_no_groups() -> None:
         ),
         (
             {"axis": 0, "group_size": 8, "signed": False},
-            "QuantSpec per group must be signed and symmetric: runtimes take zero point 0 there.",
+            "QuantSpec per group must be signed and symmetric: got group_size=8, signed=False and symmetric=True. "
+            "Runtimes take zero point 0 there; -1, a token, may have another.",
         ),
         (
             {"axis": 0, "group_size": 8},

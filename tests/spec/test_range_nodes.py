@@ -118,6 +118,18 @@ CASES = [
         {"role": "weight", "format": WEIGHT, "axis": 0},
         ("symmetric_qparams(x, 0, 127)",),
     ),
+    Case(
+        "of a token",
+        CurrentTensor(),
+        {"format": QuantSpec(group_size=-1, range=CurrentTensor()), "axis": 0},
+        ("symmetric_qparams(x, 0, 127)",),
+    ),
+    Case(
+        "of a token with a zero point",
+        CurrentTensor(),
+        {"format": QuantSpec(signed=False, symmetric=False, group_size=-1, range=CurrentTensor()), "axis": 0},
+        ("channel_min_max(x, 0)", affine("channel_min_max_0", "channel_min_max_1")),
+    ),
 ]
 
 

@@ -48,6 +48,7 @@ WHERE = Where(
     modules=(("", None), ("encoder", nn.TransformerEncoder), ("encoder.layers.0", nn.TransformerEncoderLayer)),
     kind="linear",
     operand="weight",
+    weighted=True,
     position=frozenset({"first"}),
 )
 
@@ -74,6 +75,9 @@ WHERE = Where(
         ({"operand": "weight"}, True),
         ({"operand": "input"}, False),
         ({"operand": "activation"}, False),
+        ({"weighted": True}, True),
+        ({"weighted": False}, False),
+        ({"weighted": True, "kind": "conv"}, False),
         ({"position": "first"}, True),
         ({"position": "last"}, False),
         ({"path": "encoder", "kind": "conv"}, False),
@@ -198,6 +202,33 @@ def test_the_parameter_of_a_matrix_product_is_a_weight_to_rules():
         found = formats(plan(Rule(kind="matmul", operand=operand, spec=spec), recipe="int8"))
         changed = {"matmul0_lhs": "u16"} if operand == "activation" else {"matmul0_rhs": "s4 axis 1"}
         assert found == PLAIN | changed
+
+
+class Attends(nn.Module):
+    """A layer, a product with a parameter, and attention's two of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.last = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return (torch.softmax(y @ y.mT, -1) @ y) @ self.last
+
+
+@pytest.mark.parametrize(("recipe", "layers"), [("w4a4", "u4 lsq"), ("w4a4_dynamic", "u4 token")])
+def test_attention_has_8_bits_beside_4_bit_layers(recipe: str, layers: str) -> None:
+    """A product with a parameter is a layer, whatever operator it is written with."""
+    found = formats(plan_of(fxquant.prepare(Attends(), (torch.randn(2, 5, 8),), recipe=recipe, target="generic")))
+    attention = {"matmul0_lhs", "matmul0_rhs", "matmul1_lhs", "matmul1_rhs"}
+    assert {key for key, spec in found.items() if spec == "u8 lsq"} == attention & found.keys() != set()
+    assert found["up.input"] == found["matmul2_lhs"] == layers
+
+
+def test_products_of_activations_alone_are_left_in_float() -> None:
+    args = (torch.randn(2, 5, 8),)
+    found = formats(plan_of(fxquant.prepare(Attends(), args, target="generic", rules=[skip(weighted=False)])))
+    assert {"up.input", "up.weight", "matmul2_lhs", "matmul2_rhs"} == found.keys()
 
 
 class Reader(nn.Module):

@@ -30,12 +30,17 @@ class CurrentTensor(Range):
         return True
 
     def qparams(self, site: SiteGraph, value: fx.Node) -> Qparams:
-        """``max |w| / quant_max`` of a weight and of groups, ``affine_qparams(min, max)`` of a whole activation."""
+        """``max |w| / quant_max`` of a weight and of groups, ``affine_qparams(min, max)`` of a whole activation.
+
+        Of tokens the latter too, each with its own extremes, where their zero point is not 0.
+        """
         format = site.format
         named = of_element(format)
         if format.scale_format is not None:
             limits = (None, format.quant_max, format.scale_format)
             return Qparams(*site.pair(qparams.BLOCK_QPARAMS, value, *limits, **named))
+        if site.axis is not None and not (format.signed and format.symmetric):
+            return affine_qparams(site, *site.pair(qparams.CHANNEL_MIN_MAX, value, site.axis))
         if site.role == "weight" or site.axis is not None:
             return Qparams(*site.pair(qparams.SYMMETRIC_QPARAMS, value, site.axis, format.quant_max, **named))
         unset = site.constant(float("nan"))

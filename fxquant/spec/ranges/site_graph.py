@@ -23,6 +23,10 @@ class Format(Protocol):
         """Highest code."""
 
     @property
+    def signed(self) -> bool:
+        """Whether codes are below 0, too."""
+
+    @property
     def symmetric(self) -> bool:
         """Whether the zero point is fixed."""
 

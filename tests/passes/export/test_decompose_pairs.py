@@ -72,7 +72,7 @@ def without(what: str) -> fx.GraphModule:
         return g.done(g.call(aten.linear.default, x, g.weight("a.weight", codes(2, 4), torch.ones(2, 2), 1, 2)))
     if what == "blocks":
         blocks = torch.ops.fxquant.quantize_dequantize_blocks.default
-        return g.done(g.call(blocks, x, -1, 127, None, None, None, "a.input"))
+        return g.done(g.call(blocks, x, -1, -127, 127, True, None, None, None, "a.input"))
     wide = {"float": (-448, 448, "a.input"), "wide": (-512, 511, "a.input")}[what]
     element = {"element": "e4m3"} if what == "float" else {}
     return g.done(g.call(torch.ops.fxquant.quantize_dequantize.default, x, 0.5, 0, *wide, **element))

@@ -156,7 +156,8 @@ def test_other_formats_are_refused_by_name(element: str | None) -> None:
     g = Written()
     x = g.input(2, 4)
     if element is None:
-        g.done(g.call(torch.ops.fxquant.quantize_dequantize_blocks.default, x, -1, 127, None, None, None, "a.input"))
+        format = (-1, -127, 127, True, None, None, None)
+        g.done(g.call(torch.ops.fxquant.quantize_dequantize_blocks.default, x, *format, "a.input"))
     else:
         wide = (0.5, 0, -448, 448, "a.input")
         g.done(g.call(torch.ops.fxquant.quantize_dequantize.default, x, *wide, element=element))
