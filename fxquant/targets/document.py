@@ -124,12 +124,19 @@ class Wiring:
             told = f"the data of {tensor.name!r} must be readable in {self.folder}"
             raise ExportError(f"{told}: got {error}. Keep the file of its weights beside the model.") from error
 
-    def quantizer(self, codes: str) -> onnx.NodeProto | None:
+    def quantizer_of(self, codes: str) -> onnx.NodeProto | None:
         """The QuantizeLinear that codes come out of, clipped to fewer bits than their type at most."""
         node = self.producer.get(codes)
         if node is not None and node.op_type == "Clip":
             node = self.producer.get(node.input[0])
         return node if node is not None and node.op_type == "QuantizeLinear" else None
+
+    def code_readers(self, quantizer: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """What reads the codes of a QuantizeLinear, clipped or not."""
+        readers = self.consumers.get(quantizer.output[0], [])
+        clips = [node for node in readers if self.quantizer_of(node.output[0]) is quantizer]
+        after = [node for clip in clips for node in self.consumers.get(clip.output[0], [])]
+        return [*(node for node in readers if node not in clips), *after]
 
     def code_type(self, node: onnx.NodeProto) -> str | None:
         """ONNX's name (``"UINT8"``) for the codes that a QuantizeLinear writes or a DequantizeLinear reads.
@@ -142,7 +149,7 @@ class Wiring:
             if tensor is not None:
                 return str(names(tensor.data_type))
         if node.op_type == "DequantizeLinear":
-            source = self.quantizer(node.input[0])
+            source = self.quantizer_of(node.input[0])
             return None if source is None else self.code_type(source)
         dtype = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
         return str(names(dtype)) if dtype else "UINT8" if len(node.input) < 3 else None

@@ -66,7 +66,7 @@ def _pairs(wiring: Wiring, labels: Collection[str]) -> dict[str, tuple[str, str]
     found = {}
     for node in wiring.model.graph.node:
         label = node.output[0] if node.output else ""
-        quantize = node if node.domain == TRT else wiring.quantizer(label)
+        quantize = node if node.domain == TRT else wiring.quantizer_of(label)
         if quantize is not None and label in labels and quantize.input[0] not in wiring.constants:
             after = [user for user in wiring.consumers.get(label, ()) if user.op_type.endswith("DequantizeLinear")]
             if after:

@@ -115,7 +115,7 @@ class LintReader(Wiring):
 
     def quantized_from(self, dequantize: onnx.NodeProto | None) -> onnx.NodeProto | None:
         """The node whose result a Q/DQ pair stands on, given its DequantizeLinear."""
-        quantize = None if dequantize is None else self.quantizer(dequantize.input[0])
+        quantize = None if dequantize is None else self.quantizer_of(dequantize.input[0])
         return None if quantize is None else self.source(quantize, 0)
 
     def readers(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:

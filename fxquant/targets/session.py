@@ -240,7 +240,7 @@ def samples(
 def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
     made: dict[str, str] = {}  # what a QuantizeLinear gives → the same clipped as codes, where it is
     for node in wiring.model.graph.node:
-        source = node if node.domain == TRT and len(node.output) > 1 else wiring.quantizer(node.output[0])
+        source = node if node.domain == TRT and len(node.output) > 1 else wiring.quantizer_of(node.output[0])
         if source is not None and (source.input[0] not in wiring.constants or node.output[0].partition("@")[0] in also):
             made[source.output[0]] = node.output[0]
     return {name.removesuffix("@0"): name for name in made.values()}  # where an input of the graph has the site's name

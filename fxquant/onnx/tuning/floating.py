@@ -185,7 +185,7 @@ class _Floating:
 
     def _is_read(self, quantizers: Iterable[onnx.NodeProto]) -> bool:
         """Whether anything reads the codes still."""
-        pairs = [pair for each in quantizers for pair in self.graph.consumers.get(each.output[0], [])]
+        pairs = [pair for each in quantizers for pair in self.graph.code_readers(each)]
         ends = [end for pair in pairs for end in self.graph.ends(pair.output[0])]
         return any(end is None or end.output[0] not in self.gone for end in ends)
 

@@ -73,8 +73,8 @@ class QdqGraph(Wiring):
 
     def quantizer(self, pair: onnx.NodeProto) -> onnx.NodeProto | None:
         """The QuantizeLinear in front of a DequantizeLinear, in the graph itself."""
-        node = self.producer.get(pair.input[0])
-        return node if node is not None and node.op_type == QUANTIZE and node.output[0] in self.top else None
+        node = self.quantizer_of(pair.input[0])
+        return node if node is not None and node.output[0] in self.top else None
 
     def unit(self, value: str) -> str | None:
         """The operator that makes a value, looked for behind what is fused into it and what moves values."""
@@ -173,7 +173,7 @@ class QdqGraph(Wiring):
         """Whether an end is a QuantizeLinear, and all (of ``ops``: any) that read its codes stay on integers."""
         if end is None or end.op_type != QUANTIZE:
             return False
-        pairs = [node for node in self.consumers.get(end.output[0], []) if node.op_type == DEQUANTIZE]
+        pairs = [node for node in self.code_readers(end) if node.op_type == DEQUANTIZE]
         readers = [reader for pair in pairs for reader in self.ends(pair.output[0])]
         if ops is not None:
             return any(r is not None and r.op_type in ops and r.output[0] in staying for r in readers)

@@ -182,6 +182,28 @@ def test_the_codes_of_an_integer_convolution_stay(relu: bool, tmp_path: Path) ->
     assert node(floated(model, "middle", needs_output=()), "middle").input[0] == "first"
 
 
+def test_codes_that_are_clipped_to_fewer_bits_are_a_pairs_too(tmp_path: Path) -> None:
+    """As `fxquant.export_onnx` writes 4-bit activations: the clip goes with the codes, the rest stays on integers."""
+    graph, x = image()
+    limits = [graph.const(np.uint8(each)) for each in (120, 135)]
+    scale, zero = graph.const(np.float32(0.1)), graph.const(np.uint8(128))
+
+    def narrow(value: str) -> str:
+        codes = graph.op("Clip", graph.op("QuantizeLinear", value, scale, zero), *limits)
+        return graph.op("DequantizeLinear", codes, scale, zero)
+
+    first = narrow(graph.conv(narrow(x), name="first"))
+    middle = narrow(graph.conv(first, name="middle"))
+    model = graph.model(narrow(graph.conv(middle, name="last")))
+    assert list(graph_of(model).layers) == ["first", "middle", "last"]
+    found = floated(model, "middle")
+    onnx.save(found, tmp_path / "net.onnx")
+    assert [row.kernel for row in kernel_rows(tmp_path / "net.onnx")] == ["QLinearConv", "Conv", "QLinearConv"]
+    assert ops(found)["Clip"] == ops(model)["Clip"] == 4
+    every = floated(model, "first", "middle", "last")
+    assert ops(every) == {"Conv": 3, "Identity": 1}
+
+
 def value(model: onnx.ModelProto, name: str, folder: Path) -> np.ndarray:
     shown = onnx.ModelProto.FromString(model.SerializeToString())
     del shown.graph.output[:]
