@@ -20,7 +20,7 @@ ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 def divide_by_number(tensor: Tensor, number: float) -> Tensor:
     """``tensor / number``: the divisor depends on the tensor, though only where the quotient is NaN anyway."""
-    return tensor / torch.where(torch.isnan(tensor), tensor, number)
+    return tensor / torch.where(tensor != tensor, tensor, number)  # C++ has isnan for one number at a time
 
 
 def reciprocal(tensor: Tensor) -> Tensor:

@@ -41,6 +41,15 @@ def power_of_two_below(x: Tensor) -> Tensor:
     return exponent_bits(x).view(x.dtype)
 
 
+def copysign_by_bits(magnitude: Tensor, x: Tensor) -> Tensor:
+    """``copysign(magnitude, x)`` in float32, NaN too, by the bits.
+
+    Inductor's C++ calls a function for each vector of `torch.copysign`, around which all registers go to memory.
+    """
+    sign = x.view(torch.int32) & -(2**31)
+    return ((magnitude.view(torch.int32) & (2**31 - 1)) | sign).view(torch.float32)
+
+
 def round_to_float(x: Tensor, format: FloatFormat, *, saturate: bool = True, uniform: Tensor | None = None) -> Tensor:
     """x rounded to the format's grid, half to even, in x's own dtype (float32 or float64).
 

@@ -35,7 +35,7 @@ def sum_masks(values: Tensor, dim: int) -> Tensor:
 
 def as_bytes(total: Tensor) -> Tensor:
     """Whole numbers of 0 … 255 in float32, as uint8."""
-    return total.to(torch.int32).to(torch.uint8)
+    return total.to(torch.uint8)  # not by way of integers, which C++ narrows one by one
 
 
 def unpack_planes(packed: Tensor, bits: int, dim: int) -> Tensor:

@@ -16,6 +16,7 @@ from fxquant.graph.arguments import argument
 from fxquant.graph.inline import of_operands, traced
 from fxquant.graph.views import AverageMinMax, Item
 from fxquant.numerics import planes
+from fxquant.numerics.floating import copysign_by_bits
 from fxquant.ops import saved
 from fxquant.ops.library import ARITHMETIC, Arithmetic
 from fxquant.ops.lowering_table import becomes
@@ -309,4 +310,14 @@ def _trace(
         shown = [d for d in described if isinstance(d, tuple)]
         fakes = [torch.empty([size_of(s) for s in shape], dtype=dtype, device=on) for shape, dtype, on in shown]
     on_tensors = of_operands(arithmetic, described, dict(named), lambda each: isinstance(each, tuple))
-    return traced(on_tensors, fakes, select_decomp_table())
+    on_cpu = all(fake.device.type == "cpu" for fake in fakes)
+    return traced(on_tensors, fakes, {**select_decomp_table(), **(_IN_VECTORS if on_cpu else {})})
+
+
+def _copysign(magnitude: Any, x: Any) -> Any:
+    single = magnitude.dtype == x.dtype == torch.float32
+    return copysign_by_bits(magnitude, x) if single else NotImplemented
+
+
+_IN_VECTORS: dict[Any, Callable[..., Any]] = {aten.isnan.default: lambda x: x != x, aten.copysign.Tensor: _copysign}
+"""What Inductor's C++ computes one by one, or by a call → the same bits in operations that it has vectors for."""
