@@ -164,7 +164,7 @@ def samples(cases: Mapping[str, tuple[ModelPath, Feeds]], *, rounds: int, thread
             request = _compiled(path, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY").create_infer_request()
             runs[key] = functools.partial(request.infer, dict(feeds), share_inputs=True, share_outputs=True)
             runs[key]()
-    return in_turns(runs, rounds=rounds)
+    return in_turns(runs, rounds=rounds, threads=threads)
 
 
 def _compiled(path: ModelPath, **config: object) -> Any:

@@ -223,7 +223,7 @@ def samples(
 ) -> dict[str, list[float]]:
     """Seconds of one run of each model in each round, all optimized, one after the other in every round.
 
-    Each model is warmed up first, and the order turns with the rounds. Raises as
+    Each model is warmed up first, and the order turns with the rounds; one thread is timed by its CPU time. Raises as
     ``run_outputs``, and ``InvalidArgument`` for ``rounds`` below 1.
     """
     # Idle pools that spin would take the cores from the model being timed.
@@ -234,6 +234,7 @@ def samples(
     return in_turns(
         {k: functools.partial(built.run, None, _as_declared(built, cases[k][1])) for k, built in sessions.items()},
         rounds=rounds,
+        threads=threads,
     )
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import functools
 import os
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.targets import session as runtime
-from fxquant.targets.in_turns import in_turns
+from fxquant.targets.in_turns import clock_of, in_turns
 from tests.onnx.graphs import BOOL, Graph, image, rows
 
 
@@ -265,9 +267,22 @@ class TestSamples:
 
 def test_runs_take_turns_after_three_that_do_not_count() -> None:
     calls: list[str] = []
-    found = in_turns({name: functools.partial(calls.append, name) for name in "abc"}, rounds=3)
+    found = in_turns({name: functools.partial(calls.append, name) for name in "abc"}, rounds=3, threads=2)
     assert "".join(calls) == "aaabbbccc" + "abc" + "bca" + "cab"
     assert [len(found[name]) for name in "abc"] == [3, 3, 3]
+
+
+def test_one_thread_is_timed_by_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by how long others keep it waiting; several, and where CPU time is coarse, by the clock on the wall."""
+    assert clock_of(2) == "wall time"
+    assert clock_of(1) == "CPU time"
+    (waited,) = in_turns({"sleeps": functools.partial(time.sleep, 0.02)}, rounds=1, threads=1)["sleeps"]
+    assert waited < 0.01
+    (waited,) = in_turns({"sleeps": functools.partial(time.sleep, 0.02)}, rounds=1, threads=2)["sleeps"]
+    assert waited >= 0.02
+    coarse = types.SimpleNamespace(resolution=0.0156)
+    monkeypatch.setattr(time, "get_clock_info", lambda name: coarse)
+    assert clock_of(1) == "wall time"
 
 
 def test_values_by_their_names(tmp_path: Path) -> None:

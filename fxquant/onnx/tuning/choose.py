@@ -58,6 +58,9 @@ def choose(alone: Mapping[int, Compared], against: Against, margin: float) -> Ch
         best = turned
     final = against(none, _distinct([best, faster, every], none), times=_CONFIRMED)
     chosen = _fastest(none, final)
+    first = max(final, key=lambda each: final[each].gain)
+    if first != chosen != none and against(chosen, [first], times=_CONFIRMED)[first].is_faster():
+        chosen = first
     if chosen != none and not final[chosen].is_faster(margin):
         chosen = none
     if chosen not in effects:

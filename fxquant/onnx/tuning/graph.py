@@ -71,6 +71,11 @@ class QdqGraph(Wiring):
             node = self.producer.get(node.input[0])
         return node if node is not None and node.op_type == DEQUANTIZE else None
 
+    def has_channels(self, pair: onnx.NodeProto) -> bool:
+        """Whether a DequantizeLinear has more scales than one."""
+        scale = self.initializers.get(pair.input[1])
+        return scale is not None and len(scale.dims) > 0 and list(scale.dims) != [1]
+
     def quantizer(self, pair: onnx.NodeProto) -> onnx.NodeProto | None:
         """The QuantizeLinear in front of a DequantizeLinear, in the graph itself."""
         node = self.quantizer_of(pair.input[0])

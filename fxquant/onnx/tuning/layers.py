@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from fxquant.onnx.tuning.graph import FUSED, QUANTIZE, QdqGraph
 from fxquant.onnx.tuning.inputs import made_up, text_of
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds
-from fxquant.targets.lint_reader import MOVES
 
 if TYPE_CHECKING:
     import onnx
@@ -21,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """The nodes around one layer: from ``inputs`` to ``output``."""
+    """The nodes around one layer: from ``inputs`` to ``output``.
+
+    Attributes:
+        inputs: name → the tensor of the file that it has the shape of, and its type where that is another.
+    """
 
     nodes: tuple[Any, ...]
-    inputs: tuple[str, ...]
+    inputs: Mapping[str, tuple[str, Any]]
     output: str
 
 
@@ -50,14 +53,14 @@ class Layers:
     def __init__(self, graph: QdqGraph) -> None:
         self.graph = graph
         self.plain = QdqGraph(model=with_floats(graph, graph.layers), folder=graph.folder)
-        self.integer_cuts = {key: _cut(graph, key, integer=True) for key in graph.layers}
-        self.plain_cuts = {key: _cut(self.plain, key, integer=False) for key in graph.layers}
+        self.integer_cuts = {key: _cut(graph, key, node, integer=True) for key, node in graph.layers.items()}
+        self.plain_cuts = {key: _cut(self.plain, key, node, integer=False) for key, node in graph.layers.items()}
 
     def values(self) -> list[str]:
         """Tensors of the file whose shapes are needed."""
         cuts = (*self.integer_cuts.values(), *self.plain_cuts.values())
         inputs = {value.name for value in self.graph.model.graph.input}
-        return list(dict.fromkeys(name for cut in cuts for name in cut.inputs if name not in inputs))
+        return list(dict.fromkeys(name for cut in cuts for name, _ in cut.inputs.values() if name not in inputs))
 
     def classes(self, arrays: Feeds) -> list[LayerClass]:
         """The layers by class; ``arrays`` holds the tensors that `values` names, and the graph's inputs."""
@@ -83,30 +86,40 @@ class Layers:
         }
 
 
-def _cut(graph: QdqGraph, key: str, *, integer: bool) -> Cut:
-    """The layer with what moves its operands, and with what is fused into it; as integers from codes to codes."""
+def _cut(graph: QdqGraph, key: str, given: onnx.NodeProto, *, integer: bool) -> Cut:
+    """The layer with what is fused into it; as integers from codes to codes.
+
+    It begins at its operands: what moves them is left out, codes come in the form that it reads them in. ``given`` is
+    the layer in the file that was given, whose operands have the same shapes.
+    """
     layer = graph.top[key]
     output = _tail(graph, key)
     readers = graph.consumers.get(output, [])
     if integer and readers and all(reader.op_type == QUANTIZE for reader in readers) and output not in graph.outputs:
         output = readers[0].output[0]
-    stops = []
-    for value in layer.input:
-        if value and value not in graph.constants:
-            stops.append(_start(graph, value, integer=integer))
-    return Cut(nodes=tuple(_between(graph, output, stops)), inputs=tuple(dict.fromkeys(stops)), output=output)
+    operands = {v: like for v, like in zip(layer.input, given.input, strict=True) if v and v not in graph.constants}
+    inputs: dict[str, tuple[str, Any]] = {}
+    stops, starts = set(operands), []
+    for value, like in operands.items():
+        pair = graph.pair(value) if integer else None
+        if pair is None or (value != pair.output[0] and graph.has_channels(pair)):
+            inputs[value] = (like, None)
+            continue
+        start = _read_at(pair, value)
+        starts.append(start)
+        stops.update(start.input[1:])
+        kind = require("onnx").TensorProto.DataType.Value(graph.code_type(pair) or "UINT8")
+        inputs[start.input[0]] = (like, require("onnx").helper.tensor_dtype_to_np_dtype(kind))
+    found = _between(graph, [output, *(name for start in starts for name in start.input[1:])], stops)
+    return Cut(nodes=(*starts, *found), inputs=inputs, output=output)
 
 
-def _start(graph: QdqGraph, value: str, *, integer: bool) -> str:
-    """Where the cut begins above an operand: its codes, or the float before what moves it."""
-    pair = graph.pair(value)
-    if integer:
-        return value if pair is None else str(pair.input[0])
-    node = graph.producer.get(value)
-    while node is not None and node.op_type in MOVES:
-        value = node.input[0]
-        node = graph.producer.get(value)
-    return value
+def _read_at(pair: onnx.NodeProto, value: str) -> onnx.NodeProto:
+    """A DequantizeLinear like ``pair`` that gives ``value`` itself."""
+    start = type(pair)()
+    start.CopyFrom(pair)
+    start.input[0], start.output[0] = f"{value}_codes", value
+    return start
 
 
 def _tail(graph: QdqGraph, value: str) -> str:
@@ -122,9 +135,9 @@ def _tail(graph: QdqGraph, value: str) -> str:
     return value
 
 
-def _between(graph: QdqGraph, output: str, stops: Iterable[str]) -> list[onnx.NodeProto]:
-    """Nodes that make ``output`` of ``stops`` and constants, in the graph's order."""
-    stops, found, waiting = set(stops), set[str](), [output]
+def _between(graph: QdqGraph, wanted: Iterable[str], stops: Collection[str]) -> list[onnx.NodeProto]:
+    """Nodes that make the wanted values of ``stops`` and constants, in the graph's order."""
+    found, waiting = set[str](), list(wanted)
     while waiting:
         value = waiting.pop()
         node = graph.producer.get(value)
@@ -143,8 +156,16 @@ def _likeness(graph: QdqGraph, cut: Cut, arrays: Feeds) -> Any:
         attributes = tuple(sorted(a.SerializeToString() for a in node.attribute if a.name != "value"))
         rows.append((node.op_type, node.domain, attributes, wiring))
     held = tuple((numbers[n], tuple(t.dims), t.data_type) for n, t in _held(graph, cut))
-    given = tuple((numbers.get(n), arrays[n].shape, arrays[n].dtype.str) for n in cut.inputs)
+    given = tuple((numbers.get(n), shape, dtype.str) for n, (shape, dtype) in _given(cut, arrays).items())
     return tuple(rows), held, given
+
+
+def _given(cut: Cut, arrays: Feeds) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of each input."""
+    return {
+        name: (arrays[like].shape, np.dtype(arrays[like].dtype if kind is None else kind))
+        for name, (like, kind) in cut.inputs.items()
+    }
 
 
 def _held(graph: QdqGraph, cut: Cut) -> Iterable[tuple[str, onnx.TensorProto]]:
@@ -155,12 +176,11 @@ def _held(graph: QdqGraph, cut: Cut) -> Iterable[tuple[str, onnx.TensorProto]]:
 def _words(graph: QdqGraph, node: onnx.NodeProto, cut: Cut, arrays: Feeds) -> str:
     """``1x64x56x56 · 64x64x3x3 stride 2 groups 64``."""
     parts = []
-    for index, value in enumerate(node.input[:2]):
+    for value in node.input[:2]:
         pair = graph.pair(value)
-        source = value if pair is None else pair.input[0]
-        tensor = graph.initializers.get(source)
-        shape = tensor.dims if tensor is not None else arrays[source].shape if source in arrays else None
-        parts.append("?" if shape is None or index > 1 else text_of(shape))
+        tensor = graph.initializers.get(value if pair is None else pair.input[0])
+        shape = arrays[value].shape if value in arrays else None if tensor is None else tensor.dims
+        parts.append("?" if shape is None else text_of(shape))
     given = {a.name: require("onnx").helper.get_attribute_value(a) for a in node.attribute}
     strides, groups = given.get("strides", [1]), given.get("group", 1)
     words = [f"stride {max(strides)}"] if max(strides) > 1 else []
@@ -174,11 +194,11 @@ def _model(graph: QdqGraph, cut: Cut, arrays: Feeds) -> tuple[onnx.ModelProto, d
     random = np.random.default_rng(0)
     feeds: dict[str, np.ndarray] = {}
     inputs = []
-    for name in cut.inputs:
-        array = arrays[name]
-        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        inputs.append(onnx.helper.make_tensor_value_info(name, kind, array.shape))
-        feeds[name] = _codes(array, random) if array.dtype.kind in "iu" else made_up(array.dtype, array.shape, random)
+    for name, (shape, dtype) in _given(cut, arrays).items():
+        inputs.append(
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(dtype), shape)
+        )
+        feeds[name] = _codes(dtype, shape, random) if dtype.kind in "iu" else made_up(dtype, shape, random)
     output = onnx.ValueInfoProto(name=cut.output)
     body = onnx.helper.make_graph([], "layer", inputs, [output])
     made = {name for node in cut.nodes for name in node.output}
@@ -192,9 +212,9 @@ def _model(graph: QdqGraph, cut: Cut, arrays: Feeds) -> tuple[onnx.ModelProto, d
     return model, feeds
 
 
-def _codes(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    limits = np.iinfo(array.dtype)
-    return random.integers(limits.min, limits.max, array.shape, dtype=array.dtype, endpoint=True)
+def _codes(dtype: np.dtype[Any], shape: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    limits = np.iinfo(dtype)
+    return random.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
 
 
 def by_key(classes: Iterable[LayerClass]) -> Mapping[str, int]:

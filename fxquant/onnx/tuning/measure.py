@@ -39,8 +39,9 @@ class Compared:
         )
 
     def is_faster(self, margin: float = 1.0) -> bool:
-        """Whether the file is faster, by a factor, beyond the noise."""
-        return self.gain > self.noise and self.reference - self.gain <= self.reference / margin
+        """Whether the file is faster, by a factor, beyond the noise: by the median difference and by both medians."""
+        slower = max(self.reference - self.gain, self.seconds)
+        return self.gain > self.noise and self.reference > self.seconds and slower <= self.reference / margin
 
     @property
     def is_slower(self) -> bool:

@@ -47,7 +47,8 @@ class TuneReport:
     """What to leave in float, measured on this machine.
 
     Attributes:
-        runtime: its name and version; ``cpu``, ``threads``: where and how it ran; ``inputs``: sizes in words.
+        runtime: its name and version; ``cpu``, ``threads``, ``inputs``: where and on what it ran.
+        clock: "CPU time" of the process, or "wall time".
         rows: a row per layer, in the file's order.
         along: other operators that are float with them, as their operands are no codes any more.
         left_alone: products that were not looked at, and why.
@@ -65,6 +66,7 @@ class TuneReport:
     cpu: str
     threads: int
     rounds: int
+    clock: str
     inputs: str
     rows: tuple[LayerRow, ...]
     along: tuple[str, ...]
@@ -109,7 +111,7 @@ class TuneReport:
         header = ("layer", "op", "shape", "integer ms", "float ms", "ratio", "the other way ms", "decision")
         lines = [
             f"{self.path} in {self.runtime}, {self.cpu}, {_counted(self.threads, 'thread')}; {self.inputs}; "
-            f"medians of {self.rounds} interleaved rounds",
+            f"{self.clock}, medians of {self.rounds} interleaved rounds",
             table(header, cells),
             "integer, float: the layer by itself. The other way: what that adds to a run of the file as recommended.",
             *(f"left alone: {name}: {why}" for name, why in self.left_alone),

@@ -27,6 +27,7 @@ from fxquant.support.progress import counting
 from fxquant.support.require import require
 from fxquant.targets.cpu import cpu_name, integer_dot_support
 from fxquant.targets.document import Feeds, ModelPath, all_nodes, folder_of, load_model
+from fxquant.targets.in_turns import clock_of
 from fxquant.targets.registry import TARGETS, get_target
 from fxquant.targets.session import values_of
 from fxquant.targets.target import Runtime, Target
@@ -61,7 +62,8 @@ def tune_onnx(
         target: the runtime, onnxruntime or openvino.
         shapes: sizes of inputs, where the file leaves more open than the first dimension, which is 1 by default.
         feeds: inputs themselves; what is not given is made up (floats from a normal distribution, zeros for others).
-        threads: of the runtime.
+        threads: of the runtime. One thread is timed by the CPU time of the process, where the system counts it finely,
+            so that other work on the machine counts less; several by the time that passes.
         rounds: runs of each file, of which the medians count; more rounds see smaller gains.
         margin: the least factor by which float must be faster.
         output: where the file with the chosen layers float goes: their weights are those of the integers, as floats.
@@ -153,11 +155,12 @@ class _Tuning:
             cpu=cpu_name(),
             threads=self.settings.threads,
             rounds=self.settings.rounds,
+            clock=clock_of(self.settings.threads),
             inputs=words,
             rows=tuple(rows.values()),
             along=tuple(graph.top[key].name or key for key in graph.top if key in gone),
             left_alone=graph.left_alone,
-            before=choice.every.reference,
+            before=(choice.confirmed or choice.every).reference,
             after=choice.every.reference if choice.confirmed is None else choice.confirmed.seconds,
             plain=choice.every.seconds,
             integer_dot=integer_dot_support(),

@@ -119,6 +119,24 @@ def test_the_best_of_the_candidates_wins_in_the_end() -> None:
     assert found.floats == {0}
 
 
+def test_two_candidates_that_noise_makes_equal_run_beside_each_other() -> None:
+    """Beside the given file, whose times are rough, they are not told apart; beside each other they are."""
+    costs = [(4.0, 1.0), (1.3, 1.29)]  # the second gains in the file alone
+    smooth = Machine(lambda floats: 10 - 3 * (0 in floats) - 0.5 * (1 in floats))
+    rough = random.Random(0)
+
+    def against(reference: Set, others: Sequence[Set], *, times: int = 1) -> Mapping[Set, Compared]:
+        found = smooth.against(reference, others, times=times)
+        if reference:
+            return found
+        given = [10 + rough.gauss(0, 2) for _ in range(20)]
+        return {each: Compared.of(given, [smooth.cost(each)] * 20) for each in others}
+
+    found = choose(alone(*costs), against, 1.02)
+    assert found.floats == {0, 1}
+    assert (frozenset({0}), (frozenset({0, 1}),), 2) in smooth.ran
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_recommends_nothing_where_there_is_nothing(seed: int) -> None:
     costs = [(1.0, 1.0)] * 6
@@ -166,3 +184,9 @@ def test_the_margin_is_a_factor() -> None:
     found = Compared.of([1.02] * 3, [1.0] * 3)
     assert found.is_faster(1.0199) and not found.is_faster(1.0201) and found.reference == 1.02
     assert Compared.of([1.0] * 3, [1.02] * 3).is_slower
+
+
+def test_the_medians_must_agree_with_the_differences() -> None:
+    """Three rounds of a busy machine: faster in each of two, and slower by the medians."""
+    found = Compared.of([1.0, 2.0, 9.0], [0.9, 2.1, 8.0])
+    assert found.gain > 0 and found.seconds > found.reference and not found.is_faster()
