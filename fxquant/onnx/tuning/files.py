@@ -21,14 +21,16 @@ Clock = Callable[[Mapping[str, tuple[ModelPath, Feeds]], int], Mapping[str, Sequ
 """Files with their inputs, and the number of rounds → seconds of each round, interleaved."""
 
 _EXTERNAL_BYTES = 1_800_000_000  # protocol buffers end at 2 GiB
+_SMALL = 256  # bytes of constants that stay in the file all the same
 _MOST_FILES, _MOST_BYTES = 12, 1_000_000_000  # that run in turns; the reference is one of them
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:
-    """Saves a model; its weights beside it, where it is too large for one file."""
-    onnx = require("onnx")
-    if model.ByteSize() > _EXTERNAL_BYTES:
-        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    """Saves a model; its weights beside it, where it is too large for one file. It is not to be used afterwards."""
+    onnx, beside = require("onnx"), path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)  # which would be added to
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _EXTERNAL_BYTES:
+        onnx.save(model, path, save_as_external_data=True, location=beside.name, size_threshold=_SMALL)
     else:
         onnx.save(model, path)
 

@@ -290,3 +290,23 @@ def test_products_without_pairs_say_why() -> None:
     found = graph_of(graph.model(floats))
     assert dict(found.left_alone)["dynamic"].startswith("its scales follow each input")
     assert list(found.layers) == ["table"], "rows of a constant are a constant"
+
+
+def test_codes_clipped_to_fewer_bits(tmp_path: Path) -> None:
+    """As fxquant writes 4-bit activations: the Clip goes with the pair, and stays for the other reader."""
+    graph = Graph()
+    scale, zero = graph.const(np.float32(0.2)), graph.const(np.uint8(8))
+    codes = graph.op("QuantizeLinear", graph.input(3, 8), scale, zero)
+    low, high = graph.const(np.uint8(0)), graph.const(np.uint8(15))
+    x = graph.op("DequantizeLinear", graph.op("Clip", codes, low, high, name="clip"), scale, zero)
+    one = graph.op("MatMul", x, graph.weight(8, 4, axis=1), name="one")
+    two = graph.op("MatMul", x, graph.weight(8, 4, axis=1), name="two")
+    model = graph.model(one, two)
+    assert list(graph_of(model).layers) == ["one", "two"]
+    assert ops(floated(model, "one", "two")) == {"MatMul": 2}
+    found = floated(model, "two")
+    assert ops(found)["Clip"] == 1 and node(found, "two").input[0] == "x"
+    before, after = outputs(model, tmp_path, pixels(3, 8)), outputs(found, tmp_path, pixels(3, 8))
+    assert np.array_equal(before[0], after[0])
+    expected = pixels(3, 8).astype(np.float64) @ array(found, node(found, "two").input[1]).astype(np.float64)
+    np.testing.assert_allclose(after[1], expected, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from onnx import helper
 import fxquant
 from fxquant.__main__ import main
 from fxquant.errors import ExportError, InvalidArgument, MissingDependency
-from fxquant.onnx.tuning import TuneReport, tune_onnx
+from fxquant.onnx.tuning import TuneReport, files, tune_onnx
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath
 from fxquant.targets.registry import TARGETS
@@ -136,6 +136,21 @@ def test_the_command_prints_what_python_does(
     assert capsys.readouterr().out == f"{tune_onnx(path)}\n"
 
 
+def test_weights_beside_the_file(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the file given and of those that are written, where they are too large for one file."""
+    clock.slow = ("head",)
+    path, whole, output = foreign(tmp_path), tmp_path / "whole.onnx", tmp_path / "tuned.onnx"
+    tune_onnx(path, output=whole, progress=False)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    monkeypatch.setattr(files, "_EXTERNAL_BYTES", 0)
+    for _ in range(2):
+        assert tune_onnx(path, output=output, progress=False).floats == ("head",)
+    x = {"x": np.ones((1, 4, 6, 6), np.float32)}
+    assert (tmp_path / "tuned.onnx.data").stat().st_size < 50_000, "written anew"
+    ours, expected = (run_outputs(each, x, optimize=False)[0] for each in (output, whole))
+    np.testing.assert_array_equal(ours, expected)
+
+
 # ---------------------------------------------------------------- fxquant's own file: rules
 
 
@@ -177,10 +192,10 @@ def test_rules_give_the_file_that_was_measured(clock: Clock, exported: Path, tmp
     assert found.rules == (fxquant.skip("next"), fxquant.skip("")) and not found.override and not found.unknown
     again = tmp_path / "again.onnx"
     fxquant.export_onnx(calibrated(Net(), X, rules=found.rules), (X,), again)
-    files = (tmp_path / "tuned.onnx", again)
-    tuned, trained = ([node.op_type for node in onnx.load(each).graph.node] for each in files)
+    both = (tmp_path / "tuned.onnx", again)
+    tuned, trained = ([node.op_type for node in onnx.load(each).graph.node] for each in both)
     assert sorted(tuned) == sorted(trained)
-    ours, theirs = (run_outputs(each, {"x": X.numpy()}, optimize=False)[0] for each in files)
+    ours, theirs = (run_outputs(each, {"x": X.numpy()}, optimize=False)[0] for each in both)
     np.testing.assert_allclose(ours, theirs, atol=0.05)
     text = str(found)
     namespace: dict[str, Any] = {"fxquant": fxquant, "model": Net(), "args": (X,)}
