@@ -133,7 +133,9 @@ class TuneReport:
 
     def _how(self) -> list[str]:
         lines = []
-        if self.rules:
+        if len(self.floats) == len(self.rows):
+            lines += ["no layer pays as integers here: deploy the float model, or tune on the machine that it is for"]
+        elif self.rules:
             rules = "".join(f"    {written(rule)},\n" for rule in self.rules)
             lines += [f"train with\n\nrules = [\n{rules}]\nfxquant.prepare(model, args, rules=rules)\n"]
         if self.override:

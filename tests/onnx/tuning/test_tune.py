@@ -212,6 +212,14 @@ def test_a_first_layer_with_its_batch_norm(clock: Clock, exported: Path) -> None
     assert "    fxquant.skip('stem.0'),\n" in str(found)
 
 
+def test_where_no_layer_pays_the_float_model_is_named(clock: Clock, exported: Path) -> None:
+    """Rules that leave nothing to quantize are none to train with."""
+    clock.slow = tuple(names(exported, "Conv", "MatMul"))
+    found = tune_onnx(exported, progress=False)
+    assert len(found.floats) == len(found.rows) == 4
+    assert "no layer pays as integers here: deploy the float model" in str(found) and "train with" not in str(found)
+
+
 # ---------------------------------------------------------------- what cannot be tuned
 
 
