@@ -122,7 +122,7 @@ VARIANTS: dict[str, Variant] = {
     "fxquant integer step": _fxquant({"integer_matmul": "auto", "integer_backward": "auto"}),
 }
 VARIANTS |= {f"fxquant {_name}": _recipe(_name) for _name in RECIPES}
-VARIANTS["fxquant per token"] = _recipe("int8_dynamic")
+VARIANTS |= {"fxquant per token": _recipe("int8_dynamic"), "fxquant per token w4a4": _recipe("w4a4_dynamic")}
 for _name, _make in PEERS.items():
     VARIANTS[f"{_name} eager"] = _peer(_make, compiled=False)
     VARIANTS[_name] = _peer(_make, compiled=True)

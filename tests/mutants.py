@@ -66,6 +66,38 @@ FAULTS: list[tuple[str, str, Changes]] = [
         },
     ),
     (
+        "fxquant/onnx/clip_codes.py",
+        "tests/onnx/test_runtime_forms.py",
+        {
+            "abs(steps - round(steps)) > _ON_THE_GRID": "False",
+            "if limits != [least, most] else None": "if True else None",
+            "round(steps) + int(point), least": "round(steps), least",
+            "result.name, codes.name = codes.name, f": "result.name, codes.name = f\"{codes.name}_\", f",
+        },
+    ),
+    (
+        "fxquant/onnx/block_forms.py",
+        "tests/onnx/test_formats.py -k other_codes",
+        {
+            'total = nodes.make("Sub", total, nodes.make("Mul", each, columns))': "pass",
+            'rows = nodes.make("Min", nodes.make("Max", rows, start), end)': 'rows = nodes.make("Max", rows, start)',
+            'nodes.make("Min", nodes.make("ReduceMin", rows, along, keepdims=0), zero)': (
+                'nodes.make("ReduceMin", rows, along, keepdims=0)'
+            ),
+            "kind = storage(found.quant_min, found.quant_max)[0] if": 'kind = "int8" if',
+        },
+    ),
+    (
+        "passes/captured/site_nodes.py",
+        "tests/prepared/test_tokens.py",
+        {'or spec.family == "affine token":': "or False:"},
+    ),
+    (
+        "fxquant/plan/exceptions.py",
+        "tests/spec/test_rules.py",
+        {"weighted=any(self._is_weight(": "weighted=all(self._is_weight("},
+    ),
+    (
         "passes/export/decompose_pairs.py",
         "tests/passes/export/test_decompose_pairs.py",
         {

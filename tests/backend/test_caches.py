@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from fxquant.backend.reports import compile_reports
@@ -21,7 +21,7 @@ from fxquant.passes.stages import Stage
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import INT8
 from tests import forked
-from tests.nets import Mlp, grads, prepared, step
+from tests.nets import grads, prepared, step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,12 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import json, sys, torch, fxquant
 from torch._dynamo.utils import counters
-from tests import forked
-from tests.nets import Mlp, grads, prepared, step
+from tests.nets import grads, prepared, step
+from tests.quick import compiles_are_quick
 
 torch.manual_seed(0)
-model, x = Mlp(), torch.randn(3, 8)
-step(torch.compile(prepared(model, x, recipe=sys.argv[1]), backend="fxquant"), x)
+model, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+with compiles_are_quick():
+    step(torch.compile(prepared(model, x, recipe=sys.argv[1]), backend="fxquant"), x)
 print(json.dumps({
     "autograd": [counters["aot_autograd"]["autograd_cache_" + kind] for kind in ("hit", "miss", "bypass")],
     "graphs": [counters["inductor"]["fxgraph_cache_" + kind] for kind in ("hit", "miss", "bypass")],
@@ -111,7 +112,7 @@ def compiled(x: Tensor, *, recipe: Any = "int8", train: bool = True, **options: 
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    model = prepared(Mlp(), x, recipe=recipe)
+    model = prepared(nn.Linear(8, 4), x, recipe=recipe)
     model.train(train)
     step(torch.compile(model, backend="fxquant", options=options or None), x)
     autograd, graphs = counters["aot_autograd"], counters["inductor"]
@@ -124,6 +125,7 @@ def compiled(x: Tensor, *, recipe: Any = "int8", train: bool = True, **options: 
 
 @pytest.fixture
 def x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What a linear is compiled with, and a cache that is empty."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(1)
     return torch.randn(3, 8)
@@ -132,36 +134,25 @@ def x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 HIT, MISS = ((1, 0), (2, 0)), ((0, 1), (0, 2))
 
 
-def test_options_of_inductor_are_keys(x: Tensor) -> None:
+def test_options_and_recipes_are_keys(x: Tensor) -> None:
     first = compiled(x)
     assert (first.autograd, first.graphs) == MISS
     other = compiled(x, inductor={"max_fusion_size": 7})
     assert (other.autograd, other.graphs) == MISS
+    # No fusion: other kernels of the same arithmetic, none of them from the cache.
+    apart = compiled(x, inductor={"max_fusion_size": 1})
+    assert apart.graphs[0] == 0
+    assert other.same_numbers(first) and apart.same_numbers(first)
+    # The first step of a moving average is a range of the batch: other code, the same numbers.
+    for recipe, same in (("w4a8", False), (INT8.with_range(CurrentTensor()), True)):
+        other = compiled(x, recipe=recipe)
+        assert other.autograd == (0, 1) and other.graphs[1] >= 1
+        assert other.same_numbers(first) is same
+    evaluating = compiled(x, train=False)
+    assert evaluating.autograd == (0, 1), "evaluation is not taken for training"
     again = compiled(x)
     assert (again.autograd, again.graphs) == HIT
     assert again.same_numbers(first)
-
-
-def test_a_setting_of_inductor_changes_the_code_and_no_gradient(x: Tensor) -> None:
-    """No fusion: other kernels of the same arithmetic, none of them from the cache."""
-    first, apart = compiled(x), compiled(x, inductor={"max_fusion_size": 1})
-    assert apart.graphs[0] == 0
-    assert apart.same_numbers(first)
-
-
-# The first step of a moving average is a range of the batch: other code, the same numbers.
-@pytest.mark.parametrize(("recipe", "same"), [("w4a8", False), (INT8.with_range(CurrentTensor()), True)])
-def test_recipes_are_keys(recipe: Any, same: bool, x: Tensor) -> None:
-    first, other = compiled(x), compiled(x, recipe=recipe)
-    assert other.autograd == (0, 1) and other.graphs[1] >= 1
-    assert other.same_numbers(first) is same
-    again = compiled(x)
-    assert (again.autograd, again.graphs) == HIT and again.same_numbers(first)
-
-
-def test_evaluation_is_not_taken_for_training(x: Tensor) -> None:
-    training, evaluating = compiled(x), compiled(x, train=False)
-    assert (training.autograd, evaluating.autograd) == ((0, 1), (0, 1))
 
 
 def test_seconds_are_of_every_hook_that_ran(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 
@@ -75,6 +76,15 @@ def test_gradients_keep_their_bits(net: str, backend: str) -> None:
         torch.testing.assert_close(compressed, floats, **tolerance, equal_nan=True)
 
 
+@functools.cache
+def statically(net: str) -> int:
+    """Bytes that a step of static sizes keeps."""
+    torch._dynamo.reset()
+    model, x = made(net)
+    prepared = fxquant.prepare(model, (x,))
+    return kept_bytes(prepared, torch.compile(prepared, backend="fxquant", dynamic=False), x)
+
+
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("net", "most"), [("convs", 0.70), ("block", 0.66)])
 def test_less_is_kept_than_by_plain_training(net: str, most: float) -> None:
@@ -83,8 +93,7 @@ def test_less_is_kept_than_by_plain_training(net: str, most: float) -> None:
     prepared = fxquant.prepare(model, (x,))
     of_plain = kept_bytes(plain, torch.compile(plain), x)
     of_floats = kept_bytes(prepared, torch.compile(prepared, backend="fxquant", options={"save_quantized": False}), x)
-    torch._dynamo.reset()
-    of_codes = kept_bytes(prepared, torch.compile(prepared, backend="fxquant"), x)
+    of_codes = statically(net)
     assert of_codes < of_floats
     assert of_codes <= most * of_plain
 
@@ -145,19 +154,14 @@ def test_checkpoint_regions_keep_no_more() -> None:
     assert of_ours <= of_plain * 1.01 + scales + 8 * sum(p.shape[0] for p in prepared.parameters())
 
 
-def statically(model: nn.Module, x: Tensor) -> int:
-    model = copy.deepcopy(model)
-    return kept_bytes(model, torch.compile(model, backend="fxquant", dynamic=False), x)
-
-
 @pytest.mark.usefixtures("uncompiled")
 def test_open_sizes_keep_codes_too() -> None:
     model, x = made("block")
     prepared = fxquant.prepare(model, (x,))
     run = torch.compile(prepared, backend="fxquant", dynamic=True)
     kept_bytes(prepared, run, x)
-    twice = 2 * statically(prepared, x)
-    assert kept_bytes(prepared, run, torch.cat([x, x])) == pytest.approx(twice, rel=0.01), "scales are kept once"
+    of_two = kept_bytes(prepared, run, torch.cat([x, x]))
+    assert of_two == pytest.approx(2 * statically("block"), rel=0.01), "scales are kept once"
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -166,10 +170,9 @@ def test_an_open_batch_keeps_just_what_a_static_one_does(net: str) -> None:
     """Of layers, too, that take a batch's positions as rows: ``16·s0`` of them."""
     model, x = made(net)
     prepared = fxquant.prepare(model, (x,))
-    static = statically(prepared, x)
     torch._dynamo.reset()
     torch._dynamo.mark_dynamic(x, 0)
-    assert kept_bytes(prepared, torch.compile(prepared, backend="fxquant"), x) == static
+    assert kept_bytes(prepared, torch.compile(prepared, backend="fxquant"), x) == statically(net)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -25,7 +25,7 @@ from fxquant.support import patches
 from fxquant.support.patches import BUCKETS, CACHE_KEY, NO_AUTOCAST, OTHERS, PATCHES, Patch
 from tests import forked
 from tests.house.sources import ROOT, package_modules
-from tests.nets import Mlp, prepared, step
+from tests.nets import prepared, step
 
 
 def elsewhere(run: Callable[[], Any]) -> Any:
@@ -301,6 +301,10 @@ import gc, json, os, re, sys, torch
 from pathlib import Path
 from torch import nn
 from torch._inductor.utils import fresh_cache
+from tests.quick import header_is_read_once
+
+quick = header_is_read_once()
+quick.__enter__()
 
 def neighbour():
     torch._dynamo.reset()
@@ -336,7 +340,7 @@ def ours_at_work() -> None:
     """A quantized step, an export's capture, `cost`, and an operator of ours in a plain graph."""
     torch._dynamo.reset()
     x = torch.randn(3, 8)
-    model = prepared(Mlp(), x)
+    model = prepared(torch.nn.Linear(8, 4), x)
     step(torch.compile(model, backend="fxquant"), x)
     fxquant.cost(model, (x,))
     exported_graph(model, (x,), {}, None)
