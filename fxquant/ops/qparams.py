@@ -64,7 +64,7 @@ def _channel(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _channel_like(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape[axis], dtype=torch.float32) for _ in "ab")  # type: ignore[return-value]
+    return x.new_empty(x.shape[axis], dtype=torch.float32), x.new_empty(x.shape[axis], dtype=torch.float32)
 
 
 def _update(x: Tensor, minimum: Tensor, maximum: Tensor, constant: float) -> tuple[Tensor, Tensor]:

@@ -134,8 +134,16 @@ def skip(
     optional: bool = False,
 ) -> Rule:
     """A rule that leaves what it matches in float: ``skip("head")``, ``skip(module=nn.LSTM)``."""
-    where = {"path": path, "module": module, "kind": kind, "operand": operand, "weighted": weighted}
-    return Rule(spec=None, **where, position=position, optional=optional)  # type: ignore[arg-type]
+    return Rule(
+        spec=None,
+        path=path,
+        module=module,
+        kind=kind,
+        operand=operand,
+        weighted=weighted,
+        position=position,
+        optional=optional,
+    )
 
 
 def first_layer(spec: QuantSpec | None = None, *, operand: str | None = None) -> Rule:
