@@ -57,9 +57,9 @@ def _batch_like(x: Tensor) -> tuple[Tensor, Tensor]:
 def _channel(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     others = [d for d in range(x.dim()) if d != axis % x.dim()]
     if x.numel() == 0:
-        low = high = x.new_zeros(x.shape[axis])
-    else:
-        low, high = (x.amin(others), x.amax(others)) if others else (x, x)
+        low, high = x.new_zeros(x.shape[axis]), x.new_zeros(x.shape[axis])
+    else:  # amin of no dimension would mean all of them; an operator's results are nobody else's memory
+        low, high = (x.amin(others), x.amax(others)) if others else (x.clone(), x.clone())
     return low.to(torch.float32), high.to(torch.float32)
 
 

@@ -193,6 +193,11 @@ class TestChannels:
         assert [found.tolist() for found in channel_min_max(torch.empty(3, 0), 0)] == [[0, 0, 0]] * 2
         assert [found.tolist() for found in channel_min_max(torch.empty(0, 3), 0)] == [[], []]
 
+    @pytest.mark.parametrize("x", [torch.randn(3), torch.empty(3, 0), torch.randn(3, 2)], ids=["vector", "empty", "rows"])
+    def test_results_have_memory_of_their_own(self, x: Tensor) -> None:
+        low, high = channel_min_max(x, 0)
+        assert len({low.data_ptr(), high.data_ptr(), x.data_ptr() or -1}) == 3
+
     def test_a_slice_without_numbers_spoils_no_other(self) -> None:
         low, high = channel_min_max(torch.tensor([[NAN, 1.0], [2.0, INF], [-1.0, 3.0]]), 0)
         assert low.isnan().tolist() == [True, False, False] and (low[1], low[2]) == (2, -1)
