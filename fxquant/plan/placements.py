@@ -67,7 +67,7 @@ class Placing:
         views = Counter(map(unmoved, found))
         for weight, uses in found.items():
             is_read_twice = views[unmoved(weight)] > 1
-            for spec, edges in self._by_spec(list(uses), self.recipe.weight).items():
+            for spec, edges in self._by_spec(weight, list(uses), self.recipe.weight).items():
                 placed.append(self._weight(spec, {edge: uses[edge] for edge in edges}, is_read_twice))
         return placed
 
@@ -93,7 +93,7 @@ class Placing:
         for end, head in units.items():
             edges, kind = [(head, "output")], kind_of(head)
             assert kind is not None, "a unit's head is an operator that placement knows"
-            (spec,) = self._by_spec(edges, self._activation_spec(end, edges))
+            (spec,) = self._by_spec(end, edges, self._activation_spec(end, edges))
             reason = f"{self.profile.name} runs {kind.name} as integers only with its result quantized"
             placed.append(self._placement("output", spec, edges, reason))
         return placed
@@ -112,19 +112,23 @@ class Placing:
             self._placement("activation", spec, edges, f"operand of {names(edges)}")
             for source, reads in by_source.items()
             if source not in settled.units
-            for spec, edges in self._by_spec(reads, self._activation_spec(source, reads)).items()
+            for spec, edges in self._by_spec(source, reads, self._activation_spec(source, reads)).items()
         ]
 
     def _activation_spec(self, source: fx.Node, uses: list[Operand]) -> QuantSpec | None:
         """The recipe's format, None where only rules have one."""
         if self.recipe.activation is None:
             return None
-        is_positive = activation_name(source) is not None or packet(source) in _POSITIVE
-        spec = self.profile.fit(self.recipe.activation, self._named(uses), is_positive=is_positive)
+        spec = self._fitted(source, self.recipe.activation, uses)
         if activation_name(source) == "relu6" and not spec.symmetric:
             # The runtime drops the clip only if the codes span exactly its range.
             return dataclasses.replace(spec, range=Fixed(min=0.0, max=6.0))
         return spec
+
+    def _fitted(self, source: fx.Node, spec: QuantSpec, uses: list[Operand]) -> QuantSpec:
+        """A format as the target takes it for some uses of a tensor."""
+        is_positive = activation_name(source) is not None or packet(source) in _POSITIVE
+        return self.profile.fit(spec, self._named(uses), is_positive=is_positive)
 
     def _named(self, edges: list[Operand]) -> set[str]:
         """Operands as profiles name them; a matmul with a weight is a linear."""
@@ -136,12 +140,16 @@ class Placing:
             found.add(f"{'linear' if is_linear else kind.name}.{name}")
         return found
 
-    def _by_spec(self, edges: list[Operand], default: QuantSpec | None) -> dict[QuantSpec, list[Operand]]:
+    def _by_spec(
+        self, source: fx.Node, edges: list[Operand], default: QuantSpec | None
+    ) -> dict[QuantSpec, list[Operand]]:
         """The uses of a tensor by the format that rules, or else the recipe, give them."""
         found: dict[QuantSpec, list[Operand]] = {}
         for edge in edges:
             rule = self.problem.exceptions.rule(*edge)
             spec = default if rule is None or rule.spec is None else rule.spec
+            if rule is not None and rule.optional and spec is not None:  # for any model, and any target
+                spec = self._fitted(source, spec, [edge])
             assert spec is not None, "an operand without a format is not demanded"
             found.setdefault(spec, []).append(edge)
         return found

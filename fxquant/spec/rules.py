@@ -55,7 +55,8 @@ class Rule:
             which the parameter of ``x @ parameter`` is too.
         weighted: whether the operator has a weight: False for products of two activations, as in attention.
         position: ``"first"`` or ``"last"`` operator of the model that has a weight.
-        optional: whether it may match nothing; otherwise that is an error.
+        optional: whether it may match nothing, and whether its codes may have another zero point where the target needs
+            that, as a recipe's have; otherwise both are errors.
     """
 
     spec: QuantSpec | None

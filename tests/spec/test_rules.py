@@ -13,6 +13,7 @@ from fxquant import CurrentTensor, QuantSpec, Recipe, Rule, first_layer, last_la
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import Plan
 from fxquant.prepared.root import plan_of
+from fxquant.spec.recipes import RECIPES
 from fxquant.spec.rules import Where
 
 W4 = QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor())
@@ -223,6 +224,21 @@ def test_attention_has_8_bits_beside_4_bit_layers(recipe: str, layers: str) -> N
     attention = {"matmul0_lhs", "matmul0_rhs", "matmul1_lhs", "matmul1_rhs"}
     assert {key for key, spec in found.items() if spec == "u8 lsq"} == attention & found.keys() != set()
     assert found["up.input"] == found["matmul2_lhs"] == layers
+
+
+@pytest.mark.parametrize(("target", "found"), [("onnxruntime", "u8 lsq"), ("openvino", "s8 lsq, u8 lsq")])
+def test_attention_has_the_zero_points_that_a_target_needs(target: str, found: str) -> None:
+    """A rule for any model is fitted to the target as a recipe's format is, where probabilities are positive anyway.
+
+    One that is for this model says that it does not fit.
+    """
+    args = (torch.randn(2, 5, 8),)
+    held = formats(plan_of(fxquant.prepare(Attends(), args, recipe="w4a4", target=target)))
+    assert ", ".join(sorted({spec for spec in held.values() if spec.endswith("8 lsq")})) == found
+    own = Rule(kind="matmul", weighted=False, operand="activation", spec=RECIPES["w2a8"].activation)
+    if target == "openvino":
+        with pytest.raises(InvalidArgument, match="must have signed and symmetric codes for target 'openvino': got u8"):
+            fxquant.prepare(Attends(), args, recipe="w4a4", target=target, rules=[own])
 
 
 def test_products_of_activations_alone_are_left_in_float() -> None:
