@@ -15,7 +15,7 @@ PY := $(LINK)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples demo test examples lint types bench gpu clean
+.PHONY: help venv venv-examples demo test examples lint types bench gpu runtimes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ gpu: venv ## Tests and benches on a CUDA device, DEVICE=cpu to try them out; OUT
 	"$(PY)" bench/gpu/bench_gpu.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) $(if $(OUT),--out "$(OUT)")
 	"$(PY)" bench/gpu/tensorrt_outputs.py --device $(DEVICE) \
 	  $(if $(filter cpu,$(DEVICE)),--recipes int8 --dtypes float16) $(if $(OUT),--out "$(OUT).tensorrt")
+
+runtimes: venv ## Files in the oldest and the newest version of each runtime, each installed apart; OUT=file keeps the rows
+	"$(PY)" bench/bench_versions.py $(ARGS) $(if $(OUT),--out "$(OUT)")
 
 clean: ## Remove build outputs and caches (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -63,7 +63,7 @@ def openvino(path, x):
         yield precision, lambda: compile(path, "CPU", config)(x)[0]
 
 for path in sys.argv[2:]:
-    held = np.load(path.replace(".onnx", ".npz"))
+    held = np.load(path.removesuffix(".onnx") + ".npz")
     for level, call in globals()[sys.argv[1]](path, held["x"]):
         try:
             found, why = call(), None
@@ -135,7 +135,7 @@ def rows(version: str, folder: Path) -> list[Row]:
     python = home / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", version, "numpy"], check=True)
     files = sorted(map(str, folder.glob("*.onnx")))
-    ran = subprocess.run([python, "-c", CHILD, runtime, *files], check=True, capture_output=True, text=True)
+    ran = subprocess.run([python, "-c", CHILD, runtime, *files], check=True, stdout=subprocess.PIPE, text=True)
     return [{"version": version, **json.loads(line)} for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
