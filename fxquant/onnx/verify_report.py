@@ -34,7 +34,8 @@ class LevelRow:
         error: why it does not load or run there; None where it does.
         differing, compared, largest: codes against training's, each site from the codes that the level gave before it.
             None where they were not compared: the file is large.
-        outputs_within_code: the share of output values within one 8-bit code of those without optimizations.
+        outputs_within_code: the share of output values within one 8-bit code of those without optimizations; None
+            where there are none.
     """
 
     level: str
@@ -42,7 +43,7 @@ class LevelRow:
     differing: int | None = None
     compared: int | None = None
     largest: int | None = None
-    outputs_within_code: float = math.nan
+    outputs_within_code: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -50,13 +51,13 @@ class LevelRow:
         if self.error is not None:
             return False
         if self.differing is None or self.compared is None or self.largest is None:
-            return self.outputs_within_code >= _WITHIN
+            return self.outputs_within_code is not None and self.outputs_within_code >= _WITHIN
         return self.largest <= 1 and self.differing <= max(1, self.compared // 10_000)
 
     def __str__(self) -> str:
         if self.error is not None:
             return f"level {self.level!r} does not run: {self.error}"
-        outputs = f"{100 * self.outputs_within_code:.4g} % of the outputs within an 8-bit code"
+        outputs = f"{100 * (self.outputs_within_code or 0.0):.4g} % of the outputs within an 8-bit code"
         if self.differing is None:
             return f"level {self.level!r}: {outputs}"
         return f"level {self.level!r}: {self.differing} of {self.compared} codes differ, by {self.largest}; {outputs}"
