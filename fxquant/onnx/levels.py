@@ -40,7 +40,7 @@ def compare_levels(case: Case, keys: Collection[str], unoptimized: list[np.ndarr
             rows.append(LevelRow(level=level, error=next(iter(str(error).splitlines()), "")))
             continue
         share = within_code(outputs, unoptimized)
-        if found is None:
+        if not found:  # of a large file, and of one whose weights alone are codes
             rows.append(LevelRow(level=level, outputs_within_code=share))
             continue
         if known is None or not _equal(found, known):

@@ -33,7 +33,7 @@ class LevelRow:
     Attributes:
         error: why it does not load or run there; None where it does.
         differing, compared, largest: codes against training's, each site from the codes that the level gave before it.
-            None where they were not compared: the file is large.
+            None where they were not compared: the file is large, or has none.
         outputs_within_code: the share of output values within one 8-bit code of those without optimizations; None
             where there are none.
     """
@@ -87,7 +87,8 @@ class VerifyReport:
         outputs_within_code: of the same two, the share of output values that lie within one 8-bit code of each other:
             1/255 of the range of their output.
         output_spread: standard deviation of the reference's outputs, to judge those two by.
-        latency, float_latency: median seconds of a run, of this file and of the float model's export; in onnxruntime.
+        latency, float_latency: median seconds of CPU time of a run on one thread, of this file and of the float model's
+            export; in onnxruntime.
         integer_dot: None, or why integer speed is not to be expected on this CPU.
         exact_output_difference: on a CPU whose 8-bit sums saturate, `optimized_output_difference` with the setting
             ``exact_by`` of the runtime, which sums exactly; NaN on others, and where the file does not load so.
@@ -208,9 +209,11 @@ class VerifyReport:
         return [f"{count} sites of the file were not compared, {why}: {names}"] if names else []
 
     def _level_lines(self) -> list[str]:
-        held = [row.level for row in self.levels if row.holds]
-        kept = f"codes are training's in {REFERENCE} at the levels {', '.join(held)}"
-        return [*([kept] if held else []), *(f"{REFERENCE}, {row}" for row in self.levels if not row.holds)]
+        lines = []
+        for what, of_codes in (("codes are training's", True), ("outputs are those without optimizations", False)):
+            held = [row.level for row in self.levels if row.holds and bool(row.compared) == of_codes]
+            lines += [f"{what} in {REFERENCE} at the levels {', '.join(held)}"] if held else []
+        return [*lines, *(f"{REFERENCE}, {row}" for row in self.levels if not row.holds)]
 
     def _output_line(self) -> str:
         spread, plain = f"(spread {self.output_spread:.3g})", f"outputs differ by {self.max_output_difference:.3g}"

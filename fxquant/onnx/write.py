@@ -95,10 +95,15 @@ def save(program: Any, destination: Path, check: Callable[[Path], None] | None =
             raise ExportError(f"{destination.name} must be a valid ONNX model: got {error}") from error
         if check is not None:
             check(temporary)
-        files = sorted(Path(folder).iterdir(), key=lambda p: p.name == destination.name)  # what it refers to first
-        total = sum(written.stat().st_size for written in files)
-        for written in files:
-            shutil.move(written, destination.parent / written.name)
+        return move_into_place(Path(folder), destination)
+
+
+def move_into_place(folder: Path, destination: Path) -> int:
+    """Moves what was written in a folder beside the destination: what that file refers to first. Returns its bytes."""
+    files = sorted(folder.iterdir(), key=lambda p: p.name == destination.name)
+    total = sum(written.stat().st_size for written in files)
+    for written in files:
+        shutil.move(written, destination.parent / written.name)
     return total
 
 

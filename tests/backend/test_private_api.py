@@ -151,6 +151,7 @@ ATTRIBUTES: Mapping[str, Callable[[], object]] = {
     "_trilinear": lambda: torch.ops.aten,
     "_unsafe_view": lambda: torch.ops.aten,
     "_update_scheduler": lambda: resolve("torch._inductor.graph.GraphLowering"),
+    "_version": lambda: torch.ones(1),
 }
 # Private attributes that are set for torch to read: by which file of ours, and the module that reads them.
 READ_BY_TORCH: Mapping[str, tuple[str, str]] = {

@@ -109,6 +109,19 @@ def test_of_a_large_file_outputs_are_compared(
     assert not off.holds and str(off) == "level 'all': 90 % of the outputs within an 8-bit code"
 
 
+def test_weights_alone_have_no_codes_to_agree_on(tmp_path: Path) -> None:
+    """Outputs are compared: onnxruntime rounds the activations of MatMulNBits, which no count of codes would say."""
+    torch.manual_seed(0)
+    x, path = torch.randn(64, 32), tmp_path / "m.onnx"
+    model = fxquant.prepare(nn.Linear(32, 32), (x,), recipe="int4_weight_only").eval()
+    fxquant.export_onnx(model, (x,), path, verify=False)
+    report = fxquant.verify_onnx(model, (x,), path, rounds=0)
+    assert {row.differing for row in report.levels} == {None} and "codes are training's" not in str(report)
+    held = [row.level for row in report.levels if row.holds]
+    assert f"outputs are those without optimizations in onnxruntime at the levels {', '.join(held)}" in str(report)
+    assert {"disable", "basic"} <= {*held} and all(row.outputs_within_code is not None for row in report.levels)
+
+
 def test_external_data_counts(tmp_path: Path) -> None:
     tensor = onnx.numpy_helper.from_array(torch.zeros(1000).numpy(), "w")
     value = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [1000])

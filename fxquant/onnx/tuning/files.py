@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from fxquant.onnx.tuning.floating import with_floats
 from fxquant.onnx.tuning.graph import QdqGraph
 from fxquant.onnx.tuning.layers import LayerClass, Layers
 from fxquant.onnx.tuning.measure import Compared
+from fxquant.onnx.write import move_into_place
 from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath
 
@@ -26,13 +28,19 @@ _MOST_FILES, _MOST_BYTES = 12, 1_000_000_000  # that run in turns; the reference
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:
-    """Saves a model; its weights beside it, where it is too large for one file. It is not to be used afterwards."""
-    onnx, beside = require("onnx"), path.with_name(f"{path.name}.data")
-    beside.unlink(missing_ok=True)  # which would be added to
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _EXTERNAL_BYTES:
-        onnx.save(model, path, save_as_external_data=True, location=beside.name, size_threshold=_SMALL)
-    else:
-        onnx.save(model, path)
+    """Saves a model; its weights beside it, where it is too large for one file. It is not to be used afterwards.
+
+    Written beside and moved into place, whole or not at all, as `fxquant.onnx.write.save` does.
+    """
+    onnx = require("onnx")
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".fxquant-") as folder:
+        temporary = Path(folder) / path.name
+        if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _EXTERNAL_BYTES:
+            location = f"{path.name}.data"
+            onnx.save(model, temporary, save_as_external_data=True, location=location, size_threshold=_SMALL)
+        else:
+            onnx.save(model, temporary)
+        move_into_place(Path(folder), path)
 
 
 class Files:

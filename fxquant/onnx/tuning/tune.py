@@ -77,7 +77,7 @@ def tune_onnx(
     found = get_target(target)
     runtime = _runtime(found)
     _check_numbers(threads, rounds, margin)
-    destination = None if output is None else check_path(output)
+    destination = None if output is None else _destination(output, path)
     with counting("tuning", show=progress) as step:
         tuning = _Tuning(path, found, _Settings(threads=threads, rounds=rounds, margin=margin), step)
         report, model = tuning.run(functools.partial(_timed, runtime, threads), shapes, feeds)
@@ -103,6 +103,13 @@ def _runtime(target: Target) -> Runtime:
         require(name)
     runtime.require()
     return runtime
+
+
+def _destination(output: ModelPath, path: ModelPath) -> Path:
+    found = check_path(output)
+    if found.exists() and os.path.exists(path) and os.path.samefile(found, path):
+        raise InvalidArgument(f"output must be another file than path: got {os.fspath(output)!r} for both.")
+    return found
 
 
 def _check_numbers(threads: int, rounds: int, margin: float) -> None:
@@ -151,7 +158,7 @@ class _Tuning:
         gone = graph.followers.keys() - graph.staying(chosen)
         return TuneReport(
             path=os.fspath(self.path),
-            runtime=f"{self.target.name} {_version(self.target)}",
+            runtime=f"{self.target.name} {_installed(self.target)}",
             cpu=cpu_name(),
             threads=self.settings.threads,
             rounds=self.settings.rounds,
@@ -171,7 +178,7 @@ class _Tuning:
         )
 
 
-def _version(target: Target) -> str:
+def _installed(target: Target) -> str:
     return str(_runtime(target).require().__version__).partition("-")[0]
 
 

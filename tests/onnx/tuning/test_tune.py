@@ -151,6 +151,34 @@ def test_weights_beside_the_file(clock: Clock, tmp_path: Path, monkeypatch: pyte
     np.testing.assert_array_equal(ours, expected)
 
 
+def test_the_file_given_is_not_written_over(clock: Clock, tmp_path: Path) -> None:
+    path = foreign(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(InvalidArgument, match=r"output must be another file than path: got .* for both"):
+        tune_onnx(path, output=tmp_path / "." / path.name, progress=False)
+    assert path.read_bytes() == before
+
+
+def test_an_interrupt_while_the_tuned_file_is_written_leaves_what_was_there(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output, beside = foreign(tmp_path), tmp_path / "tuned.onnx", tmp_path / "tuned.onnx.data"
+    output.write_bytes(b"earlier")
+    beside.write_bytes(b"somebody's")
+    real = onnx.save
+
+    def save(model: onnx.ModelProto, to: Path, **options: Any) -> None:
+        real(model, to, **options)
+        if Path(to).name == output.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        tune_onnx(path, output=output, progress=False)
+    assert (output.read_bytes(), beside.read_bytes()) == (b"earlier", b"somebody's")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([path.name, output.name, beside.name])
+
+
 # ---------------------------------------------------------------- fxquant's own file: rules
 
 
