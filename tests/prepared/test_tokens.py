@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import QuantSpec, Recipe, Rule
 from fxquant.errors import InvalidArgument
+from fxquant.ops import affine_qparams, channel_min_max
 from fxquant.spec.ranges import CurrentTensor, Learned
 
 FORMATS: tuple[dict[str, Any], ...] = (
@@ -20,7 +21,11 @@ FORMATS: tuple[dict[str, Any], ...] = (
     {"bits": 8, "signed": False},
     {"bits": 8},
 )
-X = torch.cat([torch.randn(2, 3, 16) * 3, torch.rand(2, 3, 16) + 2, -torch.rand(2, 3, 16), torch.zeros(2, 3, 16)])
+# As far below 0 as above: of 15 steps each end is at 7.5, and both round away from 0, one code too many.
+MIRRORED = torch.linspace(-1, 1, 16) * torch.tensor([0.5, 1.0, 3.0]).reshape(1, 3, 1)
+X = torch.cat(
+    [torch.randn(2, 3, 16) * 3, torch.rand(2, 3, 16) + 2, -torch.rand(2, 3, 16), torch.zeros(2, 3, 16), MIRRORED]
+)
 
 
 def prepared(fields: dict[str, Any]) -> nn.Module:
@@ -33,18 +38,25 @@ def prepared(fields: dict[str, Any]) -> nn.Module:
 
 
 def oracle(x: Tensor, spec: QuantSpec) -> Tensor:
-    """Row by row in float64, but for the scale, which is float32."""
+    """Row by row: the scale and what is rounded in float32, where ties are, all else in float64."""
     found = []
-    for row in x.reshape(-1, x.shape[-1]).double():
+    for row in x.reshape(-1, x.shape[-1]):
         low, high = min(row.min().item(), 0.0), max(row.max().item(), 0.0)
         reach = (spec.quant_max - spec.quant_min) // 2
         width = max(-low, high) / reach if spec.symmetric else (high - low) / (spec.quant_max - spec.quant_min)
-        scale = torch.tensor(max(width, 2.0**-60), dtype=torch.float32).double()
+        scale = torch.tensor(max(width, 2.0**-60), dtype=torch.float32)
         middle = 0 if spec.signed else (spec.quant_min + spec.quant_max + 1) // 2
         point = middle if spec.symmetric else spec.quant_min - torch.round(low / scale)
         codes = (torch.round(row / scale) + point).clamp(spec.quant_min, spec.quant_max)
-        found.append((codes - point) * scale)
+        found.append((codes.double() - point) * scale.double())
     return torch.stack(found).reshape(x.shape).float()
+
+
+def test_zero_points_push_codes_out_of_the_range() -> None:
+    """Which is what the gradients below must not see."""
+    scale, point = affine_qparams(*channel_min_max(MIRRORED.reshape(-1, 16), 0), 0, 15, False)
+    codes = torch.round(MIRRORED.reshape(-1, 16) / scale[:, None]) + point[:, None]
+    assert codes.max() == 16
 
 
 @pytest.mark.parametrize("fields", FORMATS, ids=str)
