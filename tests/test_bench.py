@@ -23,6 +23,7 @@ MODULES = (
     "machine",
     "nets",
     "peers",
+    "processes",
     "table",
     "variants",
     "where",
@@ -141,6 +142,31 @@ def test_gradient_check_says_how_far_off(bench: SimpleNamespace) -> None:
         check(far, good, "fp32")
 
 
+def test_rows_of_several_processes_are_medians(bench: SimpleNamespace) -> None:
+    def run(seconds: float, ratio: float, *more: str) -> list[dict[str, object]]:
+        first = {"net": "cnn", "dtype": "fp32", "variant": "plain", "step_seconds": seconds, "step_ratio": ratio}
+        return [{**first, "kernels": 3}, *({**first, "variant": name} for name in more)]
+
+    found = bench.processes.medians([run(1.0, 0.9, "once"), run(4.0, 0.8), run(2.0, 0.7, "once")])
+    row = {"net": "cnn", "dtype": "fp32", "variant": "plain", "step_seconds": 2.0, "step_ratio": 0.8}
+    assert found == [{**row, "kernels": 3, "processes": 3}], "what one process left out has no row"
+
+
+def test_processes_run_one_after_another(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import sys, pathlib, json; out = pathlib.Path(sys.argv[-1]);" + (
+        "out.write_text(json.dumps({'net': sys.argv[sys.argv.index('--nets') + 1], 'step_ratio': 2.0})); sys.exit(3)"
+    )
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    inner = bench.processes.subprocess.run
+
+    def run(command: list[str], **keys: Any) -> object:
+        return inner([command[0], "-c", program, *command[2:]], **keys)
+
+    monkeypatch.setattr(bench.processes.subprocess, "run", run)
+    rows, status = bench.processes.run_again(2, ["--nets", "mixer", "--processes", "2"])
+    assert rows == [{"net": "mixer", "step_ratio": 2.0, "processes": 2}] and status == 3
+
+
 def test_where_float32_cannot_tell_float64_decides(bench: SimpleNamespace) -> None:
     good, far, nothing = ([[torch.full((4,), value)]] for value in (1.0, 1.5, torch.nan))
     check = bench.bench_step.check_gradients
@@ -151,6 +177,16 @@ def test_where_float32_cannot_tell_float64_decides(bench: SimpleNamespace) -> No
         check([*good, *nothing], [*good, *good], "fp32", lambda: 1e-15)
     variants = bench.variants.VARIANTS
     assert variants["fxquant int8"].same_in_doubles and not variants["fxquant integer matmul"].same_in_doubles
+
+
+def test_where_float64_is_no_graph_of_the_same_kind_the_last_bits_decide(bench: SimpleNamespace) -> None:
+    good, far = ([[torch.full((4,), value)]] for value in (1.0, 1.5))
+    check = bench.bench_step.check_gradients
+    assert check(far, good, "fp32", rounding=lambda: 0.3) == pytest.approx(0.5)
+    with pytest.raises(AssertionError, match=r"off by 5\.00e-01, eager ones by 2\.00e-01 after a change of the last"):
+        check(far, good, "fp32", rounding=lambda: 0.2)
+    with pytest.raises(AssertionError, match=r"in float64 by"):
+        check(far, good, "fp32", lambda: 1e-6, lambda: 1.0)
 
 
 def test_float64_is_asked_of_both_backends(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
