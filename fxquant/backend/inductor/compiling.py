@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fxquant.support.patches import CHANNELS_LAST, COMPILE_EARLY, DTYPE_RULES
+from fxquant.support.patches import CHANNELS_LAST, COMPILE_EARLY, CONVERSIONS, DTYPE_RULES
 
 _RARELY = 1000  # the last of gc.get_threshold(), by default 10
 
@@ -26,7 +26,10 @@ class _Compiles:
 @contextlib.contextmanager
 def compiling_ours() -> Iterator[None]:
     """Inside, in this thread, Inductor is at work on a graph of ours."""
-    with collecting_rarely(), DTYPE_RULES.acting(), COMPILE_EARLY.acting(), CHANNELS_LAST.acting():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(collecting_rarely())
+        for patch in (DTYPE_RULES, COMPILE_EARLY, CHANNELS_LAST, CONVERSIONS):
+            stack.enter_context(patch.acting())
         yield
 
 
