@@ -57,3 +57,31 @@ def test_codes_are_saved_with_their_channels_last(monkeypatch: pytest.MonkeyPatc
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run(x)
     assert strides and set(strides) == {(288, 1, 48, 8)}
+
+
+@pytest.mark.usefixtures("cold")
+def test_masks_of_relus_are_saved_with_their_channels_last() -> None:
+    """Also of those after the last convolution's inputs: their neighbours in backward's loops lie so."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.norm(self.first(x)) + x)).sum()
+
+    model, x = Residual(), torch.randn(8, 8, 6, 6)
+    fxquant.prepare(model, (x,))
+    run = torch.compile(model, backend="fxquant")
+    strides: list[tuple[int, ...]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.shape == (1, 8, 6, 6) and t.dtype == torch.uint8:
+            strides.append(t.stride()[1:])
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run(x)
+    assert len(strides) > 1 and set(strides) == {(1, 48, 8)}
