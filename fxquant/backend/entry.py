@@ -43,8 +43,9 @@ def fxquant(
     - ``integer_matmul``: whether forward products are taken of integer codes: True, False (the default), or "auto",
       which measures where that is faster (`fxquant.passes.joint.use_integer_matmul`).
     - ``integer_backward``: whether products of backward are taken of integer codes too, the gradient rounded to 8 bits
-      for each: True, False (the default), "auto", or a mapping with ``mode``, one of these, and ``rounding``, of
-      parameters' gradients: "stochastic" (the default) or "nearest" (`fxquant.passes.joint.use_integer_backward`).
+      for each: True, False (the default), "auto", or a mapping with ``mode``, one of these, ``rounding``, of
+      parameters' gradients: "stochastic" (the default) or "nearest", and ``outliers``, the share of each sum that stays
+      float, where gradients are largest: 0 (the default) to 0.25 (`fxquant.passes.joint.use_integer_backward`).
     - ``save_quantized``: False keeps floats for backward where codes and packed masks would do
       (`fxquant.passes.joint.save_quantized_activations`).
     - ``reuse_weights``: True keeps quantized weights from call to call, one more copy of them, and quantizes those

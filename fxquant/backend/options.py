@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.errors import InvalidArgument
-from fxquant.passes.joint.use_integer_backward import IntegerBackward
+from fxquant.passes.joint.use_integer_backward import MOST_OUTLIERS, IntegerBackward
 from fxquant.passes.joint.use_integer_matmul import IntegerMatmul
 from fxquant.spec.recipes import Recipe, get_recipe
 from fxquant.targets.profiles import get_profile
@@ -82,9 +82,11 @@ class Options:
 def _integer_backward(given: object) -> IntegerBackward:
     """The option as what the pass is told; InvalidArgument where it is none."""
     fields: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {"mode": given}
-    unknown = sorted(map(repr, fields.keys() - {"mode", "rounding"}))
+    unknown = ", ".join(sorted(map(repr, fields.keys() - {"mode", "rounding", "outliers"})))
     if unknown:
-        raise InvalidArgument(f"options['integer_backward'] must hold 'mode' and 'rounding': got {', '.join(unknown)}.")
+        raise InvalidArgument(
+            f"options['integer_backward'] must hold 'mode', 'rounding' and 'outliers' only: got {unknown}."
+        )
     mode, rounding = fields.get("mode", True), fields.get("rounding", "stochastic")
     if not (isinstance(mode, bool) or mode == "auto"):
         where = "options['integer_backward']" + ("['mode']" if isinstance(given, Mapping) else "")
@@ -93,4 +95,9 @@ def _integer_backward(given: object) -> IntegerBackward:
         raise InvalidArgument(
             f"options['integer_backward']['rounding'] must be 'stochastic' or 'nearest': got {rounding!r}."
         )
-    return IntegerBackward(mode=mode, rounding=rounding)
+    outliers = fields.get("outliers", 0.0)
+    if isinstance(outliers, bool) or not isinstance(outliers, (int, float)) or not 0 <= outliers <= MOST_OUTLIERS:
+        raise InvalidArgument(
+            f"options['integer_backward']['outliers'] must be a share from 0 to {MOST_OUTLIERS}: got {outliers!r}."
+        )
+    return IntegerBackward(mode=mode, rounding=rounding, outliers=float(outliers))

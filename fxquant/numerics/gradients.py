@@ -6,6 +6,12 @@
 
 with a step for each row or column of the gradient that is summed, so that sums stay integers. A scale for each of what
 is summed over, as a weight's channels in the gradient of a layer's input, is multiplied into the gradient first.
+
+Of what is summed over, as the tokens in the gradient of a weight, the few with the largest gradients may stay float:
+
+::
+
+    Σ_S   →   Σ_{S − O} of codes + Σ_O of floats                                step = max|g| / 127 over S − O
 """
 
 from __future__ import annotations
@@ -64,6 +70,7 @@ class Form:
         turned: the result is to be [K, R], else [R, K].
         scale_dim, zero_dim: the dimension of the codes that scale and zero point have an element for; None for one.
         dtype: of the result.
+        outliers: how many of S stay float: those with the largest gradients.
     """
 
     columns: bool
@@ -71,11 +78,10 @@ class Form:
     scale_dim: int | None
     zero_dim: int | None
     dtype: torch.dtype
+    outliers: int = 0
 
 
-def product(
-    grad: Tensor, code: Tensor, scale: Tensor, zero: Tensor | None, words: Tensor | None, form: Form
-) -> Tensor:
+def product(grad: Tensor, code: Tensor, scale: Tensor, zero: Tensor | None, words: Tensor | None, form: Form) -> Tensor:
     """``Σ_s grad[r, s] · (code[s, k] − zero) · scale``, of the gradient's codes; sums are exact in int32.
 
     ``code`` is int8, or uint8 where the gradient lies in columns: torch multiplies uint8 from the left only.
@@ -84,14 +90,38 @@ def product(
     values = grad.to(torch.float32)
     if form.scale_dim == 0:
         values = values * scale.to(torch.float32).unsqueeze(1 - summed)
-    step = step_of(values, summed)
-    codes = codes_of(values, step, words)
+    largest, rest = _set_apart(values, summed, form.outliers)
+    step = step_of(rest, summed)
+    codes = codes_of(rest, step, words)
     total = torch._int_mm(code.t(), codes) if form.columns else torch._int_mm(codes, code)
     if zero is not None:
         total = total - _offsets(codes, zero.to(torch.int32), summed, form.zero_dim)
     factor = step if form.scale_dim == 0 else step * _along(scale.to(torch.float32), summed)
-    value = (total.to(torch.float32) * factor).to(form.dtype)
+    result = total.to(torch.float32) * factor
+    if largest is not None:
+        floats = _dequantized(code.index_select(0, largest), largest, scale, zero, form)
+        apart = values.index_select(summed, largest)
+        result = result + (torch.mm(floats.t(), apart) if form.columns else torch.mm(apart, floats))
+    value = result.to(form.dtype)
     return value if form.columns == form.turned else value.t().contiguous()
+
+
+def _set_apart(values: Tensor, summed: int, count: int) -> tuple[Tensor | None, Tensor]:
+    """Which ``count`` of what is summed have the largest gradients, and the gradient with zeros there."""
+    if not count:
+        return None, values
+    largest = values.abs().amax(1 - summed).topk(count).indices
+    kept = torch.ones(values.shape[summed], dtype=torch.bool, device=values.device).index_fill(0, largest, False)
+    return largest, torch.where(kept.unsqueeze(1 - summed), values, 0.0)
+
+
+def _dequantized(code: Tensor, which: Tensor, scale: Tensor, zero: Tensor | None, form: Form) -> Tensor:
+    """``(code − zero) · scale`` of some of the codes, without a scale that the gradient has already."""
+    values = code.to(torch.float32)
+    if zero is not None:
+        point = zero.to(torch.float32)
+        values = values - (point.index_select(0, which).unsqueeze(1) if form.zero_dim == 0 else point.view(1, -1))
+    return values if form.scale_dim == 0 else values * scale.to(torch.float32).view(1, -1)
 
 
 def _offsets(codes: Tensor, zero: Tensor, summed: int, zero_dim: int | None) -> Tensor:

@@ -138,8 +138,8 @@ class Writer:
     def __init__(self, graph: fx.Graph, table: Table | None) -> None:
         self.graph, self.rewriter, self.bodies = graph, Rewriter(graph, table), Bodies(table)
 
-    def replace(self, each: GradientProduct, by_chance: bool) -> None:
-        """The product from codes; its gradient is rounded by chance or to the nearest."""
+    def replace(self, each: GradientProduct, by_chance: bool, outliers: int = 0) -> None:
+        """The product from codes, but for ``outliers`` of what it sums; its gradient is rounded by chance or not."""
         node, operand = each.node, each.operand
         with self.graph.inserting_before(node):
             code = self._codes(operand)
@@ -155,6 +155,7 @@ class Writer:
                 scale_dim=each.dim_of_codes(operand.axis),
                 zero_dim=each.dim_of_codes(operand.axis),
                 dtype=node.meta["val"].dtype,
+                outliers=outliers,
             )
             given = (gradient, code, operand.scale, operand.zero, words)
             new = self._paste(node, form, given)

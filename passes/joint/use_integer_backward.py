@@ -23,9 +23,10 @@ from fxquant.passes.stages import JOINT
 Rounding = Literal["stochastic", "nearest"]
 aten = torch.ops.aten
 
+MOST_OUTLIERS = 0.25
 _MARGIN = 1.1  # as `UseIntegerMatmul` has it
 # Sweeps over a gradient that an integer product takes and a float one does not: for its extremes, for its codes, and
-# what rounding by chance costs beside.
+# what rounding by chance costs beside. Outliers take two more: to find them, and to set them apart.
 _SWEEPS: dict[Rounding, int] = {"nearest": 2, "stochastic": 3}
 
 
@@ -37,10 +38,13 @@ class IntegerBackward:
         mode: True takes integers wherever that is possible, "auto" where they are faster by times measured here, False
             nowhere.
         rounding: of the gradients that parameters get: "stochastic" is theirs on average, "nearest" draws no numbers.
+        outliers: the share of what a product sums over, as tokens or channels, that stays float in it: where the
+            gradient is largest. 0 for none; at most `MOST_OUTLIERS`.
     """
 
     mode: bool | Literal["auto"] = False
     rounding: Rounding = "stochastic"
+    outliers: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,8 @@ class UseIntegerBackward(Pass):
     size; what only goes out of the graph, as a parameter's gradient, up or down by chance, so that it is the exact one
     on average, by numbers that follow from the state of torch's generator (`rounding_words`). The codes of the other
     operand are those of its fake-quant, or those that `SaveQuantizedActivations` saved; nothing is dequantized for the
-    product. Masks of straight-through gradients, biases' and scales' gradients are computed as without, from these.
+    product, but of what ``outliers`` keeps in float. Masks of straight-through gradients, biases' and scales' gradients
+    are computed as without, from these.
 
     ``mm`` only, on CPU: products of batches, convolutions and what is on a GPU stay float, and their reason is told.
     """
@@ -80,7 +85,7 @@ class UseIntegerBackward(Pass):
         by_chance = [self._is_by_chance(each) for each in found]
         writer = Writer(gm.graph, None if self.decompositions is None else self.decompositions())
         for each, drawn in zip(found, by_chance, strict=True):
-            writer.replace(each, drawn)
+            writer.replace(each, drawn, self._outliers(each))
         return len(found)
 
     def uuid(self) -> str:
@@ -94,6 +99,11 @@ class UseIntegerBackward(Pass):
             return False
         return not _reaches_a_product(each.node)
 
+    def _outliers(self, each: GradientProduct) -> int:
+        """How many of what a product sums over stay float; one at least where any are to."""
+        assert isinstance(each.summed, int), "_check lets no open sums through"
+        return math.ceil(self.options.outliers * each.summed)
+
     def _weigh(self, each: GradientProduct, by_chance: bool) -> None:
         if self.options.mode != "auto":
             return
@@ -102,8 +112,8 @@ class UseIntegerBackward(Pass):
             raise StaysFloat(why_not)
         found, share = times(problem), rows_timed(problem) / problem.lhs[0]
         elements = share * math.prod(map(hint, each.gradient.meta["val"].shape))
-        sweeps = _SWEEPS["stochastic" if by_chance else "nearest"]
-        integer = found.integer + sweeps * elements * seconds_of_a_sweep()
+        sweeps = _SWEEPS["stochastic" if by_chance else "nearest"] + (2 if self.options.outliers else 0)
+        integer = found.integer + sweeps * elements * seconds_of_a_sweep() + self.options.outliers * found.floating
         if integer * _MARGIN > found.floating:
             raise StaysFloat(f"integers take {integer / found.floating:.2f} of its time here, as measured")
 

@@ -90,6 +90,21 @@ def test_rounding_to_the_nearest_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_outliers_stay_float_in_compiled_steps_as_in_eager_ones() -> None:
+    class Few(dict[str, Any]):
+        """An option that can be a key."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    few = Few(mode=True, rounding="nearest", outliers=0.1)
+    _, found, count = run("linear", "fxquant", few)
+    _, expected, _ = run("linear", "fxquant_eager", few)
+    assert count == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+    assert not torch.equal(found["weight"], run("linear", "fxquant", Few(mode=True, rounding="nearest"))[1]["weight"])
+
+
 def test_training_takes_the_same_course_and_resumes_with_the_same_bits() -> None:
     def trained(options: dict[str, Any]) -> tuple[list[float], list[float], list[float]]:
         """Losses of a training, then of three more steps, and of these again from a checkpoint."""
@@ -143,6 +158,7 @@ def test_the_option_is_read() -> None:
     assert read("auto") == IntegerBackward(mode="auto")
     assert read({}) == read(True) == IntegerBackward(mode=True)
     assert read({"mode": "auto", "rounding": "nearest"}) == IntegerBackward(mode="auto", rounding="nearest")
+    assert read({"outliers": 0.25}) == IntegerBackward(mode=True, outliers=0.25) and read({"outliers": 0}) == read(True)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +174,17 @@ def test_the_option_is_read() -> None:
             {"integer_backward": {"rounding": "up"}},
             "options['integer_backward']['rounding'] must be 'stochastic' or 'nearest': got 'up'.",
         ),
-        ({"integer_backward": {"seed": 1}}, "options['integer_backward'] must hold 'mode' and 'rounding': got 'seed'."),
+        (
+            {"integer_backward": {"seed": 1}},
+            "options['integer_backward'] must hold 'mode', 'rounding' and 'outliers' only: got 'seed'.",
+        ),
+        *(
+            (
+                {"integer_backward": {"outliers": given}},
+                f"options['integer_backward']['outliers'] must be a share from 0 to 0.25: got {given!r}.",
+            )
+            for given in (True, "few", -0.1, 0.3, float("nan"))
+        ),
         (
             {"integer_backward": True, "reuse_weights": True},
             "options['reuse_weights'] must be False where options['integer_backward'] is True: got True. Weights are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -122,6 +123,33 @@ def test_products_are_the_sums_of_the_codes(signed: bool, scale_dim: int | None,
         found = found.t() if turned else found
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
         assert ((found.double() - exact).abs() <= bound).all()
+
+
+@exact_sums
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "rows"])
+@pytest.mark.parametrize(("scale_dim", "zero_dim"), [(None, None), (0, 0), (1, 1), (1, None)])
+def test_outliers_are_summed_as_floats(columns: bool, scale_dim: int | None, zero_dim: int | None) -> None:
+    """What is largest adds its products in float64; all else is what it is where those are zeros."""
+    inner, outer, summed, few = 5, 7, 40, [2, 11, 39]
+    grad = torch.randn(inner, summed)
+    grad[:, few] *= 100
+    rest = grad.index_fill(1, torch.tensor(few), 0)
+    code = torch.randint(-128, 128, (summed, outer), dtype=torch.int8)
+    size = {None: 1, 0: summed, 1: outer}
+    scale, zero = torch.rand(size[scale_dim]) + 0.5, torch.randint(-9, 9, (size[zero_dim],), dtype=torch.int32)
+    form = Form(columns=columns, turned=False, scale_dim=scale_dim, zero_dim=zero_dim, dtype=torch.float32, outliers=3)
+
+    def along(each: Tensor, dim: int | None) -> Tensor:
+        return each.double().view(-1, 1) if dim == 0 else each.double().view(1, -1)
+
+    def laid_out(each: Tensor) -> Tensor:
+        return each.t().contiguous() if columns else each
+
+    values = (code.double() - along(zero, zero_dim)) * along(scale, scale_dim)
+    without = product(laid_out(rest), code, scale, zero, None, dataclasses.replace(form, outliers=0))
+    found = product(laid_out(grad), code, scale, zero, None, form)
+    expected = without.double() + (grad - rest).double() @ values
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 WEIGHT = Form(columns=True, turned=False, scale_dim=None, zero_dim=None, dtype=torch.float32)

@@ -134,6 +134,36 @@ def test_both_gradients_of_a_layer() -> None:
     assert all(alike(*both) > 0.999 for both in zip(first, exact, strict=True))
 
 
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_outliers_stay_float(name: str) -> None:
+    """One token, or for dx one channel, a thousand times as large: all others are rounded as without it."""
+    gm, operand, _ = graph_of(name)
+    outliers = UseIntegerBackward(options=IntegerBackward(mode=True, rounding="nearest", outliers=0.02))
+    assert apply(outliers, gm).declines == []
+    assert counts(gm) == (1, 1, 0), "a product of the few, and one of codes"
+    multiply, quantize, _ = PRODUCTS[name]
+    which = (slice(None), 3) if operand is W else 7  # a channel, whose weights are summed over, or a token
+    small = DY.clone()
+    small[which] = 0
+    gradient = small.clone()
+    gradient[which] = 1000 * DY[which]
+    exact, rest = (multiply(each.double(), quantize(operand).double()) for each in (gradient, small))
+    plain, _, _ = graph_of(name)
+    apply(NEAREST, plain)
+    apart, together = ((each(gradient, operand) - exact).norm() / rest.norm() for each in (gm, plain))
+    assert apart < 0.01 < 0.05 < together
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_outlier_that_is_not_finite_stays_so(value: float) -> None:
+    gm, operand, _ = graph_of("dw")
+    apply(UseIntegerBackward(options=IntegerBackward(mode=True, outliers=0.02)), gm)
+    gradient = DY.clone()
+    gradient[7, 2] = value
+    found = gm(gradient, operand)
+    assert not found[2].isfinite().any() and found[:2].isfinite().all() and found[3:].isfinite().all()
+
+
 def test_bfloat16() -> None:
     low = DY.bfloat16()
     gm, operand, exact = graph_of("dw", low)
@@ -226,6 +256,16 @@ def test_auto_follows_the_measurement(integer: float, wanted: int, monkeypatch: 
 
 
 @pytest.mark.usefixtures("dot_products")
+def test_auto_counts_what_outliers_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sweeps more of 48 · 6 elements at 1.25 ms, and a tenth of the float product: (0.5 + 4 · 0.36 + 0.2) / 2."""
+    monkeypatch.setattr(use_integer_backward, "times", lambda problem: Times(2.0, 0.5))
+    monkeypatch.setattr(use_integer_backward, "seconds_of_a_sweep", lambda: 1.25e-3)
+    few = IntegerBackward(mode="auto", rounding="nearest", outliers=0.1)
+    gm, _, _ = graph_of("dw")
+    assert reasons(UseIntegerBackward(options=few).run(gm)) == ["integers take 1.07 of its time here, as measured"]
+
+
+@pytest.mark.usefixtures("dot_products")
 def test_auto_counts_what_rounding_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sweeps of 48 · 6 elements at 1.5 ms, beside half of the product's 2 s: 0.5 + 0.648; or two."""
     monkeypatch.setattr(use_integer_backward, "times", lambda problem: Times(2.0, 1.0))
@@ -249,5 +289,6 @@ def test_auto_measures_nothing_where_integers_never_gain(monkeypatch: pytest.Mon
 
 
 def test_options_are_part_of_the_key() -> None:
-    keys = {each.uuid() for each in (NEAREST, BY_CHANCE, UseIntegerBackward())}
-    assert len(keys) == 3 and all(instructions() in key for key in keys)
+    few = UseIntegerBackward(options=IntegerBackward(mode=True, outliers=0.01))
+    keys = {each.uuid() for each in (NEAREST, BY_CHANCE, few, UseIntegerBackward())}
+    assert len(keys) == 4 and all(instructions() in key for key in keys)
