@@ -100,6 +100,16 @@ def torchao_linear(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
+def torchao_int8_training(model: nn.Module, x: Tensor) -> nn.Module:
+    """torchao's int8 mixed-precision training: no QAT, but all three products of each linear layer of int8 codes."""
+    ao = required("torchao.quantization", "torchao")
+    training = required("torchao.prototype.quantized_training", "torchao")
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise Unavailable("it multiplies in nn.Linear only, and this net has none")
+    ao.quantize_(model, training.int8_mixed_precision_training())
+    return model
+
+
 def modelopt(model: nn.Module, x: Tensor) -> nn.Module:
     """NVIDIA ModelOpt's INT8_DEFAULT_CFG, calibrated on the batch; ranges stay as calibrated while it trains."""
     mtq = required("modelopt.torch.quantization", "nvidia-modelopt huggingface_hub requests")
@@ -122,6 +132,7 @@ PEERS: dict[str, Peer] = {
     "torch FakeQuantize": torch_fake_quantize,
     "torchao pt2e": torchao_pt2e,
     "torchao linear": torchao_linear,
+    "torchao int8 training": torchao_int8_training,
     "modelopt": modelopt,
     "brevitas": brevitas,
 }
