@@ -17,6 +17,7 @@ from peers import PEERS
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.backend.options import Options
 
 Step = Callable[[Tensor], Tensor]
 Built = tuple[nn.Module, Step]
@@ -70,8 +71,9 @@ def _fxquant(options: Mapping[str, Any] | None = None, **prepare: Any) -> Varian
         return prepared, torch.compile(prepared, backend=backend, options=dict(options) if options else None)
 
     # Integer products are of float32 and halves.
-    integers = {"integer_matmul", "integer_backward"} & set(options or {})
-    return Variant(build=build, ours=True, same_in_doubles=not integers)
+    read = Options.read(options)
+    floats = read.integers is False and read.integer_backward.mode is False
+    return Variant(build=build, ours=True, same_in_doubles=floats)
 
 
 def _peer(make: Callable[[nn.Module, Tensor], nn.Module], compiled: bool) -> Variant:
@@ -117,6 +119,7 @@ VARIANTS: dict[str, Variant] = {
     "fxquant delayed ranges": _fxquant(ranges="delayed"),
     "fxquant lsq w8a8": _fxquant(recipe=_learned(8)),
     "fxquant lsq w4a4": _fxquant(recipe=_learned(4)),
+    "fxquant float products": _fxquant({"integer_matmul": False}),
     "fxquant integer matmul": _fxquant({"integer_matmul": True}),
     "fxquant integer auto": _fxquant({"integer_matmul": "auto"}),
     "fxquant integer step": _fxquant({"integer_matmul": "auto", "integer_backward": "auto"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -80,6 +80,7 @@ def joint_passes(
     decompositions: Table | None = None,
     *,
     integers: IntegerMatmul = False,
+    by_default: bool = False,
     save_quantized: bool = True,
     integer_backward: IntegerBackward = IntegerBackward(),  # noqa: B008 - frozen
 ) -> tuple[Pass, ...]:
@@ -88,22 +89,21 @@ def joint_passes(
     With ``decompositions``, the table of a compiler that fuses, gradients of fake-quants are lowered here: the
     partitioner then sees arithmetic that is cheap to recompute, and keeps what lies before it instead of every
     quantizer's input.
-    ``integers``: whether products are taken of codes, see `UseIntegerMatmul`; between the tags, which codes take over,
-    and the lowering. ``integer_backward``: the same of products in backward, see `UseIntegerBackward`.
+    ``integers``: whether products are taken of codes, ``by_default`` where nobody asked (`UseIntegerMatmul`); between
+    the tags, which codes take over, and the lowering. ``integer_backward``: the same of products in backward, see
+    `UseIntegerBackward`.
     ``save_quantized``: whether backward reads codes, see `SaveQuantizedActivations`; before the tags, which it would
     take for a user's.
     """
     tags: tuple[Pass, ...] = (SaveQuantizedActivations(),) if save_quantized else ()
     tags += (TagRecompute(), SaveRunningStatistics())
     if integers is not False:
-        tags += (UseIntegerMatmul(mode=integers, decompositions=decompositions),)
+        tags += (UseIntegerMatmul(mode=integers, by_default=by_default, decompositions=decompositions),)
     if integer_backward.mode is not False:
         tags += (UseIntegerBackward(options=integer_backward, decompositions=decompositions),)
     if decompositions is None:
         return tags
-    floats = integers is False and integer_backward.mode is False
-    where: Literal["joint", "beside integers"] = "joint" if floats else "beside integers"
-    return (*tags, LowerFakeQuantize(decompositions=decompositions, where=where))
+    return (*tags, LowerFakeQuantize(decompositions=decompositions, where="joint"))
 
 
 def post_grad_passes(decompositions: Table = dict) -> tuple[Pass, ...]:

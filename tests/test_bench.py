@@ -176,7 +176,7 @@ def test_where_float32_cannot_tell_float64_decides(bench: SimpleNamespace) -> No
     with pytest.raises(AssertionError, match="compiled gradients are off by nan"):
         check([*good, *nothing], [*good, *good], "fp32", lambda: 1e-15)
     variants = bench.variants.VARIANTS
-    assert variants["fxquant int8"].same_in_doubles and not variants["fxquant integer matmul"].same_in_doubles
+    assert variants["fxquant float products"].same_in_doubles and not variants["fxquant integer matmul"].same_in_doubles
 
 
 def test_where_float64_is_no_graph_of_the_same_kind_the_last_bits_decide(bench: SimpleNamespace) -> None:

@@ -40,8 +40,9 @@ def fxquant(
     - ``recipe`` and ``target``, for a model that was not prepared; recipe None places nothing, for a model that calls
       ``fxquant.ops`` itself.
     - ``inductor``: a mapping of Inductor's own settings.
-    - ``integer_matmul``: whether forward products are taken of integer codes: True, False (the default), or "auto",
-      which measures where that is faster (`fxquant.passes.joint.use_integer_matmul`).
+    - ``integer_matmul``: whether forward products are taken of integer codes: True, False, or "auto", which measures
+      where that is faster (`fxquant.passes.joint.use_integer_matmul`). Left out, large products are as with "auto" on a
+      CPU with dot products of 8-bit integers (VNNI, AMX), and all others float.
     - ``integer_backward``: whether products of backward are taken of integer codes too, the gradient rounded to 8 bits
       for each: True, False (the default), "auto", or a mapping with ``mode``, one of these, ``rounding``, of
       parameters' gradients: "stochastic" (the default) or "nearest", and ``outliers``, the share of each sum that stays

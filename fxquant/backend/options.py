@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.errors import InvalidArgument
+from fxquant.passes.joint.product_times import never_faster
 from fxquant.passes.joint.use_integer_backward import MOST_OUTLIERS, IntegerBackward
 from fxquant.passes.joint.use_integer_matmul import IntegerMatmul
 from fxquant.spec.recipes import Recipe, get_recipe
@@ -21,6 +22,7 @@ class Options:
     target: str
     given: tuple[str, ...]
     integers: IntegerMatmul
+    by_default: bool
     integer_backward: IntegerBackward
     save_quantized: bool
     reuse_weights: bool
@@ -30,6 +32,7 @@ class Options:
         """What `joint_passes` is told."""
         return {
             "integers": self.integers,
+            "by_default": self.by_default,
             "integer_backward": self.integer_backward,
             "save_quantized": self.save_quantized,
         }
@@ -47,7 +50,8 @@ class Options:
         target = str(found.get("target", "onnxruntime"))
         get_profile(target)
         recipe = found.get("recipe", "int8")
-        integers = found.get("integer_matmul", False)
+        by_default = "integer_matmul" not in found
+        integers = found.get("integer_matmul", _by_default(found.get("reuse_weights", False)))
         if integers not in (True, False, "auto"):
             raise InvalidArgument(f"options['integer_matmul'] must be True, False or 'auto': got {integers!r}.")
         save = found.get("save_quantized", True)
@@ -73,10 +77,16 @@ class Options:
             target=target,
             given=given,
             integers=integers,
+            by_default=by_default,
             integer_backward=backward,
             save_quantized=save,
             reuse_weights=reuse,
         )
+
+
+def _by_default(reuse: object) -> IntegerMatmul:
+    """``integer_matmul`` where nobody asked: integers where they are faster, if the CPU can be faster with them."""
+    return False if reuse or never_faster("cpu") else "auto"
 
 
 def _integer_backward(given: object) -> IntegerBackward:

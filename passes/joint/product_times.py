@@ -172,8 +172,13 @@ def places(problem: Problem) -> int:
     return rows * _places_of_an_image(problem) * problem.rhs[0]
 
 
+def work(problem: Problem) -> int:
+    """Multiply-adds of a product."""
+    return problem.lhs[0] * _work(problem)
+
+
 def _work(problem: Problem) -> int:
-    """Products of numbers in one row, or one image."""
+    """Multiply-adds of one row, or one image."""
     if problem.convolution is None:
         return max(1, math.prod(problem.rhs))
     return max(1, _places_of_an_image(problem) * math.prod(problem.rhs))

@@ -17,7 +17,15 @@ from fxquant.ops.integer_matmul import LONGEST_SUM, multiplies_exactly
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.joint.integer_products import Rewriter
 from fxquant.passes.joint.kept_times import instructions
-from fxquant.passes.joint.product_times import Problem, Window, never_faster, places, seconds_of_a_sweep, times
+from fxquant.passes.joint.product_times import (
+    Problem,
+    Window,
+    never_faster,
+    places,
+    seconds_of_a_sweep,
+    times,
+    work,
+)
 from fxquant.passes.joint.quantized_products import (
     PRODUCTS,
     Operand,
@@ -41,6 +49,7 @@ _MARGIN = 1.1
 # normalization and the range, and in backward's. What that takes, in elementwise sweeps over memory: between 0 and 20
 # a convolution in two nets with BatchNorm (AVX2, the machine busy); not measured where integers are fast.
 _RESCALING = 12
+_LEAST = 2**22  # multiply-adds: of smaller products, a quarter of a millisecond in float, a default gains nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +67,16 @@ class UseIntegerMatmul(Pass):
     What was decided otherwise elsewhere and comes from a cache computes the same sums, at the speed that was measured
     then.
 
+    ``by_default``, where nobody asked: on CPU alone, of products that take some time, and nothing is said of those that
+    stay float.
+
     Nodes keep the tags of what they replace; codes those of their fake-quants.
     """
 
     stages: ClassVar = (JOINT,)
 
     mode: IntegerMatmul = "auto"
+    by_default: bool = False
     decompositions: Callable[[], Mapping[Any, Callable[..., Any]]] | None = field(default=None, repr=False)
 
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
@@ -81,7 +94,8 @@ class UseIntegerMatmul(Pass):
                 _check(node, lhs, rhs)
                 self._weigh(node, lhs)
             except StaysFloat as reason:
-                self.decline(result, node, f"float product: {reason}")
+                if not self.by_default:
+                    self.decline(result, node, f"float product: {reason}")
             else:
                 rewriter.replace(node, lhs, rhs)
                 done += 1
@@ -97,6 +111,8 @@ class UseIntegerMatmul(Pass):
         problem = _problem(node, lhs)
         if why_not := never_faster(problem.device):
             raise StaysFloat(why_not)
+        if self.by_default and (problem.device != "cpu" or work(problem) < _LEAST):
+            raise StaysFloat("nobody asked for integers there")
         found = times(problem)
         integer = found.integer
         if problem.convolution is not None:

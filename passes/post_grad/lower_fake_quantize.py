@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
@@ -15,12 +16,15 @@ from fxquant.graph.inline import Bodies, of_operands, paste
 from fxquant.graph.meta import mark_masked_gradient
 from fxquant.graph.nodes import call_nodes
 from fxquant.ops import fake_quantize
+from fxquant.ops.integer_matmul import INTEGER_CONVOLUTION
 from fxquant.ops.library import ARITHMETIC
-from fxquant.ops.lowering_table import becomes
+from fxquant.ops.lowering_table import Stage, becomes
 from fxquant.passes.base import Pass, PassResult
 from fxquant.passes.stages import JOINT, POST_GRAD
 
-Where = Literal["joint", "beside integers", "post-grad", "anywhere"]
+aten = torch.ops.aten
+Where = Literal["joint", "post-grad", "anywhere"]
+_INTEGER_PRODUCTS = (aten._int_mm.default, INTEGER_CONVOLUTION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,8 @@ class LowerFakeQuantize(Pass):
     must be recomputed, so that it exists only inside fused kernels.
 
     ``decompositions`` gives the table of the compiler that comes next, for ops that it takes in decomposed form only.
-    ``where`` is the stage, by which `fxquant.ops.lowering_table` says what is replaced; by default all.
+    ``where`` is the stage, by which `fxquant.ops.lowering_table` says what is replaced; by default all. It has an entry
+    of its own for a joint graph in which integers are multiplied.
     """
 
     stages: ClassVar = (JOINT, POST_GRAD)
@@ -43,15 +48,18 @@ class LowerFakeQuantize(Pass):
     def rewrite(self, gm: fx.GraphModule, result: PassResult) -> int:
         """Replaces every fake-quant node by its traced body."""
         calls = [(node, node.target) for node in call_nodes(gm.graph)]
-        due = {node: op for node, op in calls if isinstance(op, OpOverload) and self._is_due(node, op)}
+        integers = self.where == "joint" and any(target in _INTEGER_PRODUCTS for _, target in calls)
+        where: Stage = "beside integers" if integers else self.where
+        due = {node: op for node, op in calls if isinstance(op, OpOverload) and _is_due(node, op, where)}
         bodies = Bodies(self.decompositions() if due else {})
         for node, op in due.items():
             arithmetic = of_operands(ARITHMETIC[op], *in_places(node), _is_node)
             _replace(node, bodies.of(_form(node), arithmetic, _operands(node)))
         return len(due)
 
-    def _is_due(self, node: fx.Node, op: OpOverload) -> bool:
-        return op in ARITHMETIC and becomes(op, self.where, _device(node)) == "arithmetic"
+
+def _is_due(node: fx.Node, op: OpOverload, where: Stage) -> bool:
+    return op in ARITHMETIC and becomes(op, where, _device(node)) == "arithmetic"
 
 
 def _device(node: fx.Node) -> str:

@@ -94,10 +94,9 @@ def test_passes_of_a_joint_graph(table: type | None, integers: bool, save_quanti
     assert names(passes) == expected
     if integers is not False:
         (product,) = (each for each in passes if each.name == "UseIntegerMatmul")
-        assert (product.mode, product.decompositions) == (integers, table)
+        assert (product.mode, product.by_default, product.decompositions) == (integers, False, table)
     if table is not None:
-        assert passes[-1].where == ("joint" if integers is False else "beside integers")
-        assert passes[-1].decompositions is dict
+        assert passes[-1].where == "joint" and passes[-1].decompositions is dict
 
 
 def test_what_a_target_needs_of_a_file() -> None:

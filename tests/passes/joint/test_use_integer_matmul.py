@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -481,6 +482,24 @@ def test_auto_counts_what_rescaling_the_sums_of_a_convolution_costs(
     found = reasons(UseIntegerMatmul().run(gm))
     assert found == ([] if ratio is None else [f"integers take {ratio} of its time here, as measured"])
     assert UseIntegerMatmul().run(linear()).rewrites == 1
+
+
+@pytest.mark.usefixtures("dot_products")
+def test_by_default_large_products_are_weighed_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(use_integer_matmul, "times", lambda problem: Times(1.0, 0.1))
+    by_default = UseIntegerMatmul(by_default=True)
+    assert untouched(by_default, linear()).declines == [], "1,200 multiply-adds"
+    monkeypatch.setattr(use_integer_matmul, "_LEAST", 6 * 40 * 5)
+    assert by_default.run(linear()).rewrites == 1
+    monkeypatch.setattr(use_integer_matmul, "times", lambda problem: Times(1.0, 2.0))
+    assert untouched(by_default, linear()).declines == []
+    monkeypatch.setattr(use_integer_matmul, "times", lambda problem: Times(1.0, 0.1))
+    monkeypatch.setattr(use_integer_matmul, "_problem", lambda *_: replace(_problem(), device="cuda"))
+    assert untouched(by_default, linear()).declines == [], "elsewhere than on CPU nobody has measured"
+
+
+def _problem() -> Problem:
+    return Problem(lhs=(4096, 4096), rhs=(4096, 4096), dtype=torch.float32, device="cpu", signed=False)
 
 
 def test_auto_measures_nothing_where_integers_never_gain(monkeypatch: pytest.MonkeyPatch) -> None:

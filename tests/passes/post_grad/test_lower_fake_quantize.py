@@ -136,11 +136,16 @@ def test_in_a_joint_graph_gradients_alone_are_replaced_or_beside_integers_all_bu
         codes = quantize_per_tensor(x, s, z, 0, 15, torch.uint8)
         return y, dequantize_per_tensor(codes, s, z), PER_TENSOR_BACKWARD(g, x, s, z, 0, 15)
 
+    def beside(*inputs: Tensor) -> tuple[Tensor, ...]:
+        codes = torch.ones(3, 3, dtype=torch.int8)
+        return *model(*inputs), torch._int_mm(codes, codes)
+
     inputs = (torch.ones(3), torch.ones(3), SCALE, POINT)
     left = {}
     for where in ("joint", "beside integers", "post-grad", "anywhere"):
-        gm = post_grad(model, *inputs)
-        apply(LowerFakeQuantize(where=where), gm)
+        integers = where == "beside integers"
+        gm = post_grad(beside if integers else model, *inputs)
+        apply(LowerFakeQuantize(where="joint" if integers else where), gm)
         left[where] = [n.target._schema.name.removeprefix("fxquant::") for n in call_nodes(gm.graph) if is_ours(n)]
     forward = ["fake_quantize_per_tensor_affine", "quantize_per_tensor", "dequantize_per_tensor"]
     backward = "fake_quantize_per_tensor_affine_backward"
