@@ -123,6 +123,7 @@ VARIANTS: dict[str, Variant] = {
     "fxquant integer matmul": _fxquant({"integer_matmul": True}),
     "fxquant integer auto": _fxquant({"integer_matmul": "auto"}),
     "fxquant integer step": _fxquant({"integer_matmul": "auto", "integer_backward": "auto"}),
+    "fxquant integer step, outliers float": _fxquant({"integer_backward": {"mode": "auto", "outliers": 0.01}}),
 }
 VARIANTS |= {f"fxquant {_name}": _recipe(_name) for _name in RECIPES}
 VARIANTS |= {"fxquant per token": _recipe("int8_dynamic"), "fxquant per token w4a4": _recipe("w4a4_dynamic")}

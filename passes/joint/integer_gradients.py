@@ -102,6 +102,11 @@ class GradientProduct:
         return self.gradient.all_input_nodes[0] if self._is_turned else self.gradient
 
     @property
+    def stored(self) -> fx.Node:
+        """The gradient before all that moves it."""
+        return _stored(self.base)
+
+    @property
     def _is_turned(self) -> bool:
         return _turns(self.gradient)
 
@@ -159,7 +164,7 @@ class Writer:
             )
             given = (gradient, code, operand.scale, operand.zero, words)
             new = self._paste(node, form, given)
-        mark_masked_gradient(_stored(each.base))
+        mark_masked_gradient(each.stored)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         for old in dict.fromkeys((each.gradient, *reversed(operand.moves), operand.source)):

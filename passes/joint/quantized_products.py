@@ -69,6 +69,11 @@ def operands_of(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return lhs, rhs
 
 
+def multiplies(node: fx.Node) -> bool:
+    """Whether a node is a product of either half, or attention."""
+    return node.target in PRODUCTS or packet(node) is aten.convolution_backward or "attention" in str(node.target)
+
+
 def hint(size: int | torch.SymInt) -> int:
     """A size, of a symbolic one what it was when the graph was traced."""
     return size if isinstance(size, int) else int(size.node.hint or 1)
