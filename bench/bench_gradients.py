@@ -6,8 +6,8 @@
 A net of `accuracy_tasks.py` trains at int8 from its float start, with products of codes in backward. Before the first
 step, after half of them and after the last, its gradients are taken twice of one batch and one state: with float
 products in backward, and with those of codes (``options={"integer_backward": True}``, or with a share of outliers in
-float); forward multiplies codes in both. A JSON line per task, seed and time: the cosine between both gradients, for the
-parameter where it is least and in the middle of all, and the losses of the step.
+float); forward multiplies codes in both. A JSON line per task, seed and time: the cosine between both gradients, for
+the parameter where it is least and in the middle of all, and the losses of the step.
 """
 
 from __future__ import annotations
