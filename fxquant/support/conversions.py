@@ -22,9 +22,9 @@ def in_vectors(
 ) -> str:
     """The C++ of a conversion, ``expression``'s own or one of the same bits that is not computed number by number.
 
-    Two vectors of 32-bit integers or floats are what a loop holds beside one of halves. Of such, headers of torch
-    convert floats to bytes and back in vectors, and one vector of integers to floats; for the other pairs they store
-    both and go through the numbers, which is kept from the compiler's vectorizer.
+    A loop that reads halves holds two vectors of floats or 32-bit integers for each vector of halves. Of such pairs
+    torch's headers convert floats to bytes and back by vector instructions. Between int32 and float, and between int32
+    and bytes, they convert number by number, in a loop that Inductor tells the compiler not to vectorize.
     """
     own = expression(self, src, dtype, src_dtype, *args, **kwargs)
     if not src.is_vec or args or kwargs:
