@@ -6,7 +6,7 @@
 # (`at::vec::convert<float>`, AVX-512). With x in bfloat16 its vectors are twice as long, and for two vectors of int32
 # (`at::vec::convert<float,2,int32_t,2>`) torch's headers have a loop over the numbers, which the compiler is told not
 # to vectorize (-fno-tree-loop-vectorize). The same holds for float to int32, and for int32 to int8 and uint8, which
-# codes pass through on their way from float. So half the bytes take longer: seen 3 to 5 times the time of the float32
+# codes pass through on their way from float. So half the bytes take longer: seen 3 times the time of the float32
 # loop on a CPU with AVX-512, on one thread. `code.to(torch.uint8)` straight from float has vectors in both.
 #
 # Exits 0 while that is so, non-zero when it changes. Needs Python 3.10 to 3.13, pip and g++, and a CPU with AVX2 or
