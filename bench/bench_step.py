@@ -43,6 +43,7 @@ __all__ = ["NETS", "Layer", "gradients", "saved_bytes", "timed"]
 # Of all gradients, relative to their norm. In bf16 eager rounds after every operator, compiled code after a kernel.
 GRADIENT_ERROR = {"fp32": 2e-2, "bf16": 2e-1}
 DOUBLE_ERROR = 1e-9
+LAST_BIT = {"fp32": 2.0**-23, "bf16": 2.0**-8}
 ROUNDING_SHARE = 2.0  # of what the batch's last bits alone do to the eager gradients
 LOSS_ERROR = 0.1
 
@@ -184,7 +185,7 @@ def warmed(variant: Variant, model: nn.Module, x: Tensor, dtype: str) -> tuple[B
 
         def rounding() -> float:
             signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-            return distance(taken(model, x * (1 + signs.to(x) * 2**-23), dtype, "fxquant_eager"), eager)
+            return distance(taken(model, x * (1 + signs.to(x) * LAST_BIT[dtype]), dtype, "fxquant_eager"), eager)
 
         doubles = in_doubles if dtype == "fp32" and variant.same_in_doubles else None
         error = check_gradients(found, eager, dtype, doubles, rounding)
