@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from fxquant.graph.moves import is_moving
 from fxquant.graph.nodes import packet
 from fxquant.passes.joint.quantized_products import multiplies
+
+aten = torch.ops.aten
 
 
 def is_of_last_layer(gradient: fx.Node, after_tangents: set[fx.Node]) -> bool:
@@ -31,7 +34,7 @@ def is_of_last_layer(gradient: fx.Node, after_tangents: set[fx.Node]) -> bool:
         new = {source for source in node.all_input_nodes if source in after_tangents} - seen
         seen |= new
         stack += new
-    return all(multiplies(reader) or "sum" in str(packet(reader)) for reader in _readers(gradient))
+    return all(multiplies(reader) or packet(reader) is aten.sum for reader in _readers(gradient))
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

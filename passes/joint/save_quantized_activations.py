@@ -74,7 +74,7 @@ class SaveQuantizedActivations(Pass):
         sites = [site for node in joint.forward if (site := _site(node)) is not None]
         done = sum(self._save(joint, site, site.node in wanted, result) for site in sites if site.input not in kept)
         done += sum(_save_picked(joint, node) for node in joint.forward if node in wanted and _is_pick(node))
-        return done + sum(_pack_mask(joint, mask) for mask in masks if mask not in kept)
+        return done + sum(_pack_mask(mask) for mask in masks if mask not in kept)
 
     def _save(self, joint: Joint, site: FakeQuant, read: bool, result: PassResult) -> int:
         """Rewrites one site, whose result backward reads or not."""
@@ -300,7 +300,7 @@ def _is_mask(node: fx.Node, joint: Joint) -> bool:
     return not any(source.target in saved.BACKWARD for source in node.all_input_nodes)
 
 
-def _pack_mask(joint: Joint, mask: fx.Node) -> int:
+def _pack_mask(mask: fx.Node) -> int:
     dim = plane_dim(mask.meta["val"])
     if dim is None:
         return 0
@@ -313,21 +313,4 @@ def _pack_mask(joint: Joint, mask: fx.Node) -> int:
         unpacked = call(graph, aten.ne.Scalar, bits, 0, like=mask)
     for user in users:
         user.replace_input_with(mask, unpacked)
-    _compute_early(joint, packed)
     return 1
-
-
-def _compute_early(joint: Joint, node: fx.Node) -> None:
-    """Moves a node and what only it needs, none of it forward's, each after the last value that it reads.
-
-    Inductor stores with their channels last what is computed before the last convolution. Left among backward's nodes,
-    the masks of a ResNet's ReLUs were stored with their channels first, beside neighbours with theirs last, and each
-    was turned around by the loop that stored it and by the one that read it: 4 to 8 % of a step.
-    """
-    if node in joint.forward or node.op == "placeholder":
-        return
-    for source in node.all_input_nodes:
-        _compute_early(joint, source)
-    last = max(node.all_input_nodes)
-    if last.op != "placeholder":
-        last.append(node)

@@ -293,19 +293,6 @@ def test_a_relus_mask_is_packed() -> None:
     assert targets(gm).count(saved.PACK_PLANES) == 1
 
 
-def test_a_relus_mask_is_computed_after_what_it_is_of() -> None:
-    """Inductor lays out what stands before the last convolution as that one, and lets go of values early."""
-
-    def step(x: Tensor, v: Tensor, w: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
-        y = (x @ v).relu()
-        return y @ w, x.t() @ torch.where(y <= 0, 0.0, tangents @ w.t())
-
-    x, v, w = torch.randn(64, 5), torch.randn(5, 32), torch.randn(32, 3)
-    gm = assert_same_results(step, (x, v, w, torch.randn(64, 3)))
-    names = [node.name for node in gm.graph.nodes if node.op == "call_function"]
-    assert names[:4] == ["mm", "relu", "le", "pack_planes_default"]
-
-
 def test_users_checkpoint_regions_are_left() -> None:
     gm = traced(linear, inputs())
     site = next(node for node in gm.graph.nodes if node.target is fake_quantize.PER_TENSOR)
