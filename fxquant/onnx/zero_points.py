@@ -12,15 +12,17 @@ _MAKERS = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "ReduceMean",
 
 
 def imply_zero_points(graph: Any) -> int:
-    """``Q(x, s, int8 0) → DQ(·, s, int8 0)``  →  ``Q(x, s, output_dtype=INT8) → DQ(·, s)``, where products read it.
+    """``Q(x, s, int8 0) → DQ(·, s, int8 0)``  →  ``Q(x, s, int8 0) → DQ(·, s)``, where products read it.
 
     The same codes. onnxruntime 1.31 moves such pairs across Reshape and Transpose, and puts some of its own there; it
     then rewrites int8 to uint8 with zero point 128, forgets the type that it wrote as an attribute, and refuses the
-    file ("output_dtype INT8 does not match y_zero_point type UINT8"). A pair without a zero point it leaves alone.
+    file ("output_dtype INT8 does not match y_zero_point type UINT8"). A pair whose DequantizeLinear has no zero point
+    it leaves alone. The QuantizeLinear keeps its own, which says the type: OpenVINO before 2026.4 does not read
+    ``output_dtype`` and takes the codes for uint8, all negative numbers for 0; before 2025.3 it refuses the file.
     For targets whose kernels need none. What is left, because a kernel of the value's maker wants a zero point, is
     quantized again where a Transpose moves it, so that onnxruntime (1.31 and 1.32) has no pair to move there::
 
-        Transpose(DQ(c, s, int8 0))  →  DQ(Q(Transpose(DQ(c, s, int8 0)), s, output_dtype=INT8), s)
+        Transpose(DQ(c, s, int8 0))  →  DQ(Q(Transpose(DQ(c, s, int8 0)), s, int8 0), s)
 
     Returns how many pairs it changed and added.
     """
@@ -29,15 +31,8 @@ def imply_zero_points(graph: Any) -> int:
     done = 0
     for node in list(graph):
         readers = [user for user, _ in node.outputs[0].uses()] if node.op_type == "QuantizeLinear" else []
-        has_point = readers and len(node.inputs) > 2
-        if (
-            has_point
-            and all(map(_is_dequantize, readers))
-            and _is_int8_zero(node.inputs[2], ir)
-            and _may(node, readers)
-        ):
-            node.resize_inputs(2)
-            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(ir.DataType.INT8))
+        has_points = readers and all(_is_dequantize(reader) and len(reader.inputs) > 2 for reader in readers)
+        if has_points and _is_int8_zero(node.inputs[2], ir) and _may(node, readers):
             for reader in readers:
                 reader.resize_inputs(2)
             done += 1
@@ -78,10 +73,10 @@ def _quantize_again(graph: Any, transpose: Any) -> bool:
     is_pair = source is not None and source.op_type == "DequantizeLinear" and source.inputs[0].producer() is not None
     if not is_pair or len(source.inputs) < 3 or not _is_int8_zero(source.inputs[2], ir):
         return False
-    (moved,), scale = transpose.outputs, source.inputs[1]
+    (moved,), (scale, zero) = transpose.outputs, source.inputs[1:]
     if any(user.op_type == "QuantizeLinear" for user, _ in moved.uses()):
         return False
-    quantize = ir.node("QuantizeLinear", [moved, scale], {"output_dtype": int(ir.DataType.INT8)})
+    quantize = ir.node("QuantizeLinear", [moved, scale, zero])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale])
     for name, node in (("codes", quantize), ("again", dequantize)):
         (value,) = node.outputs

@@ -53,11 +53,14 @@ def _scale_is_positive(reader: LintReader) -> Breaches:
 
 @COMMON.add
 def _zero_point_is_given(reader: LintReader) -> Breaches:
-    """The type of codes is said: by a zero point with the scale's shape, or as ``output_dtype``; floats say it."""
+    """The type of codes is said: by a zero point with the scale's shape, or as ``output_dtype``; floats say it.
+
+    A DequantizeLinear of a QuantizeLinear's codes has their type.
+    """
     for node in reader.of(*QDQ):
         if len(node.input) < 3 or not node.input[2]:
             quantize = node if node.op_type == "QuantizeLinear" else reader.producer.get(node.input[0])
-            said = quantize is not None and attribute(quantize, "output_dtype")
+            said = quantize is not None and (attribute(quantize, "output_dtype") or "".join(quantize.input[2:]))
             if not said and not (reader.codes(node) or "").startswith("FLOAT"):
                 yield node, "it has no zero point: the type of its codes is left to the reader"
             continue

@@ -102,6 +102,15 @@ def _zero_point_of_operand_is_zero(reader: LintReader) -> Breaches:
                 yield node, f"zero point of its operand 0 must be 0: got {point}, and OpenVINO runs it in float"
 
 
+@_RULES.add
+def _type_of_codes_is_a_zero_point(reader: LintReader) -> Breaches:
+    """Codes other than uint8 have a zero point: OpenVINO before 2026.4 knows a QuantizeLinear's type by that alone."""
+    for node in reader.of("QuantizeLinear"):
+        kind = reader.codes(node)
+        if not "".join(node.input[2:]) and kind in ("INT8", "INT4", "UINT4", "INT16", "UINT16"):
+            yield node, f"its {kind.lower()} codes are named by output_dtype alone: OpenVINO before 2026.4 takes uint8"
+
+
 def _activation_pairs(reader: LintReader, op: str, index: int) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
     for node in reader.of(op):
         pair = reader.pair(node, index)

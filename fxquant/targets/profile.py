@@ -31,7 +31,8 @@ class Profile:
         bias_apart: what the runtime would merge into a float product is written apart: a bias is subtracted, a ReLU
             that is read in float is a maximum, and so is what stands after a weight in float.
         integer_bias: a convolution adds its bias as int32 codes of scale (input scale · weight scale).
-        implied_zero: int8 pairs whose codes are moved may leave out their zero point, see `fxquant.onnx.zero_points`.
+        implied_zero: where int8 codes are moved, a DequantizeLinear leaves out its zero point, see
+            `fxquant.onnx.zero_points`.
         splits_weights: it takes a product apart whose result is split in three, see `fxquant.onnx.whole_products`.
         unpacks: it computes the weights of recurrent layers as it loads a file that has them as codes times scales, and
             before every run where a DequantizeLinear does.

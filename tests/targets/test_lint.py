@@ -104,6 +104,12 @@ def _zero_point_implied(g: Graph, broken: bool) -> str:
     return matrix(g, g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, **given), scale))
 
 
+def _zero_point_implied_int8(g: Graph, broken: bool) -> str:
+    x, scale, zero = vectors(g), g.const(np.float32(0.05)), g.const(np.int8(0))
+    given, told = ([], {"output_dtype": onnx.TensorProto.INT8}) if broken else ([zero], {})
+    return matrix(g, g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, *given, **told), scale))
+
+
 def _zero_point_shape(g: Graph, broken: bool) -> str:
     codes, scale = g.const(np.ones((8, 8), np.int8)), g.const(np.full(8, 0.1, np.float32))
     zero = g.const(np.zeros(1 if broken else 8, np.int8))
@@ -228,6 +234,7 @@ RUNTIMES = [
     Case("blocks-beside-codes-are-int4", _blocks(np.int8, quantized=True), "its blocks of int8 codes", "onnxruntime"),
     Case("blocks-divide-the-axis", _blocks(rows=48), r"blocks of 32 do not divide axis 0 of .* \(48, 8\)", "openvino"),
     Case("activation-codes-are-bytes", _wide, "its codes are int16", "onnxruntime"),
+    Case("type-of-codes-is-a-zero-point", _zero_point_implied_int8, "its int8 codes are named by", "openvino"),
     Case("right-operand-is-symmetric", _right(np.int8, 3), "got int8 codes with zero point 3", "openvino"),
     Case("right-operand-is-symmetric", _right(np.uint8, 0), "got uint8 codes with zero point 0", "openvino"),
     Case("zero-point-of-operand-is-zero", _left, "zero point of its operand 0 must be 0: got 7", "openvino"),
