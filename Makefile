@@ -66,7 +66,7 @@ gpu: venv ## Tests and benches on a CUDA device, DEVICE=cpu to try them out; OUT
 	"$(PY)" bench/gpu/tensorrt_outputs.py --device $(DEVICE) \
 	  $(if $(filter cpu,$(DEVICE)),--recipes int8 --dtypes float16) $(if $(OUT),--out "$(OUT).tensorrt")
 
-runtimes: venv ## Files in the oldest and the newest version of each runtime, each installed apart; OUT=file keeps the rows
+runtimes: venv ## Files in versions of each runtime, native, in node and in a browser, each installed apart; OUT=file keeps the rows
 	"$(PY)" bench/bench_versions.py $(ARGS) $(if $(OUT),--out "$(OUT)")
 
 clean: ## Remove build outputs and caches (.venv stays)

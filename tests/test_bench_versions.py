@@ -82,6 +82,7 @@ def timed(**given: Any) -> dict[str, Any]:
 
 CV, TRACT, NODE = "opencv-python-headless==5.0.0.93", "tract==0.23.9", "npm:onnxruntime-node@1.30.0"
 PAGE = "chromium:onnxruntime-web@1.30.0"
+KEYS = "attention.openvino.w4a8.onnx"
 DYNAMIC, STAGE = "net.onnxruntime.w4a4_dynamic.onnx", "stage.onnxruntime.int8.onnx"
 
 
@@ -94,7 +95,7 @@ DYNAMIC, STAGE = "net.onnxruntime.w4a4_dynamic.onnx", "stage.onnxruntime.int8.on
         ({"off": 2, "level": "disable"}, "saturates", "2 of 4 values are off"),
         ({"off": 2, "file": "net.onnxruntime.w4a8.onnx"}, "saturates", "2 of 4 values are off"),
         ({"off": None, "error": "no kernel"}, "saturates", "net.onnxruntime.int8.onnx in onnxruntime==1.20.0, all: no"),
-        ({"off": 2, "file": "net.openvino.int8.onnx"}, "", None),
+        ({"off": 2, "version": "openvino==2", "file": "net.onnxruntime.int8.onnx"}, "", None),
         ({"off": 2, "file": "net.generic.int8.onnx"}, "", "2 of 4 values are off"),
         ({"off": 2, "version": NODE}, "saturates", None),
         ({"off": 2, "version": PAGE}, "saturates", "2 of 4 values are off"),
@@ -105,9 +106,13 @@ DYNAMIC, STAGE = "net.onnxruntime.w4a4_dynamic.onnx", "stage.onnxruntime.int8.on
         ({"off": 2, "level": "default"}, "bfloat16", "2 of 4 values are off"),
         ({"off": None, "error": "y_scale must be a const", "version": TRACT, "file": DYNAMIC}, "", None),
         ({"off": None, "error": "y_scale must be a const", "version": TRACT}, "", "y_scale must be a const"),
-        ({"off": None, "error": "a panic", "version": TRACT, "file": DYNAMIC}, "", "known to be refused for 'y_scale"),
-        ({"version": TRACT, "file": DYNAMIC}, "", "known to be refused for 'y_scale must be a const', and it runs"),
+        ({"off": None, "error": "a panic", "version": TRACT, "file": DYNAMIC}, "", "known for 'y_scale"),
+        ({"version": TRACT, "file": DYNAMIC}, "", "known for 'y_scale must be a const', and it is right"),
         ({"off": None, "error": "failed: bufidx >= 0 in", "version": CV, "file": STAGE}, "", None),
+        ({"off": 2, "file": KEYS}, "", None),
+        ({"off": 2, "file": KEYS, "level": "disable"}, "", "2 of 4 values are off"),
+        ({"off": 2, "file": KEYS, "version": "onnxruntime==1.27.0"}, "", "2 of 4 values are off"),
+        ({"file": KEYS}, "", "known for 'values are off', and it is right"),
     ],
 )
 def test_what_is_wrong(bench: ModuleType, given: dict[str, Any], cpu: str, told: str | None) -> None:
