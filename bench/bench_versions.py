@@ -71,10 +71,10 @@ class Known(NamedTuple):
 SEEN = ("version", "file", "level")
 KNOWN = (
     Known("^opencv", r"\.w4a4_dynamic\.", r"Can't create layer .* of type \"MatMulInteger\""),
-    # An Add of codes reads a DequantizeLinear that something else reads too.
+    # findings/opencv_refuses_an_add_of_codes_whose_operand_is_read_twice.sh
     Known("^opencv", r"^stage\.onnxruntime\.", r"bufidx >= 0"),
     Known("^tract", r"\.w4a4_dynamic\.", r"y_scale must be a const"),
-    # Its optimizer moves an int8 DequantizeLinear without a zero point past a Transpose, where it takes uint8.
+    # findings/onnxruntime_takes_moved_int8_without_zero_point_for_uint8.sh
     Known(r"^onnxruntime==1\.2[0-6]\.", r"^(attention|block)\.openvino\.", "values are off", "^(?!disable)"),
 )
 
