@@ -102,11 +102,11 @@ def needed(program: str, command: str) -> str:
 
 
 def started(*command: str | Path) -> str:
-    """What a command prints; Failed with the end of its errors."""
+    """What a command prints; Failed with the last line of its errors."""
     words = list(map(str, command))
     ran = subprocess.run(words, capture_output=True, text=True)
     if ran.returncode:
-        last = " ".join(ran.stderr.split())[-300:]
+        last = (ran.stderr.strip().splitlines() or ["no word"])[-1][-300:]
         raise Failed(f"{Path(words[0]).name} {words[1]} must end with 0: got {ran.returncode}, {last}")
     return ran.stdout
 

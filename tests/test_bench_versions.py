@@ -313,7 +313,7 @@ def test_an_installation_that_fails_is_a_row(
     monkeypatch.setattr(install.venv, "create", lambda place, with_pip: None)
     program = tmp_path / "tract==0" / "bin" / "python"
     program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\necho no such version >&2\nexit 3\n", encoding="utf-8")
+    program.write_text("#!/bin/sh\necho a warning >&2; echo no such version >&2\nexit 3\n", encoding="utf-8")
     program.chmod(0o755)
     (found,) = install.rows("tract==0", tmp_path, tmp_path)
     assert found == {"version": "tract==0", "error": "python -m must end with 0: got 3, no such version"}
