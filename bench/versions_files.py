@@ -79,6 +79,8 @@ class Block(nn.Module):
         return x + self.narrow(F.gelu(self.wide(self.norm(x))))
 
 
+SETTLE_MS = 3000  # how long a pair runs in wasm before it is timed
+
 Nets = Mapping[str, tuple[type[nn.Module], tuple[int, ...]]]
 SMALL: Nets = {"convnet": (ConvNet, (2, 3, 16, 16)), "attention": (Attention, (2, 8, 32))}
 LARGE: Nets = {"stage": (Stage, (1, 64, 56, 56)), "block": (Block, (1, 128, 384))}
@@ -96,7 +98,7 @@ def make(folder: Path, *, rounds: int, recipes: Mapping[str, Sequence[str]] = RE
     for name in LARGE:
         float_file = plain(folder, name)
         pairs += [{"float": float_file, "int8": quantized(folder, name, target, "int8")} for target in recipes]
-    written = {"files": files, "pairs": pairs, "rounds": rounds}
+    written = {"files": files, "pairs": pairs, "rounds": rounds, "settle_ms": SETTLE_MS}
     (folder / "files.json").write_text(json.dumps(written), encoding="utf-8")
 
 

@@ -182,7 +182,7 @@ def written(folder: Path, pairs: bool = True) -> list[str]:
         "int8": net(folder, "int8", INT8 % numbers, square, product),
         "float": net(folder, "float", FLOAT % numbers, square, product),
     }
-    given = {"files": files, "pairs": [pair] if pairs else [], "rounds": 3}
+    given = {"files": files, "pairs": [pair] if pairs else [], "rounds": 3, "settle_ms": 0}
     (folder / "files.json").write_text(json.dumps(given), encoding="utf-8")
     return [file["file"] for file in files]
 

@@ -29,6 +29,7 @@ const place = {
     return (user + system) / 1e3;
   },
   clock: "CPU",
+  settles: !native,
   options: { executionProviders: [native ? "cpu" : "wasm"], intraOpNumThreads: 1, interOpNumThreads: 1 },
   profiling: { enableProfiling: true, profileFilePrefix: join(kept, "profile") },
   profile: async (session) => {
