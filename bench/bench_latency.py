@@ -7,8 +7,9 @@ Nets of torchvision, timm and transformers with random weights, for one picture 
 tokens. Each is prepared for the runtime, calibrated on its input and exported; that file and the float model's export
 then run in turns, and the medians of CPU time are compared. A JSON line per net and runtime. ``off``: the largest
 distance of the outputs from those of onnxruntime without optimizations, as a part of their spread. OpenVINO runs with
-``INFERENCE_PRECISION_HINT`` f32. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float
-model under the same, and beside both files in onnxruntime (``onnxruntime_int8_ms``, ``onnxruntime_float_ms``).
+``INFERENCE_PRECISION_HINT`` f32. ``skip_slow_ms``: of the file of ``prepare(skip_slow=True)``, where there is a table
+of costs. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float model under the same, and
+beside both files in onnxruntime (``onnxruntime_int8_ms``, ``onnxruntime_float_ms``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
+from fxquant.errors import InvalidArgument
+from fxquant.targets.costs import shipped
 from fxquant.targets.session import input_names, run_outputs, session
 
 Feeds = Mapping[str, np.ndarray]
@@ -172,13 +175,22 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     return model.eval(), x
 
 
-def quantized(model: nn.Module, x: Tensor, target: str, path: Path) -> None:
+def quantized(model: nn.Module, x: Tensor, target: str, path: Path, *, skip_slow: bool = False) -> None:
     """Prepares a copy, calibrates it on its input and exports it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ready = fxquant.prepare(copy.deepcopy(model), (x,), target=target)
+        ready = fxquant.prepare(copy.deepcopy(model), (x,), target=target, skip_slow=skip_slow)
         fxquant.calibrate(ready, [x], progress=False)
         fxquant.export_onnx(ready.eval(), (x,), path, dynamic_batch=False, verify=False)
+
+
+def has_costs(target: str) -> bool:
+    """Whether fxquant has a table of costs for a target on this class of CPU."""
+    try:
+        shipped(target)
+    except InvalidArgument:
+        return False
+    return True
 
 
 def plain(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -267,6 +279,8 @@ def measure_torch(name: str, folder: Path, rounds: int, threads: int) -> dict[st
         "version": torch.__version__,
         **{f"{key}_ms": round(1e3 * seconds, 2) for key, seconds in found.items()},
         "ratio": round(found["int8"] / found["float"], 3),
+        **({"skip_slow_ms": round(1e3 * found["skip_slow"], 2)} if "skip_slow" in found else {}),
+        **({"skip_slow_ratio": round(found["skip_slow"] / found["float"], 3)} if "skip_slow" in found else {}),
         "off": float(f"{distance:.2g}"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "rounds": rounds,
@@ -281,8 +295,11 @@ def measure(name: str, runtime: str, folder: Path, rounds: int, threads: int) ->
     ours, theirs = folder / f"{name}_{runtime}.onnx", folder / f"{name}_float.onnx"
     quantized(model, x, runtime, ours)
     plain(model, x, theirs)
-    runs = {}
-    for key, path in (("int8", ours), ("float", theirs)):
+    files, runs = {"int8": ours, "float": theirs}, {}
+    if has_costs(runtime):
+        files["skip_slow"] = folder / f"{name}_{runtime}_skip_slow.onnx"
+        quantized(model, x, runtime, files["skip_slow"], skip_slow=True)
+    for key, path in files.items():
         feeds = dict(zip(input_names(path), [x.numpy()], strict=True))
         runs[key] = RUNTIMES[runtime](path, feeds, threads)
     found = timed(runs, rounds)
@@ -294,6 +311,8 @@ def measure(name: str, runtime: str, folder: Path, rounds: int, threads: int) ->
         "int8_ms": round(1e3 * found["int8"], 2),
         "float_ms": round(1e3 * found["float"], 2),
         "ratio": round(found["int8"] / found["float"], 3),
+        **({"skip_slow_ms": round(1e3 * found["skip_slow"], 2)} if "skip_slow" in found else {}),
+        **({"skip_slow_ratio": round(found["skip_slow"] / found["float"], 3)} if "skip_slow" in found else {}),
         "off": float(f"{distance:.2g}"),
         "rounds": rounds,
         **environment(),

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     _add_kernels(commands)
     _add_tune(commands)
+    _add_costs(commands)
     lint = commands.add_parser("lint", help="check an ONNX file against a target's rules; 1 where it breaks one")
     lint.add_argument("path", help="an ONNX file")
     lint.add_argument("--target", default="onnxruntime", help="the runtime it is for (default: onnxruntime)")
@@ -70,6 +71,15 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--output", metavar="FILE.onnx", help="write the file with those layers float")
     tune.add_argument("--json", action="store_true", help="print JSON")
     tune.set_defaults(run=_tune)
+
+
+def _add_costs(commands: Any) -> None:
+    costs = commands.add_parser("costs", help="measure what layers cost on this machine, for prepare(skip_slow=FILE)")
+    costs.add_argument("--target", default="onnxruntime", help="the runtime (default: onnxruntime)")
+    costs.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
+    costs.add_argument("--rounds", type=int, default=15, help="runs of each layer (default: 15)")
+    costs.add_argument("--output", required=True, metavar="FILE.json", help="where the table goes")
+    costs.set_defaults(run=_costs)
 
 
 def _add_explain(commands: Any) -> None:
@@ -125,6 +135,19 @@ def _kernels(given: argparse.Namespace) -> int:
     cells = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in rows]
     text = table(("node", "op", "kernel", "integer", "why not"), cells)
     sys.stdout.write(f"{json.dumps([vars(row) for row in rows], indent=2) if given.json else text}\n")
+    return 0
+
+
+def _costs(options: argparse.Namespace) -> int:
+    from fxquant.onnx.costing import measure_costs
+    from fxquant.onnx.export import check_path
+
+    path = check_path(options.output)
+    table = measure_costs(options.target, rounds=options.rounds, threads=options.threads)
+    path.write_text(table.to_json())
+    slow = sum(row.cost.plain < row.cost.integer for row in table.rows)
+    print(f"{path}: {len(table.rows)} layers in {table}; {slow} of them are faster in float")
+    print(f"use it as fxquant.prepare(model, args, target={options.target!r}, skip_slow={options.output!r})")
     return 0
 
 

@@ -21,6 +21,7 @@ from fxquant.onnx.clip_codes import clip_codes
 from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
+from fxquant.onnx.float_pools import pool_floats
 from fxquant.onnx.precision import Precision, choose_precision
 from fxquant.onnx.runtime_forms import fold_pads, one_node_silu, prelu_of_halves, sum_before_norms
 from fxquant.onnx.site_edges import write_sites
@@ -188,9 +189,6 @@ def _finish(
     model: Any, graph: fx.Graph, frozen: Frozen, profile: Profile, precision: Precision, *, int4: bool
 ) -> list[str]:
     """What the exporter's model lacks of the file; notes."""
-    written = {value.name for node in model.graph for value in node.outputs}
-    merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
-    model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     type_codes(model, elements_of(graph))
     write_blocks(model, frozen.blocks, profile.block_form)
     fold_pads(model.graph)
@@ -200,6 +198,7 @@ def _finish(
         prelu_of_halves(model.graph)
         own_zero_points(model.graph)
         clip_codes(model.graph)
+        pool_floats(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     if profile.splits_weights:
@@ -208,6 +207,9 @@ def _finish(
     notes = pack_int4(model, only_blocks=not int4, convolutions=profile.int4_convolutions, channels=channels)
     if profile.unpacks:
         unpack_recurrent_weights(model)
+    written = {value.name for node in model.graph for value in node.outputs}
+    merged = [label for label in frozen.activations if label not in written]  # the exporter joins equal nodes
+    model.metadata_props[ABSORBED] = json.dumps([*frozen.absorbed, *merged])
     return notes
 
 

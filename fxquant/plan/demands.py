@@ -54,6 +54,8 @@ class Demands:
             self.declined.append((node, "one operand is changed in place while it is in use"))
         elif profile.fused_half_attention and kind.name == "sdpa" and node.meta["val"].dtype in _HALF:
             self.declined.append((node, profile.fused_half_attention))
+        elif node in problem.slow:
+            self.declined.append((node, problem.slow[node]))
         elif kind.name in profile.hard:
             whole = self._demand(node, kind) and problem.is_wanted(node, "output")
             if whole and kind.name in profile.needs_output and not self._skips(node, "output"):

@@ -22,6 +22,7 @@ class Problem:
         computing: constants that only weights are computed from.
         changed: tensors that are changed in place while they are in use.
         view: constant → the first node that holds the same view of the same tensor.
+        slow: products that stay in float because they are faster so, with the reason.
     """
 
     def __init__(self, graph: fx.Graph, recipe: Recipe, profile: Profile, exceptions: Exceptions) -> None:
@@ -30,6 +31,7 @@ class Problem:
         self.changed = changed_in_place(graph)
         self.computing = weight_computations(graph, self.constants)
         self.view = same_views(graph, self.constants)
+        self.slow: dict[fx.Node, str] = {}
 
     @property
     def weights_only(self) -> str:

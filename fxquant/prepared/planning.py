@@ -24,13 +24,21 @@ from fxquant.prepared.frame_marks import frame_marks, may_own
 from fxquant.prepared.unfused import unfused
 from fxquant.spec.recipes import Recipe
 from fxquant.spec.rules import Rulebook
+from fxquant.targets.costs import CostTable
 from fxquant.targets.profiles import Profile
 
 
 def make_plan(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe, profile: Profile
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recipe: Recipe,
+    profile: Profile,
+    costs: CostTable | None = None,
 ) -> Plan:
     """What a recipe quantizes of a model that is run on these inputs; the model is left as it was.
+
+    With a table of ``costs``, products that are faster in float are left there.
 
     Raises InvalidArgument for inputs that the model cannot run on, and for rules or kinds that match nothing;
     UnsupportedModel for a model that Dynamo cannot run, and where nothing is to be quantized.
@@ -43,7 +51,7 @@ def make_plan(
     book = Rulebook(recipe.rules)
     classes = {path: type(module) for path, module in model.named_modules()}
     for gm in graphs:
-        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm, classes), ends))
+        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm, classes), ends), costs)
         declined += (*found.described_declines(), *unreached(gm, profile))
         naming = Naming(gm, sites, may_own(model))
         for placed in found.placed:

@@ -19,6 +19,8 @@ from fxquant.prepared.trainable import make_trainable
 from fxquant.spec.ranges import Range
 from fxquant.spec.recipes import Recipe, get_recipe
 from fxquant.spec.rules import Rule
+from fxquant.targets.costs import CostTable, shipped
+from fxquant.targets.document import ModelPath
 from fxquant.targets.profiles import get_profile
 
 
@@ -41,6 +43,7 @@ def prepare(
     target: str = "onnxruntime",
     rules: Iterable[Rule] | None = None,
     ranges: str | Range | None = None,
+    skip_slow: bool | ModelPath | CostTable = False,
 ) -> nn.Module:
     """Decides which tensors of ``model`` are quantized for ``target`` and attaches their state, in place.
 
@@ -60,6 +63,10 @@ def prepare(
         ranges: how activation ranges are found, if not as the recipe says: ``"moving_average"``, ``"delayed"`` (each
             step is quantized with the ranges that the step before left), a `MovingAverage`, or ``CurrentTensor()``
             (each batch has its own, which trains and cannot be exported).
+        skip_slow: leaves products in float that run faster so in ``target``, counting the codes around them, for
+            examples one at a time: True by fxquant's own table of costs for this class of CPU, or a table that
+            ``python -m fxquant costs`` measured where the model will run (a path, or a `CostTable`). Products that a
+            rule names stay as it says; `explain` has the times.
 
     Raises:
         InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the
@@ -67,11 +74,12 @@ def prepare(
         UnsupportedModel: nothing to quantize, or parameters that are not floating point.
     """
     chosen, profile = _recipe(recipe).with_rules(rules or ()), get_profile(target)
+    costs = _costs(skip_slow, target)
     if ranges is not None:
         chosen = chosen.with_range(ranges)
     _check(model, args, kwargs)
     make_trainable(model)
-    plan = make_plan(model, args, dict(kwargs or {}), chosen, profile)
+    plan = make_plan(model, args, dict(kwargs or {}), chosen, profile, costs)
     try:
         attach(model, plan)
         if isinstance(recipe, Measured):
@@ -89,6 +97,15 @@ def _recipe(recipe: str | Recipe | Measured) -> Recipe:
             "Write recipe=fxquant.Mixed(data=batches, weight_bytes=0.6)."
         )
     return get_recipe(recipe.base if isinstance(recipe, Measured) else recipe)
+
+
+def _costs(skip_slow: bool | ModelPath | CostTable, target: str) -> CostTable | None:
+    if isinstance(skip_slow, bool):
+        return shipped(target) if skip_slow else None
+    table = skip_slow if isinstance(skip_slow, CostTable) else CostTable.load(skip_slow)
+    if table.target != target:
+        raise InvalidArgument(f"skip_slow must hold costs of target {target!r}: got a table of {table.target!r}.")
+    return table
 
 
 def strip(model: nn.Module) -> nn.Module:

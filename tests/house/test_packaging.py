@@ -41,7 +41,8 @@ def wanted() -> set[str]:
         parts = path.relative_to(ROOT).parts
         found.add("/".join(("fxquant", *parts) if parts[0] == "passes" else parts))
     kernels = (ROOT / "fxquant" / "kernels" / "cuda").glob("*.cu*")
-    return found | {"fxquant/py.typed", *(path.relative_to(ROOT).as_posix() for path in kernels)}
+    tables = (ROOT / "fxquant" / "targets" / "costs").glob("*.json")
+    return found | {"fxquant/py.typed", *(path.relative_to(ROOT).as_posix() for path in (*kernels, *tables))}
 
 
 def test_the_wheel_holds_every_file(built: Path) -> None:

@@ -1,0 +1,111 @@
+"""Tables of costs: what they say of layers that were measured, near and far, and files that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fxquant.errors import InvalidArgument
+from fxquant.targets.costs import Cost, CostTable, Line, Row, Size, cpu_class, shipped
+from fxquant.targets.costs.table import _FOLDER, EDGES
+
+
+def table(*rows: tuple[Size, float, float], target: str = "onnxruntime") -> CostTable:
+    edges = {family: {name: Line(fixed=1.0, each=0.5) for name in EDGES} for family in ("conv", "product")}
+    return CostTable(
+        target=target,
+        version="1.0",
+        cpu="x86_64-vnni",
+        machine="a CPU",
+        date="2026-11-30",
+        threads=1,
+        rows=tuple(Row(size=size, cost=Cost(integer=integer, plain=plain)) for size, integer, plain in rows),
+        edges=edges,
+    )
+
+
+SMALL = Size(op="linear", rows=16, depth=64, columns=64)
+LARGE = Size(op="linear", rows=64, depth=64, columns=64)
+
+
+def test_a_measured_layer_costs_what_was_measured_and_one_between_two_lies_between() -> None:
+    found = table((SMALL, 1.0, 4.0), (LARGE, 3.0, 20.0))
+    near = found.estimate(SMALL)
+    assert near is not None
+    assert (near.integer, near.plain) == (pytest.approx(1.0, rel=0.01), pytest.approx(4.0, rel=0.01))
+    between = found.estimate(Size(op="linear", rows=32, depth=64, columns=64))
+    assert between is not None and 1.0 < between.integer < 3.0 and 4.0 < between.plain < 20.0
+    # Twice the rows at the mean of both rates, in logarithms.
+    assert between.integer == pytest.approx(2 * (1.0 * 3.0 / 4) ** 0.5)
+    assert between.plain == pytest.approx(2 * (4 * 5) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [Size(op="matmul", rows=16, depth=64, columns=64), Size(op="linear", rows=16, depth=64, columns=64 * 512)],
+    ids=["another operator", "far away"],
+)
+def test_nothing_is_said_of_a_layer_that_is_far_from_all_rows(size: Size) -> None:
+    assert table((SMALL, 1.0, 4.0), (LARGE, 3.0, 20.0)).estimate(size) is None
+
+
+def test_a_change_of_form_costs_by_the_numbers() -> None:
+    assert Line(fixed=2.0, each=0.5).at(4000) == 4.0
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    before = table((SMALL, 1.25, 4.5), (Size(op="conv", rows=9, depth=27, columns=8, stride=2), 3.0, 20.0))
+    (tmp_path / "costs.json").write_text(before.to_json())
+    assert CostTable.load(tmp_path / "costs.json") == before
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no json", "must be a table of costs.*JSONDecodeError"),
+        ("[]", "must be a table of costs"),
+        ('{"rows": []}', "rows must hold sizes and times above 0"),
+        ('{"rows": [["linear", 1, 1, 1, 1, 0.0, 1.0]]}', "rows must hold sizes and times above 0"),
+        ('{"rows": [["linear", 1, 1, 1, 1, 1.0, 1.0]], "edges": {"conv": {}}}', "KeyError: 'enter'"),
+    ],
+    ids=["text", "list", "empty", "no time", "no edges"],
+)
+def test_a_file_that_is_none_is_refused_by_name(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text(text)
+    with pytest.raises(InvalidArgument, match=told):
+        CostTable.load(tmp_path / "costs.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"must be a file: got '.*none.json' \(No such file"):
+        CostTable.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("flags", "ends"), [("flags : avx2 avx512_vnni", "-vnni"), ("flags : avx2", "x86_64")], ids=["vnni", "avx2"]
+)
+def test_the_class_of_a_cpu(flags: str, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    (tmp_path / "cpuinfo").write_text(flags)
+    assert cpu_class(tmp_path / "cpuinfo").endswith(ends)
+
+
+def test_shipped_tables_are_whole() -> None:
+    """Each is of the target and CPU that its name says, and has every operator."""
+    paths = sorted(_FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        target, _, cpu = path.stem.partition(".")
+        found = shipped(target, cpu)
+        assert (found.target, found.cpu) == (target, cpu) and json.loads(path.read_text())["machine"]
+        assert {row.size.op for row in found.rows} == {"conv", "pointwise", "depthwise", "linear", "matmul", "add"}
+        assert found.edges.keys() == {"conv", "product"}
+
+
+def test_a_table_that_is_not_there_is_told_with_the_command_that_makes_it() -> None:
+    with pytest.raises(InvalidArgument, match=r"for onnxruntime on riscv64: .*python -m fxquant costs --target onnxr"):
+        shipped("onnxruntime", "riscv64")
+    with pytest.raises(InvalidArgument, match=r"costs are measured, 'onnxruntime': got 'tensorrt'"):
+        shipped("tensorrt")
