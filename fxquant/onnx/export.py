@@ -21,7 +21,7 @@ from fxquant.onnx.clip_codes import clip_codes
 from fxquant.onnx.edges import NOTE, Edges
 from fxquant.onnx.element_types import type_codes
 from fxquant.onnx.file_check import FileCheck, Inputs
-from fxquant.onnx.float_pools import pool_floats
+from fxquant.onnx.pools import means_by_axis, pool_floats
 from fxquant.onnx.precision import Precision, choose_precision
 from fxquant.onnx.runtime_forms import fold_pads, one_node_silu, prelu_of_halves, sum_before_norms
 from fxquant.onnx.site_edges import write_sites
@@ -199,6 +199,7 @@ def _finish(
         own_zero_points(model.graph)
         clip_codes(model.graph)
         pool_floats(model.graph)
+        means_by_axis(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     if profile.splits_weights:

@@ -64,9 +64,9 @@ def prepare(
             step is quantized with the ranges that the step before left), a `MovingAverage`, or ``CurrentTensor()``
             (each batch has its own, which trains and cannot be exported).
         skip_slow: leaves products in float that run faster so in ``target``, counting the codes around them, for
-            examples one at a time: True by fxquant's own table of costs for this class of CPU, or a table that
-            ``python -m fxquant costs`` measured where the model will run (a path, or a `CostTable`). Products that a
-            rule names stay as it says; `explain` has the times.
+            examples one at a time: True by fxquant's own table of costs for this class of CPU, ``"x86_64-vnni"`` for
+            that one, ``"costs.json"`` by the table that ``python -m fxquant costs`` measured where the model will run.
+            Products that a rule names stay as it says; `explain` has the times.
 
     Raises:
         InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the
@@ -102,6 +102,8 @@ def _recipe(recipe: str | Recipe | Measured) -> Recipe:
 def _costs(skip_slow: bool | ModelPath | CostTable, target: str) -> CostTable | None:
     if isinstance(skip_slow, bool):
         return shipped(target) if skip_slow else None
+    if isinstance(skip_slow, str) and not skip_slow.endswith(".json"):
+        return shipped(target, skip_slow)
     table = skip_slow if isinstance(skip_slow, CostTable) else CostTable.load(skip_slow)
     if table.target != target:
         raise InvalidArgument(f"skip_slow must hold costs of target {target!r}: got a table of {table.target!r}.")

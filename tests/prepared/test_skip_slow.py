@@ -83,14 +83,13 @@ def test_the_batch_of_the_example_does_not_count(table: CostTable) -> None:
     assert DEPTHWISE not in quantized_layers(model)
 
 
-def test_our_own_table_leaves_stems_float(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_table_leaves_stems_float() -> None:
     """As measured: three channels in, and a depthwise convolution on large pictures, between other operators."""
-    monkeypatch.setattr("fxquant.prepared.prepare.shipped", lambda target: shipped(target, "x86_64-vnni"))
     block = nn.Sequential(
         *(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.SiLU()),
         *(nn.Conv2d(32, 96, 1), nn.ReLU(), nn.Conv2d(96, 96, 1)),
     )
-    model = fxquant.prepare(block, (torch.randn(1, 3, 224, 224),), skip_slow=True)
+    model = fxquant.prepare(block, (torch.randn(1, 3, 224, 224),), skip_slow="x86_64-vnni")
     assert quantized_layers(model) == {"4", "6"}
 
 
@@ -99,9 +98,10 @@ def test_our_own_table_leaves_stems_float(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("openvino", True, "skip_slow must be for a target whose costs are measured, 'onnxruntime': got 'openvino'"),
         ("openvino", "table", "skip_slow must hold costs of target 'openvino': got a table of 'onnxruntime'"),
+        ("onnxruntime", "x86_64-vmni", "for onnxruntime on x86_64-vmni: fxquant has one for x86_64-vnni"),
         ("onnxruntime", "nowhere.json", "a table of costs must be a file: got 'nowhere.json'"),
     ],
-    ids=["no table", "another target", "no file"],
+    ids=["no table", "another target", "another class", "no file"],
 )
 def test_bad_input_leaves_the_model(target: str, given: object, told: str, table: CostTable) -> None:
     model = net()

@@ -34,7 +34,18 @@ class Conv:
     @property
     def is_chained(self) -> bool:
         """Whether a second one, with inputs and outputs the other way, can follow."""
-        return self.stride == 1 and self.inputs > 4
+        return self.stride == 1 and not self.is_first
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its few channels are those of a net's input."""
+        return self.inputs <= 4
+
+    @property
+    def before(self) -> Conv:
+        """A layer of its kind whose result it can read."""
+        kernel = self.kernel if self.groups > 1 else 1
+        return Conv(inputs=self.inputs, outputs=self.inputs, kernel=kernel, groups=self.groups, pixels=self.pixels)
 
     @property
     def turned(self) -> Conv:

@@ -17,7 +17,7 @@ from fxquant.onnx.costing.grid import products as all_products
 from fxquant.onnx.tuning.files import write
 from fxquant.support.progress import counting
 from fxquant.support.require import require
-from fxquant.targets.costs import Cost, CostTable, Line, Row, Size, cpu_class
+from fxquant.targets.costs import EDGES, Cost, CostTable, Line, Row, Size, cpu_class
 from fxquant.targets.cpu import cpu_name
 from fxquant.targets.document import Feeds, ModelPath
 from fxquant.targets.registry import TARGETS, get_target
@@ -113,11 +113,12 @@ def _measure(
         rows.append(Row(size=conv.size, cost=cost))
         for name, pair in found.items():
             changes.setdefault(name, []).append(pair)
-    edges = {"conv": {name: _line(pairs) for name, pairs in changes.items()}}
+    ends = {name: _line(pairs) for name, pairs in changes.items()}
+    edges = {"conv": {name: ends[name] for name in EDGES}}
     others = [conv for conv in convs if not conv.is_chained]
     for number, conv in enumerate(others):
         step(f"{conv.size}, {len(chained) + number + 1} of {count}")
-        rows.append(Row(size=conv.size, cost=_alone(conv, edges["conv"], clock)))
+        rows.append(Row(size=conv.size, cost=(_first if conv.is_first else _after_another)(conv, ends, clock)))
     entering = []
     for number, each in enumerate(products):
         step(f"{each.size}, {len(convs) + number + 1} of {count}")
@@ -141,7 +142,8 @@ def _in_a_row(conv: Conv, clock: Clock) -> tuple[Cost, dict[str, tuple[int, floa
     """The layer's cost in a row; the changes of form, each with how many numbers changed and its microseconds.
 
     A row of ``n`` layers takes ``n · layer + ends``. Where inputs and outputs differ in number, the row goes there and
-    back, and a layer is half of that. ``codes`` and ``floats`` are the two ends of a row of integers and of floats.
+    back, and a layer is half of that. ``codes`` and ``floats`` are the two ends of a row of integers and of floats,
+    where the picture changes its layout.
     """
     unit = [conv] if conv.inputs == conv.outputs else [conv, conv.turned]
     rows = {INTEGER: [(each, INTEGER) for each in unit], PLAIN: [(each, PLAIN) for each in unit]}
@@ -164,6 +166,7 @@ def _in_a_row(conv: Conv, clock: Clock) -> tuple[Cost, dict[str, tuple[int, floa
         "enter": t["enter"] - t["i"] + codes / 2,
         "leave": t["leave"] - t["i"] + codes / 2,
         "reorder": floats / 2,
+        "codes": codes / 2,
         "to_integer": t["fi"] - integer - plain - ends,
         "to_float": t["if"] - integer - plain - ends,
     }
@@ -171,21 +174,29 @@ def _in_a_row(conv: Conv, clock: Clock) -> tuple[Cost, dict[str, tuple[int, floa
     return cost, {name: (numbers, max(0.0, value)) for name, value in changes.items()}
 
 
-def _alone(conv: Conv, edges: Mapping[str, Line], clock: Clock) -> Cost:
-    """A layer that no other of its kind can follow: from and to floats, less what its ends cost."""
+def _after_another(conv: Conv, ends: Mapping[str, Line], clock: Clock) -> Cost:
+    """A layer that shrinks its picture, after one that does not: less what the first costs, and its larger end."""
+    before, read, made = conv.before, conv.inputs * conv.pixels**2, conv.outputs * conv.side**2
     t = clock(
         {
-            INTEGER: convolutions([(conv, INTEGER)], enters=True, leaves=True),
-            PLAIN: convolutions([(conv, PLAIN)]),
+            "i": convolutions([(before, INTEGER)]),
+            "ii": convolutions([(before, INTEGER), (conv, INTEGER)]),
+            "f": convolutions([(before, PLAIN)]),
+            "ff": convolutions([(before, PLAIN), (conv, PLAIN)]),
         }
     )
-    read, made = conv.inputs * conv.pixels**2, conv.outputs * conv.side**2
-    ends = {
-        INTEGER: edges["enter"].at(read) + edges["leave"].at(made),
-        PLAIN: edges["reorder"].at(read if conv.inputs > 4 else 0) + edges["reorder"].at(made),
-    }
-    integer, plain = (max(t[form] - ends[form], _LEAST * t[form]) for form in (INTEGER, PLAIN))
-    return Cost(integer=integer, plain=plain)
+    integer = t["ii"] - t["i"] + ends["codes"].at(read) - ends["codes"].at(made)
+    plain = t["ff"] - t["f"] + ends["reorder"].at(read) - ends["reorder"].at(made)
+    return Cost(integer=max(integer, _LEAST * t["ii"]), plain=max(plain, _LEAST * t["ff"]))
+
+
+def _first(conv: Conv, ends: Mapping[str, Line], clock: Clock) -> Cost:
+    """A layer of few channels, which no other is before: from and to floats, less what its ends cost."""
+    cases = {INTEGER: convolutions([(conv, INTEGER)], enters=True, leaves=True), PLAIN: convolutions([(conv, PLAIN)])}
+    t, read, made = clock(cases), conv.inputs * conv.pixels**2, conv.outputs * conv.side**2
+    integer = t[INTEGER] - ends["enter"].at(read) - ends["leave"].at(made)
+    plain = t[PLAIN] - ends["reorder"].at(made)
+    return Cost(integer=max(integer, _LEAST * t[INTEGER]), plain=max(plain, _LEAST * t[PLAIN]))
 
 
 def _line(pairs: Sequence[tuple[int, float]]) -> Line:

@@ -17,7 +17,7 @@ from fxquant.onnx.costing.files import INTEGER, PLAIN, Made, addition, convoluti
 from fxquant.onnx.costing.grid import Conv, Product
 from fxquant.onnx.costing.grid import convolutions as all_convolutions
 from fxquant.onnx.costing.grid import products as all_products
-from fxquant.targets.costs import CostTable
+from fxquant.targets.costs import CostTable, Line
 from fxquant.targets.onnxruntime import TARGET
 from fxquant.targets.session import run_outputs, session
 
@@ -90,9 +90,18 @@ def test_a_layer_and_its_changes_are_told_apart(conv: Conv) -> None:
         "enter": (numbers, 3.0 + 1.0),  # with half of what the ends of codes cost: their other layout
         "leave": (numbers, 4.0 + 1.0),
         "reorder": (numbers, 3.0),
+        "codes": (numbers, 1.0),
         "to_integer": (numbers, 11.0),
         "to_float": (numbers, 13.0),
     }
+
+
+def test_a_layer_that_shrinks_its_picture_is_measured_after_another() -> None:
+    clock = clock_of({"i": 5.0, "f": 7.0}, {"codes": 2.0, "floats": 6.0}, {})
+    ends = {name: Line(fixed=0.0, each=each) for name, each in (("codes", 1000.0), ("reorder", 3000.0))}
+    shrinking = Conv(inputs=8, outputs=4, kernel=3, stride=2, pixels=2)  # 32 numbers to 4
+    cost = measuring._after_another(shrinking, ends, clock)
+    assert (cost.integer, cost.plain) == (5.0 + 32 - 4, 7.0 + 3 * (32 - 4))
 
 
 def test_a_line_is_not_bent_by_outliers() -> None:

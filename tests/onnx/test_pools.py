@@ -1,4 +1,4 @@
-"""Max pools of what a float operator makes, in files written by hand."""
+"""Max pools of what a float operator makes, and means over pixels, in files written by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from fxquant.onnx.float_pools import pool_floats
+from fxquant.onnx.pools import means_by_axis, pool_floats
 from fxquant.targets.session import levels, session
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]> net (float[1,4,8,8] x) => (float[?,?,?,?] y)'
@@ -85,3 +85,39 @@ def test_onnxruntime_pools_floats_then_and_codes_before(name: str, tmp_path: Pat
     for which, kind in (("before", onnx.TensorProto.UINT8), ("after", onnx.TensorProto.FLOAT)):
         run(tmp_path / f"{which}.onnx", "extended", tmp_path / f"{which}.optimized.onnx")
         assert kinds_of_pools(tmp_path / f"{which}.optimized.onnx") == {kind}
+
+
+INTEGERS = "i = QuantizeLinear(x, s, z) j = DequantizeLinear(i, s, z) b = Conv(j, u)"
+SILU = f"{INTEGERS} f = QuantizeLinear(b, s, z) d = DequantizeLinear(f, s, z) m = Sigmoid(d) e = Mul(d, m)"
+MEANS = {
+    "after an integer convolution": (SILU, "axes", "keepdims = 1", "y = Neg(r)", 1),
+    "without the axes": (SILU, "axes", "keepdims = 0", "q = Neg(r) y = Reshape(q, like)", 1),
+    "negative axes": (SILU, "negative", "keepdims = 1", "y = Neg(r)", 1),
+    "other axes": (SILU, "others", "keepdims = 1", "y = Neg(r)", 0),
+    "after a float convolution": ("b = Conv(x, w) e = Sigmoid(b)", "axes", "keepdims = 1", "y = Neg(r)", 0),
+    "between codes": (
+        f"{INTEGERS} f = QuantizeLinear(b, s, z) e = DequantizeLinear(f, s, z)",
+        "axes",
+        "keepdims = 1",
+        "g = QuantizeLinear(r, s, z) y = DequantizeLinear(g, s, z)",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_are_the_same_by_one_axis_after_the_other(name: str, tmp_path: Path) -> None:
+    body, axes, keep, after, changed = MEANS[name]
+    held = f"{HELD}, int64[2] axes = {{2, 3}}, int64[2] negative = {{-1, -2}}, int64[2] others = {{1, 2}}"
+    held += ", int64[4] like = {1, 4, 1, 1}"
+    text = f"{HEAD} <{held}> {{ {CODES} {body} r = ReduceMean <{keep}> (e, {axes}) {after} }}"
+    before = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    found = ir.serde.deserialize_model(before)
+    assert means_by_axis(found.graph) == changed
+    changed_model = ir.serde.serialize_model(found)
+    onnx.checker.check_model(changed_model, full_check=True)
+    onnx.save(before, tmp_path / "before.onnx")
+    onnx.save(changed_model, tmp_path / "after.onnx")
+    for level in levels():
+        expected, got = (run(tmp_path / f"{which}.onnx", level) for which in ("before", "after"))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=level)
