@@ -6,6 +6,7 @@ Exit status 0 is good, 1 is not, 2 is usage, 130 an interrupt. Errors are a line
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import fxquant
 from fxquant.errors import FxquantError
 from fxquant.shell.called_as import called_as
+from fxquant.shell.failures import written
 from fxquant.shell.parser import parser
 
 
@@ -26,7 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         return demo(rest, prog=f"{called_as()} demo")
     if rest:
         commands.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _run(known.run, known) if not known.traceback else known.run(known)
+    known.out = sys.stdout
+    aside = sys.stderr if getattr(known, "json", False) else sys.stdout  # a model that prints is no part of the JSON
+    with contextlib.redirect_stdout(aside):
+        return known.run(known) if known.traceback else _run(known.run, known)
 
 
 def _run(command: Callable[[argparse.Namespace], int], given: argparse.Namespace) -> int:
@@ -36,12 +41,12 @@ def _run(command: Callable[[argparse.Namespace], int], given: argparse.Namespace
     """
     try:
         status = command(given)
-        sys.stdout.flush()
+        given.out.flush()
         return status
     except FxquantError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{written(error)}\n")
     except BrokenPipeError:  # the reader, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), given.out.fileno())
     except OSError as error:
         what = error.filename if error.filename is not None else given.command
         sys.stderr.write(f"{what} must be readable and writable: got {error.strerror or error}.\n")

@@ -1,11 +1,10 @@
-"""What each command does: a function of what was given, which prints and returns the exit status."""
+"""What each command does: a function of what was given, which writes to its ``out`` and returns the exit status."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import sys
 from typing import Any
 
 import fxquant
@@ -17,7 +16,7 @@ def doctor(given: argparse.Namespace) -> int:
     """`fxquant.shell.doctor`."""
     from fxquant.shell.doctor import examine
 
-    return examine(quick=given.quick, as_json=given.json)
+    return examine(given.out, quick=given.quick, as_json=given.json)
 
 
 def explain(given: argparse.Namespace) -> int:
@@ -64,6 +63,7 @@ def lint(given: argparse.Namespace) -> int:
 def kernels(given: argparse.Namespace) -> int:
     """The kernel of each product of a file."""
     from fxquant.support.table import table
+    from fxquant.targets.document import load_model
     from fxquant.targets.registry import configured, get_target
 
     target = get_target(given.target)
@@ -74,6 +74,7 @@ def kernels(given: argparse.Namespace) -> int:
             f"{called_as()} lint {given.path} --target {target.name}"
         )
     runtime.require()
+    load_model(given.path)  # which says in a line what is no model
     rows = runtime.kernels(given.path)
     cells = [(r.name, r.op_type, r.kernel, "yes" if r.integer else "no", r.reason or "") for r in rows]
     return _print(table(("node", "op", "kernel", "integer", "why not"), cells), [vars(row) for row in rows], given)
@@ -110,12 +111,12 @@ def completion(given: argparse.Namespace) -> int:
     """The script of a shell."""
     from fxquant.shell.completion import script
 
-    sys.stdout.write(script(given.shell, given.tree))
+    given.out.write(script(given.shell, given.tree))
     return 0
 
 
 def _print(text: object, plain: Any, given: argparse.Namespace) -> int:
-    sys.stdout.write(f"{json.dumps(plain, indent=2) if given.json else text}\n")
+    given.out.write(f"{json.dumps(plain, indent=2) if given.json else text}\n")
     return 0
 
 

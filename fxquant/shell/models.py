@@ -12,7 +12,7 @@ from typing import Any
 
 import fxquant
 from fxquant.errors import FxquantError, InvalidArgument
-from fxquant.shell.failures import first_line, place
+from fxquant.shell.failures import first_line, place, torch_is_quiet
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
@@ -31,7 +31,8 @@ def prepared(given: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
             "Add --input 1x3x32x32, once for each input, or let it give (model, args)."
         )
     rules = [fxquant.skip(path) for path in given.skip]
-    fxquant.prepare(model, args, recipe=given.recipe, target=given.target, rules=rules)
+    with torch_is_quiet():
+        fxquant.prepare(model, args, recipe=given.recipe, target=given.target, rules=rules)
     return model, args
 
 
@@ -99,12 +100,12 @@ def _running(rule: str, fix: str) -> Iterator[None]:
         raise
     except SystemExit as error:
         raise InvalidArgument(
-            f"{rule}: got an end of the process, status {error.code} ({place(error)}). Put what runs as a script "
+            f"{rule}: got an end of the process, status {error.code}{place(error)}. Put what runs as a script "
             'under `if __name__ == "__main__":`.'
         ) from error
     except Exception as error:
         whole = "--traceback before the command shows all of it."
-        raise InvalidArgument(f"{rule}: got {first_line(error)} ({place(error)}). {fix} {whole}") from error
+        raise InvalidArgument(f"{rule}: got {first_line(error)}{place(error)}. {fix} {whole}") from error
 
 
 def _no_model(name: str, found: Any) -> InvalidArgument:

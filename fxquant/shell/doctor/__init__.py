@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import fxquant
 from fxquant.shell.doctor import machine, packages, training
@@ -26,26 +26,26 @@ def checks(*, quick: bool) -> Iterator[Check]:
     return itertools.chain(machine.checks(quick=quick), packages.checks(quick=quick), training.checks(quick=quick))
 
 
-def examine(*, quick: bool = False, as_json: bool = False) -> int:
+def examine(out: TextIO, *, quick: bool = False, as_json: bool = False) -> int:
     """Asks and prints, each line as it is known; with ``as_json`` one object at the end.
 
     Returns the exit status: 0 where nothing is broken, and unless ``quick`` a step was trained; else 1.
     """
     where = {"fxquant": fxquant.__version__, "platform": platform.platform()}
     if not as_json:
-        sys.stdout.write(f"fxquant {where['fxquant']} on {where['platform']}\n")
+        out.write(f"fxquant {where['fxquant']} on {where['platform']}\n")
     findings = []
     for check in checks(quick=quick):
         findings.append(found_by(check))
         if not as_json:
-            sys.stdout.write(f"{line(findings[-1])}\n")
-            sys.stdout.flush()
+            out.write(f"{line(findings[-1])}\n")
+            out.flush()
     broken = [each.name for each in findings if each.status == BROKEN]
     if as_json:
         plain = {"ok": not broken, **where, "findings": [each.to_dict() for each in findings]}
-        sys.stdout.write(f"{json.dumps(plain, indent=2)}\n")
+        out.write(f"{json.dumps(plain, indent=2)}\n")
     else:
-        sys.stdout.write(f"{_verdict(findings, broken, quick)}\n")
+        out.write(f"{_verdict(findings, broken, quick)}\n")
     return 1 if broken else 0
 
 

@@ -72,7 +72,7 @@ def found_by(check: Check) -> Finding:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a package may end the process as it is imported
-        found = Finding(status=BROKEN, found=f"{first_line(error)} ({place(error)})", fix=check.mend)
+        found = Finding(status=BROKEN, found=f"{first_line(error)}{place(error, ours=True)}", fix=check.mend)
     return replace(found, name=check.name, seconds=time.perf_counter() - start)
 
 
