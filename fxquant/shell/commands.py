@@ -102,8 +102,8 @@ def costs(given: argparse.Namespace) -> int:
     table = measure_costs(given.target, rounds=given.rounds, threads=given.threads)
     path.write_text(table.to_json())
     slow = sum(row.cost.plain < row.cost.integer for row in table.rows)
-    sys.stdout.write(f"{path}: {len(table.rows)} layers in {table}; {slow} of them are faster in float\n")
-    sys.stdout.write(f"use it as fxquant.prepare(model, args, target={given.target!r}, skip_slow={given.output!r})\n")
+    given.out.write(f"{path}: {len(table.rows)} layers in {table}; {slow} of them are faster in float\n")
+    given.out.write(f"use it as fxquant.prepare(model, args, target={given.target!r}, skip_slow={given.output!r})\n")
     return 0
 
 

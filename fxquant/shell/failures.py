@@ -52,8 +52,9 @@ def written(error: FxquantError) -> str:
 @contextlib.contextmanager
 def torch_is_quiet() -> Iterator[None]:
     """Inside, torch writes no tracebacks of its own for an error that is raised as well, unless TORCH_LOGS is set."""
-    handlers = [] if os.environ.get("TORCH_LOGS") else logging.getLogger("torch").handlers
-    levels = [(handler, handler.level) for handler in handlers]
+    named = {} if os.environ.get("TORCH_LOGS") else logging.root.manager.loggerDict
+    loggers = [one for name, one in named.items() if name.split(".")[0] == "torch" and isinstance(one, logging.Logger)]
+    levels = [(handler, handler.level) for logger in loggers for handler in logger.handlers]
     for handler, _ in levels:
         handler.setLevel(logging.CRITICAL)
     try:
