@@ -80,9 +80,8 @@ def _train(proof: Proof) -> Finding:
         losses.append(loss.item())
     before, after = losses
     if not (math.isfinite(after) and after < before):
-        return Finding(
-            status=BROKEN, found=f"a step must lower the loss of the batch that it saw: got {before} → {after}"
-        )
+        told = f"a step must lower the loss of the batch that it saw: got {before} → {after}"
+        return Finding(status=BROKEN, found=told, fix=_REPORT)
     proof.model, proof.args, proof.trained = model, (x,), True
     return Finding(status=OK, found=f"a compiled step without a graph break; loss {before:.3f} → {after:.3f}")
 
