@@ -42,7 +42,7 @@ def _torch() -> Finding:
     import torch
 
     version = str(torch.__version__)
-    return in_range(version, *TORCH, pip(f"torch>={TORCH[0]}", "--upgrade")) or Finding(status=OK, found=version)
+    return in_range(version, *TORCH, f'pip install --upgrade "torch>={TORCH[0]}"') or Finding(status=OK, found=version)
 
 
 def _compiler(quick: bool) -> Finding:
@@ -100,9 +100,8 @@ def _cpu() -> Finding:
     lacks = integer_dot_support()
     if lacks:
         return Finding(status=NOTE, found=f"{cpu_name()}. {lacks}")
-    return Finding(
-        status=OK, found=f"{cpu_name()}: has dot products of 8-bit integers, which make integer kernels fast"
-    )
+    has = "has dot products of 8-bit integers, which make integer kernels fast"
+    return Finding(status=OK, found=f"{cpu_name()}: {has}")
 
 
 def _cuda(quick: bool) -> Finding:
@@ -111,10 +110,8 @@ def _cuda(quick: bool) -> Finding:
     from fxquant.kernels.dispatch import status
 
     if not torch.cuda.is_available():
-        built = torch.version.cuda is not None
-        fix = (
-            "Look at the driver (nvidia-smi)." if built else "On a CPU nothing is missing; a GPU needs torch with CUDA."
-        )
+        cpu = "On a CPU nothing is missing; a GPU needs a torch with CUDA"
+        fix = f"{cpu}." if torch.version.cuda is None else f"{cpu}, and a driver: look at nvidia-smi."
         return Finding(status=MISSING, found=status(build=False).reason, fix=fix)
     index = torch.cuda.current_device()
     name = "{} ({}.{})".format(torch.cuda.get_device_name(index), *torch.cuda.get_device_capability(index))
@@ -122,9 +119,8 @@ def _cuda(quick: bool) -> Finding:
         return Finding(status=OK, found=f"{name}, CUDA {torch.version.cuda}; not tried")
     found = status(build=True)
     if found.path != "cuda":
-        return Finding(
-            status=NOTE, found=f"{name}; eager operators take aten: {found.reason}", fix=pip("nvidia-cuda-nvrtc")
-        )
+        told = f"{name}; eager operators take aten: {found.reason}"
+        return Finding(status=NOTE, found=told, fix=pip("nvidia-cuda-nvrtc"))
     if not is_there("triton"):
         return Finding(status=OK, found=f"{name}; kernels of eager operators {found.reason}")
     seconds = _compiled_on("cuda")
@@ -141,6 +137,5 @@ def _triton() -> Finding:
         return Finding(status=MISSING, found=f"not installed: {why}", fix=fix)
     import triton
 
-    return Finding(
-        status=OK if wanted else LEFT_OUT, found=str(triton.__version__) + ("" if wanted else "; no GPU here")
-    )
+    version = str(triton.__version__)
+    return Finding(status=OK, found=version) if wanted else Finding(status=LEFT_OUT, found=f"{version}; no GPU here")

@@ -105,7 +105,5 @@ def _verify(proof: Proof, path: Path) -> Finding:
     bad = [str(level) for level in report.levels if not level.holds]
     found = "; ".join([f"in {report.runtime} {integer}", codes, *bad])
     if bad and sums_saturate() and report.levels[0].holds:  # the first has no optimized kernels
-        return Finding(
-            status=NOTE, found=f"{found}: 8-bit sums saturate on this CPU", fix="QuantSpec(bits=7) for weights"
-        )
+        return Finding(status=NOTE, found=f"{found}: 8-bit sums saturate on this CPU", fix=_SEVEN_BITS)
     return Finding(status=BROKEN, found=found, fix=_REPORT) if bad else Finding(status=OK, found=found)
