@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fxquant.shell.values import FILE, RECIPE, TARGET, completed_by
+from fxquant.shell.tree import FILE, RECIPE, TARGET, Parser, completed_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +47,33 @@ class Command:
         return tuple(each for each in self.arguments if not each.names)
 
 
-def script(shell: str, tree: argparse.ArgumentParser) -> str:
+def script(shell: str, tree: Parser) -> str:
     """The script for ``"bash"``, ``"zsh"`` or ``"fish"``."""
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands(tree))
 
 
-def commands(tree: argparse.ArgumentParser) -> tuple[Command, ...]:
+def commands(tree: Parser) -> tuple[Command, ...]:
     """What may stand before a command, then every command; the demo's options are its own parser's."""
     from fxquant.shell.demo import parser as demo
 
-    (choices,) = [each for each in tree._actions if isinstance(each, argparse._SubParsersAction)]
-    helps = {each.dest: each.help or "" for each in choices._get_subactions()}
-    parsers = {**choices.choices, "demo": demo()}
-    found = [Command(name=name, help=helps[name], arguments=_arguments(each)) for name, each in parsers.items()]
+    found = [
+        Command(name=name, help=each.description or "", arguments=_arguments(demo() if name == "demo" else each))
+        for name, each in tree.commands.items()
+    ]
     return (Command(name="", help="", arguments=_arguments(tree)), *found)
 
 
-def _arguments(parser: argparse.ArgumentParser) -> tuple[Argument, ...]:
-    actions = [each for each in parser._actions if not isinstance(each, argparse._SubParsersAction)]
+def _arguments(parser: Parser) -> tuple[Argument, ...]:
     return tuple(
         Argument(
             names=tuple(each.option_strings),
             help=(each.help or "").replace("%%", "%"),
             takes=each.nargs != 0,
-            repeats=isinstance(each, argparse._AppendAction),
+            repeats=type(each).__name__ == "_AppendAction",
             words=_words(each),
             files=completed_by(each) == FILE or getattr(each.type, "__name__", "") == "Path",
         )
-        for each in actions
+        for each in parser.arguments
     )
 
 

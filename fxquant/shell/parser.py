@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from fxquant.shell import commands
 from fxquant.shell.called_as import called_as
-from fxquant.shell.values import FILE, RECIPE, TARGET, completed
+from fxquant.shell.tree import FILE, RECIPE, TARGET, Parser, completed
 
 
-def parser(version: str) -> argparse.ArgumentParser:
+def parser(version: str) -> Parser:
     """The tree of commands; each sets ``run``, a function of what was given, but for the demo, which parses itself."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog=called_as(),
         description="Quantization-aware training for ONNX.",
         epilog="Exit status: 0 is good, 1 is not (the reason is on stderr), 2 is usage. What prints a report takes "
@@ -21,62 +20,62 @@ def parser(version: str) -> argparse.ArgumentParser:
     found.add_argument("--version", action="version", version=f"fxquant {version}")
     found.add_argument("--traceback", action="store_true", help="let errors come through as Python prints them")
     added = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_doctor(added)
-    _add_demo(added)
-    _add_explain(added)
-    _add_cost(added)
-    _add_passes(added)
-    _add_lint(added)
-    _add_kernels(added)
-    _add_tune(added)
-    _add_costs(added)
-    _add_completion(added, found)
+    _add_doctor(found, added)
+    _add_demo(found, added)
+    _add_explain(found, added)
+    _add_cost(found, added)
+    _add_passes(found, added)
+    _add_lint(found, added)
+    _add_kernels(found, added)
+    _add_tune(found, added)
+    _add_costs(found, added)
+    _add_completion(found, added)
     return found
 
 
-def _add_doctor(added: Any) -> None:
-    doctor = added.add_parser("doctor", help="what is installed and works on this machine, and how to get the rest")
+def _add_doctor(tree: Parser, added: Any) -> None:
+    doctor = tree.add_command(added, "doctor", "what is installed and works on this machine, and how to get the rest")
     doctor.add_argument("--quick", action="store_true", help="leave out what compiles: seconds instead of a minute")
     _add_json(doctor)
     doctor.set_defaults(run=commands.doctor)
 
 
-def _add_demo(added: Any) -> None:
-    added.add_parser("demo", help="train, quantize, export and verify two nets on handwritten digits", add_help=False)
+def _add_demo(tree: Parser, added: Any) -> None:
+    tree.add_command(added, "demo", "train, quantize, export and verify two nets on handwritten digits", add_help=False)
 
 
-def _add_explain(added: Any) -> None:
-    explain = added.add_parser("explain", help="where a model would be quantized, and where not and why")
+def _add_explain(tree: Parser, added: Any) -> None:
+    explain = tree.add_command(added, "explain", "where a model would be quantized, and where not and why")
     _add_model(explain)
     completed(explain.add_argument("--draw", metavar="FILE.svg", help="write the graph with its quantized edges"), FILE)
     explain.set_defaults(run=commands.explain)
 
 
-def _add_cost(added: Any) -> None:
-    cost = added.add_parser("cost", help="memory that a training step moves and keeps, against the float model's")
+def _add_cost(tree: Parser, added: Any) -> None:
+    cost = tree.add_command(added, "cost", "memory that a training step moves and keeps, against the float model's")
     _add_model(cost)
     cost.add_argument("--dynamic-batch", action="store_true", help="sizes as expressions in the batch size")
     cost.set_defaults(run=commands.cost)
 
 
-def _add_passes(added: Any) -> None:
-    passes = added.add_parser("passes", help="the graph between passes: what each one did to it, and what it left")
+def _add_passes(tree: Parser, added: Any) -> None:
+    passes = tree.add_command(added, "passes", "the graph between passes: what each one did to it, and what it left")
     _add_model(passes)
     passes.add_argument("--until", metavar="NAME", help="stop after this pass")
     passes.add_argument("--export", action="store_true", help="the passes of an export, ranges from the example inputs")
     passes.set_defaults(run=commands.passes)
 
 
-def _add_lint(added: Any) -> None:
-    lint = added.add_parser("lint", help="check an ONNX file against a target's rules; 1 where it breaks one")
+def _add_lint(tree: Parser, added: Any) -> None:
+    lint = tree.add_command(added, "lint", "check an ONNX file against a target's rules; 1 where it breaks one")
     completed(lint.add_argument("path", help="an ONNX file"), FILE)
     _add_target(lint)
     _add_json(lint)
     lint.set_defaults(run=commands.lint)
 
 
-def _add_kernels(added: Any) -> None:
-    kernels = added.add_parser("kernels", help="which nodes of an ONNX file its runtime runs on integers")
+def _add_kernels(tree: Parser, added: Any) -> None:
+    kernels = tree.add_command(added, "kernels", "which nodes of an ONNX file its runtime runs on integers")
     completed(kernels.add_argument("path", help="an ONNX file"), FILE)
     _add_target(kernels)
     kernels.add_argument("--capability", help="compute capability to build for, such as 8.9; tensorrt alone")
@@ -85,8 +84,8 @@ def _add_kernels(added: Any) -> None:
     kernels.set_defaults(run=commands.kernels)
 
 
-def _add_tune(added: Any) -> None:
-    tune = added.add_parser("tune", help="which layers of a Q/DQ file are faster in float on this machine")
+def _add_tune(tree: Parser, added: Any) -> None:
+    tune = tree.add_command(added, "tune", "which layers of a Q/DQ file are faster in float on this machine")
     completed(tune.add_argument("path", help="an ONNX file, of any tool"), FILE)
     _add_target(tune, help="onnxruntime or openvino (default: onnxruntime)")
     tune.add_argument(
@@ -100,8 +99,8 @@ def _add_tune(added: Any) -> None:
     tune.set_defaults(run=commands.tune)
 
 
-def _add_costs(added: Any) -> None:
-    costs = added.add_parser("costs", help="measure what layers cost on this machine, for prepare(skip_slow=FILE)")
+def _add_costs(tree: Parser, added: Any) -> None:
+    costs = tree.add_command(added, "costs", "measure what layers cost on this machine, for prepare(skip_slow=FILE)")
     _add_target(costs, help="the runtime (default: onnxruntime)")
     costs.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
     costs.add_argument("--rounds", type=int, default=15, help="runs of each layer (default: 15)")
@@ -109,13 +108,13 @@ def _add_costs(added: Any) -> None:
     costs.set_defaults(run=commands.costs)
 
 
-def _add_completion(added: Any, tree: argparse.ArgumentParser) -> None:
-    completion = added.add_parser("completion", help="a script that completes commands and options of fxquant by Tab")
+def _add_completion(tree: Parser, added: Any) -> None:
+    completion = tree.add_command(added, "completion", "a script that completes commands and options of fxquant by Tab")
     completion.add_argument("shell", choices=["bash", "zsh", "fish"], help="docs/shell.md says where it goes")
     completion.set_defaults(run=commands.completion, tree=tree)
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_model(command: Parser) -> None:
     """What `fxquant.shell.models.prepared` reads."""
     command.add_argument(
         "model", metavar="MODULE:NAME", help="a module's model, or function that makes it: nn.Module or (module, args)"
@@ -131,9 +130,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     _add_json(command)
 
 
-def _add_target(command: argparse.ArgumentParser, help: str = "the runtime it is for (default: onnxruntime)") -> None:
+def _add_target(command: Parser, help: str = "the runtime it is for (default: onnxruntime)") -> None:
     completed(command.add_argument("--target", default="onnxruntime", help=help), TARGET)
 
 
-def _add_json(command: argparse.ArgumentParser) -> None:
+def _add_json(command: Parser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")

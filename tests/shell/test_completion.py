@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from fxquant.__main__ import main
 from fxquant.shell.completion import commands, script
 from fxquant.shell.parser import parser
+from fxquant.shell.tree import Parser
 from fxquant.spec.recipes import RECIPES
 from fxquant.targets.registry import TARGETS
 
@@ -88,12 +88,14 @@ def test_files_where_files_go(bash: Path) -> None:
 
 def test_a_tree_with_quotes_and_brackets() -> None:
     """Help is shown by zsh and fish: it ends no quotation and no bracket."""
-    tree = argparse.ArgumentParser(prog="fxquant")
+    tree = Parser(prog="fxquant")
     added = tree.add_subparsers(dest="command")
-    added.add_parser("demo", help="a model's [size]: 5 %% of it").add_argument("--a", help="it's [x]: 5 %% of it")
-    assert "'demo:a model’s [size]: 5 %% of it'" in script("zsh", tree)
+    tree.add_command(added, "demo", "a model's [size]: 5 of it")
+    tree.add_command(added, "part", "a part").add_argument("--a", help="it's [x]: 5 %% of it")
+    assert "'demo:A model’s [size]: 5 of it.'" in script("zsh", tree)
+    assert "'--a[it’s (x)\\: 5 % of it]:value:'" in script("zsh", tree)
     told = commands(tree)
-    assert [each.name for each in told] == ["", "demo"] and told[1].options[1].names == ("--out",), (
+    assert [each.name for each in told] == ["", "demo", "part"] and told[1].options[1].names == ("--out",), (
         "the demo's own parser"
     )
 

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxquant.errors import FxquantError
+from fxquant.shell.tree import Parser
 
 
-def parser(prog: str = "python -m fxquant demo") -> argparse.ArgumentParser:
+def parser(prog: str = "python -m fxquant demo") -> Parser:
     """The command line, with the name that it was called by."""
     from fxquant.shell.demo.job import RECIPES
     from fxquant.shell.demo.nets import NETS
 
     about = "Two small nets on real digits: float training, PTQ, QAT, ONNX, and the proof that they agree."
-    result = argparse.ArgumentParser(prog=prog, description=about)
+    result = Parser(prog=prog, description=about)
     add, nets = result.add_argument, list(NETS)
     add("--out", type=Path, default=Path("build/demo"), help="folder to write (build/demo)")
     add("--seed", type=int, default=0, help="same seed, same numbers (0)")
