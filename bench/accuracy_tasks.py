@@ -21,9 +21,9 @@ from nets import Unavailable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxquant.demo import data as digits
-from fxquant.demo.nets import ResidualCNN, VisionTransformer
-from fxquant.demo.train import divergence
+from fxquant.shell.demo import data as digits
+from fxquant.shell.demo.nets import ResidualCNN, VisionTransformer
+from fxquant.shell.demo.train import divergence
 
 Forward = Callable[[Tensor], Tensor]
 Batches = Iterator[tuple[Tensor, Tensor]]

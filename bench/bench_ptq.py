@@ -97,9 +97,9 @@ def crepe() -> Task:
 
 def digits(name: str) -> Task:
     """One of the demo's nets, trained."""
-    from fxquant.demo.data import load
-    from fxquant.demo.nets import NETS
-    from fxquant.demo.train import Schedule, train
+    from fxquant.shell.demo.data import load
+    from fxquant.shell.demo.nets import NETS
+    from fxquant.shell.demo.train import Schedule, train
 
     held = load(0)
     torch.manual_seed(0)

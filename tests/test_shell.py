@@ -1,9 +1,10 @@
-"""python -m fxquant: explain, lint and kernels, by calls of main."""
+"""fxquant and python -m fxquant, by calls of main: explain, passes, lint, kernels, and how each of them ends."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.__main__ import main
 from fxquant.report.between_passes import Step, steps
+from fxquant.targets.registry import TARGETS
 from tests.report.nets import FLAT, IMAGE, Forked, Residual
 
 
@@ -33,6 +35,11 @@ def broken() -> nn.Module:
     raise RuntimeError("the weights are not here")
 
 
+def loud() -> tuple[nn.Module, tuple[Tensor]]:
+    print("here I am")
+    return nn.Linear(3, 2), (torch.randn(4, 3),)
+
+
 class Space:
     inner = staticmethod(Residual)
 
@@ -43,7 +50,7 @@ def models() -> Iterator[None]:
     vars(module).update(
         Residual=Residual, Table=Table, broken=broken, space=Space, number=3, pair=lambda: (Residual(), (IMAGE,)),
         instance=Forked(), bare=lambda: (Residual(), IMAGE), nothing=lambda: None, three=(Residual(), 1, 2),
-        normed=lambda: (Normed(), (torch.randn(2, 3, 6, 6),)),
+        normed=lambda: (Normed(), (torch.randn(2, 3, 6, 6),)), choosy=lambda width: nn.Linear(width, 2), loud=loud,
     )  # fmt: skip
     sys.modules["shell_models"] = module
     yield
@@ -127,13 +134,152 @@ def test_explain_errors(argv: list[str], message: str, capsys: pytest.CaptureFix
     assert message in captured.err and captured.out == "" and captured.err.count("\n") == 1
 
 
-def test_errors_of_the_users_code_come_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="the weights are not here"):
-        shell("explain", "shell_models:broken", "--input", "1")
-    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_here\n", encoding="utf-8")
+# ---------------------------------------------------------------- errors of the user's code
+
+LACKS = "ModuleNotFoundError: No module named 'a_package_that_is_not_here'"
+SCRIPT = 'Put what runs as a script under `if __name__ == "__main__":`.'
+ASKS = "def __getattr__(name):\n    raise OSError('no network')\n"
+# Name → source, the rule, what was got, the place below the file, the fix.
+MODULES = {
+    "needs_more": (
+        "import a_package_that_is_not_here\n",
+        "import",
+        LACKS,
+        "line 1, in <module>",
+        "Mend it, or install",
+    ),
+    "half_written": ("def f(:\n", "import", "SyntaxError: invalid syntax", "line 1", "Mend it, or install what it"),
+    "a_script": ("raise SystemExit(3)\n", "import", "an end of the process, status 3", "line 1, in <module>", SCRIPT),
+    "raises": ("raise ValueError('one\\ntwo')\n", "import", "ValueError: one", "line 1, in <module>", "Mend it, or"),
+    "asks": (
+        ASKS,
+        "be there",
+        "OSError: no network",
+        "line 2, in __getattr__",
+        "Mend what gives it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_that_does_not_import(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, rule, got, where, fix = MODULES[name]
+    path = tmp_path / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
-        shell("explain", "needs_more:model")
+    assert shell("explain", f"{name}:model") == 1
+    captured = capsys.readouterr()
+    subject = f"{name}:model" if name == "asks" else name
+    assert captured.err.startswith(f"{subject} must {rule}: got {got} ({path}, {where}). {fix}")
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    with pytest.raises(fxquant.errors.InvalidArgument) as whole:
+        shell("--traceback", "explain", f"{name}:model")
+    assert whole.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("command", ["explain", "cost", "passes"])
+def test_a_function_that_fails(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell(command, "shell_models:broken", "--input", "1") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("shell_models:broken must make a model: got RuntimeError: the weights are not here (")
+    assert f"{Path(__file__).name}, line " in err and ", in broken). Name a function that needs no arguments" in err
+    assert shell(command, "shell_models:choosy") == 1
+    err = capsys.readouterr().err
+    assert "1 required positional argument: 'width'. Name a function that needs no arguments" in err
+
+
+def test_inputs_that_do_not_fit_are_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch logs a traceback of its own for it."""
+    assert shell("explain", "shell_models:Residual", "--input", "2x4x8x8") == 1
+    err = capfd.readouterr().err
+    assert err.startswith("args and kwargs must run through the model: got RuntimeError: ") and err.count("\n") == 1
+
+
+def test_a_module_is_found_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A console script has its own folder on sys.path, and not the current one."""
+    source = "from torch import nn\nmake = lambda: nn.Linear(3, 2)\n"
+    (tmp_path / "of_this_folder.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert shell("explain", "of_this_folder:make", "--input", "4x3") == 0
+    assert "2 sites" in capsys.readouterr().out
+    assert shell("explain", "of_this_folder.py:make", "--input", "4x3") == 1
+    assert "got 'of_this_folder.py'. Write it without .py." in capsys.readouterr().err
+    assert shell("explain", "./of_this_folder.py:make", "--input", "4x3") == 1
+    assert "must name a module by its dotted name: got './of_this_folder.py'" in capsys.readouterr().err
+
+
+def test_what_a_model_prints_is_no_part_of_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell("explain", "shell_models:loud", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["sites"] and "here I am" in captured.err
+    assert shell("explain", "shell_models:loud") == 0
+    assert capsys.readouterr().out.startswith("here I am\n")
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "lint: interrupted\n"),
+        (
+            PermissionError(13, "Permission denied", "a.svg"),
+            1,
+            "a.svg must be readable and writable: got Permission denied.",
+        ),
+        (OSError("no space"), 1, "lint must be readable and writable: got no space."),
+        (fxquant.errors.ExportError("a\n\nException from src/core.cpp:1:\nb"), 1, "a\nb\n"),
+    ],
+)
+def test_how_a_command_ends(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lint(*given: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("fxquant.onnx.lint_onnx", lint)
+    assert shell("lint", "a.onnx") == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_comes_through_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxquant.onnx.lint_onnx", None)
+    with pytest.raises(TypeError):
+        shell("lint", "a.onnx")
+
+
+def test_a_reader_that_has_gone() -> None:
+    """``fxquant completion bash | head -1``: no traceback, and none as Python ends."""
+    command = [sys.executable, "-m", "fxquant", "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(120) == 1
+
+
+# ---------------------------------------------------------------- its name
+
+
+@pytest.mark.parametrize(
+    ("called", "name"), [("/usr/bin/fxquant", "fxquant"), ("C:/x/fxquant-script.py", "fxquant"),
+                         ("x/fxquant/__main__.py", "python -m fxquant")],
+)  # fmt: skip
+def test_help_has_the_name_that_it_was_called_by(
+    called: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    for command in ([], ["demo"], ["tune"]):
+        with pytest.raises(SystemExit) as stopped:
+            shell(*command, "--help")
+        assert stopped.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {' '.join([name, *command])} ")
+    assert shell("kernels", "x.onnx", "--target", "generic") == 1
+    assert capsys.readouterr().err.endswith(f"Check those: {name} lint x.onnx --target generic\n")
 
 
 # ---------------------------------------------------------------- passes
@@ -252,13 +398,30 @@ def test_lint_says_what_a_target_would_not_take(file: Path, capsys: pytest.Captu
 
 def test_kernels(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shell("kernels", str(file)) == 0
-    assert "MatMulIntegerToFloat" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shell("kernels", str(file), "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert "MatMulIntegerToFloat" in shown and all(row["kernel"] in shown and row["name"] in shown for row in rows)
+    assert [row["reason"] is None for row in rows] == [row["integer"] for row in rows]
 
 
-@pytest.mark.parametrize("command", ["lint", "kernels"])
-def test_a_file_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shell(command, str(tmp_path / "absent.onnx")) == 1
-    assert "absent.onnx" in capsys.readouterr().err
+FILES = [("lint",), ("tune",), *(("kernels", "--target", name) for name in ("onnxruntime", "openvino", "tensorrt"))]
+
+
+@pytest.mark.parametrize("command", FILES, ids=" ".join)
+def test_what_is_no_model(command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "--target" in command:
+        pytest.importorskip(TARGETS[command[2]].runtime.package.module)
+    (tmp_path / "text.onnx").write_text("not a model", encoding="utf-8")
+    (tmp_path / "empty.onnx").touch()
+    named = {"absent": "No such file or directory", "text": "", "empty": "one without a graph"}
+    for name, got in named.items():
+        path = tmp_path / f"{name}.onnx"
+        assert shell(*command, str(path)) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"{path} must be an ONNX model: got {got}") and captured.out == ""
+        assert captured.err.endswith("Give a file that fxquant.export_onnx, or another tool, wrote to its end.\n")
+        assert captured.err.count("\n") == 1
 
 
 def test_an_unknown_target(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -56,5 +57,31 @@ def counting(description: str, *, show: bool = True) -> Iterator[Callable[[str],
         yield step
     finally:
         if drawn:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def waiting(doing: str, *, show: bool = True) -> Iterator[None]:
+    """Inside, work of one step: a terminal reads what it is, from two seconds on, until it is done."""
+    if not show or not sys.stderr.isatty():
+        yield
+        return
+    drawn = threading.Event()
+
+    def draw() -> None:
+        drawn.set()
+        sys.stderr.write(f"\r\033[K{doing} …")
+        sys.stderr.flush()
+
+    timer = threading.Timer(_QUIET, draw)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if drawn.is_set():
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()

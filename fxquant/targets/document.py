@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ModelPath = str | os.PathLike[str]
 Feeds = Mapping[str, "np.ndarray"]  # a graph's inputs by name
+_GIVE = "Give a file that fxquant.export_onnx, or another tool, wrote to its end."
 
 
 def load_model(path: ModelPath) -> onnx.ModelProto:
@@ -29,9 +30,10 @@ def load_model(path: ModelPath) -> onnx.ModelProto:
     try:
         model: onnx.ModelProto = require("onnx").load(os.fspath(path), load_external_data=False)
     except Exception as error:  # protobuf's parse error has no public name
-        raise ExportError(f"{os.fspath(path)} must be an ONNX model: got {error}") from error
+        got = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ExportError(f"{os.fspath(path)} must be an ONNX model: got {got}. {_GIVE}") from error
     if not model.HasField("graph"):
-        raise ExportError(f"{os.fspath(path)} must be an ONNX model: got one without a graph.")
+        raise ExportError(f"{os.fspath(path)} must be an ONNX model: got one without a graph. {_GIVE}")
     if model.functions:
         model = require("onnx.inliner").inline_local_functions(model)
     return model

@@ -17,7 +17,7 @@ from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attri
 from fxquant.targets.onnxruntime_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, PRODUCT_KINDS, Profile
 from fxquant.targets.session import EXACT_SUMS, REFERENCE, latency, run_outputs, samples
-from fxquant.targets.target import Ran, Runtime, Target
+from fxquant.targets.target import Package, Ran, Runtime, Target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,5 +121,12 @@ TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
     lint=Lint(rules=_RULES),
-    runtime=Runtime(require=_require, run=run, kernels=kernel_rows, latency=latency, samples=samples),
+    runtime=Runtime(
+        require=_require,
+        run=run,
+        kernels=kernel_rows,
+        latency=latency,
+        samples=samples,
+        package=Package(module="onnxruntime", extra="onnx", oldest="1.20", newest="1.32"),
+    ),
 )

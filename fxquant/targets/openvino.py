@@ -21,7 +21,7 @@ from fxquant.targets.in_turns import in_turns
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute
 from fxquant.targets.openvino_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
-from fxquant.targets.target import KernelRow, Ran, Runtime, Target
+from fxquant.targets.target import KernelRow, Package, Ran, Runtime, Target
 
 if TYPE_CHECKING:
     import onnx
@@ -185,5 +185,11 @@ TARGET = Target(
     profile=_PROFILE,
     forecast=_FORECAST,
     lint=Lint(rules=_RULES),
-    runtime=Runtime(require=_require, run=run, kernels=kernels, samples=samples),
+    runtime=Runtime(
+        require=_require,
+        run=run,
+        kernels=kernels,
+        samples=samples,
+        package=Package(module="openvino", extra="openvino", oldest="2025.3", newest="2026.4"),
+    ),
 )

@@ -72,6 +72,22 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Package:
+    """What holds a runtime.
+
+    Attributes:
+        module: as it is imported.
+        extra: of fxquant, which installs it.
+        oldest, newest: versions by major and minor that files were tried in.
+    """
+
+    module: str
+    extra: str
+    oldest: str
+    newest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How a file is run on this machine; the functions import the runtime's package when they are called.
 
@@ -85,6 +101,7 @@ class Runtime:
             was asked for by name.
         capabilities: of devices that a file can be compiled for: ``run`` and ``kernels`` then take ``capability``.
         has_timeout: they compile in a process of their own and take ``timeout``, the seconds after which it is ended.
+        package: what holds it; None where that is nothing to install.
     """
 
     require: Callable[[], ModuleType]
@@ -95,6 +112,7 @@ class Runtime:
     rules_do: bool = False
     capabilities: tuple[str, ...] = ()
     has_timeout: bool = False
+    package: Package | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

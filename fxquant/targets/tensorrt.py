@@ -9,7 +9,7 @@ from fxquant.targets.cards import Cards
 from fxquant.targets.expected import FLOAT, FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.lint_reader import Lint
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
-from fxquant.targets.target import Runtime, Target
+from fxquant.targets.target import Package, Runtime, Target
 from fxquant.targets.tensorrt_rules import FP4_QUANTIZE, MEASURED, RULES, THROUGH, WAIVED
 from fxquant.targets.tensorrt_run import CAPABILITIES, kernel_rows, require_builder, run
 
@@ -104,5 +104,6 @@ TARGET = Target(
         rules_do=True,
         capabilities=CAPABILITIES,
         has_timeout=True,
+        package=Package(module="tensorrt_rtx", extra="tensorrt", oldest="1.7", newest="1.7"),
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import importlib
 import os
 import shutil
 import subprocess
@@ -50,6 +52,16 @@ def test_the_wheel_holds_every_file(built: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == wanted()
     assert any(name.count("/") > 2 for name in names if name.startswith("fxquant/passes/"))
+
+
+def test_the_wheel_has_a_console_script(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        (entry,) = [name for name in opened.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        points = configparser.ConfigParser()
+        points.read_string(opened.read(entry).decode())
+    module, _, function = points["console_scripts"]["fxquant"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_the_sdist_holds_every_file(built: Path) -> None:

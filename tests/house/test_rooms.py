@@ -39,7 +39,7 @@ ROOMS = (
     "report",
     "formerly",
     "__init__",
-    "demo",
+    "shell",
     "__main__",
 )
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
@@ -96,7 +96,7 @@ def complaint(found: Import) -> str | None:
     """Why this import may not be, or None."""
     importer, target = room_of(found.importer), room_of(found.target)
     arrow = f"{found.where}: {found.importer} imports {found.target}"
-    if target == "__init__" and importer not in ("demo", "__main__"):
+    if target == "__init__" and importer not in ("shell", "__main__"):
         return f"{arrow}: name the module that holds it."
     if RANK[target] > RANK[importer]:
         return f"{arrow}, against the order of ROOMS."
@@ -158,7 +158,7 @@ KNOWN = {"fxquant", *(f"fxquant.{room}" for room in ROOMS), "fxquant.ops.library
         ("fxquant.kernels.cuda", "from fxquant.spec import QuantSpec", "against the order"),
         ("fxquant.kernels.cuda", "from fxquant import numerics", None),
         ("fxquant.plan.plan", "from fxquant import prepare_all", "name the module"),
-        ("fxquant.demo.job", "import fxquant", None),
+        ("fxquant.shell.demo.job", "import fxquant", None),
     ],
 )
 def test_the_rules_themselves(importer: str, source: str, expected: str | None) -> None:

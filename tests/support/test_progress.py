@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import io
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from fxquant.support import progress
-from fxquant.support.progress import counting, track
+from fxquant.support.progress import counting, track, waiting
 
 
 class Terminal(io.StringIO):
@@ -113,3 +115,34 @@ def test_the_line_is_cleared_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         step("a file")
         raise ValueError("broken")
     assert terminal.getvalue().endswith("a file\r\033[K")
+
+
+# ---------------------------------------------------------------- one step
+
+
+def test_a_long_step_is_said_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "_QUIET", 0.0)
+    with waiting("compiling a kernel"):
+        end = time.monotonic() + 10
+        while not terminal.getvalue() and time.monotonic() < end:
+            time.sleep(0.001)
+        assert terminal.getvalue() == "\r\033[Kcompiling a kernel …"
+    assert terminal.getvalue().endswith("…\r\033[K")
+
+
+def test_a_short_step_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, threads = on_terminal(monkeypatch), threading.active_count()
+    with waiting("compiling a kernel"):
+        pass
+    assert terminal.getvalue() == "" and threading.active_count() == threads
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_step_without_a_terminal_or_a_wish(show: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO() if show else Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_QUIET", 0.0)
+    with waiting("compiling a kernel", show=show):
+        time.sleep(0.02)
+    assert stream.getvalue() == ""

@@ -359,7 +359,7 @@ def test_the_rule_itself(source: str, lines: list[int]) -> None:
 
 
 # The packages that the demo needs are called like a target.
-PACKAGES = {"fxquant.demo.extras"}
+PACKAGES = {"fxquant.shell.demo.extras"}
 
 
 def test_no_code_outside_asks_for_a_target_s_name() -> None:

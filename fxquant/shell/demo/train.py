@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.demo.data import Digits, epoch
+from fxquant.shell.demo.data import Digits, epoch
 
 Forward = Callable[[Tensor], Tensor]
 

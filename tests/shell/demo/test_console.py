@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fxquant.demo.console import COLUMNS, Console, cells
-from tests.demo.made import result
+from fxquant.shell.demo.console import COLUMNS, Console, cells
+from tests.shell.demo.made import result
 
 PLAIN = """\
 net  recipe  float %  PTQ %  QAT %  ONNX %  differing codes  integer share  latency ratio

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.demo.extras import require
+from fxquant.shell.demo.extras import require
 
 HELD_OUT = 0.25
 BATCH = 64

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.demo import data
-from fxquant.demo.data import Digits
-from tests.demo.made import few_digits
+from fxquant.shell.demo import data
+from fxquant.shell.demo.data import Digits
+from tests.shell.demo.made import few_digits
 
 
 def test_split_is_disjoint_and_complete(digits: Digits) -> None:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.demo import train as module
-from fxquant.demo.data import Digits
-from fxquant.demo.nets import NETS
-from fxquant.demo.train import SMOOTHING, Schedule, accuracy, divergence, score, train
-from tests.demo.made import few_digits
+from fxquant.shell.demo import train as module
+from fxquant.shell.demo.data import Digits
+from fxquant.shell.demo.nets import NETS
+from fxquant.shell.demo.train import SMOOTHING, Schedule, accuracy, divergence, score, train
+from tests.shell.demo.made import few_digits
 
 LABELS = torch.arange(150) % 10
 FEW = few_digits(LABELS, torch.tensor([3, 1, 4, 1, 5]))

@@ -15,13 +15,13 @@ from torch import nn
 
 import fxquant
 import fxquant.report
-from fxquant.demo import job
-from fxquant.demo.console import Console
-from fxquant.demo.data import Digits
-from fxquant.demo.job import Budget, Trained
-from fxquant.demo.nets import NETS
-from fxquant.demo.train import Schedule
-from tests.demo.made import Reader, few_digits
+from fxquant.shell.demo import job
+from fxquant.shell.demo.console import Console
+from fxquant.shell.demo.data import Digits
+from fxquant.shell.demo.job import Budget, Trained
+from fxquant.shell.demo.nets import NETS
+from fxquant.shell.demo.train import Schedule
+from tests.shell.demo.made import Reader, few_digits
 
 FEW = few_digits(torch.arange(70) % 10, torch.tensor([3, 1, 4, 1, 5]))
 SHORT = Schedule(epochs=2, learning_rate=1e-3, frozen_epochs=1)

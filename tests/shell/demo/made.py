@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.demo.data import Digits
-from fxquant.demo.job import Quantized, Trained
-from fxquant.demo.plot import Panel
-from fxquant.demo.results import Result
+from fxquant.shell.demo.data import Digits
+from fxquant.shell.demo.job import Quantized, Trained
+from fxquant.shell.demo.plot import Panel
+from fxquant.shell.demo.results import Result
 
 SCHEMA = {
     "net": str,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.demo.results import Result, replaced, write
-from tests.demo.made import SCHEMA, result
+from fxquant.shell.demo.results import Result, replaced, write
+from tests.shell.demo.made import SCHEMA, result
 
 WRITTEN = """\
 [

@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 import fxquant
-import fxquant.demo
 import fxquant.report
-from fxquant.demo import job
-from fxquant.demo.nets import NETS
-from fxquant.demo.results import write
+import fxquant.shell.demo
 from fxquant.errors import InvalidArgument, MissingDependency
-from tests.demo.made import SCHEMA, Reader, few_digits, result
+from fxquant.shell.demo import job
+from fxquant.shell.demo.nets import NETS
+from fxquant.shell.demo.results import write
+from tests.shell.demo.made import SCHEMA, Reader, few_digits, result
 
 # --- the command line ----------------------------------------------------------------------------------
 
 
 def test_what_is_run_unless_told_otherwise() -> None:
-    options = fxquant.demo.parser().parse_args([])
+    options = fxquant.shell.demo.parser().parse_args([])
     assert vars(options) == {
         "out": Path("build/demo"), "seed": 0, "nets": ["cnn", "vit"], "recipes": ["int8", "w4a8"], "quick": False,
     }  # fmt: skip
@@ -40,7 +40,7 @@ def test_what_is_run_unless_told_otherwise() -> None:
 )
 def test_what_the_command_line_refuses(arguments: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
-        fxquant.demo.main(arguments)
+        fxquant.shell.demo.main(arguments)
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -73,7 +73,7 @@ def faked(monkeypatch: Any) -> list[str]:
 
 
 def test_stages_come_in_order_and_everything_is_written(faked: list[str], tmp_path: Path, capsys: Any) -> None:
-    assert fxquant.demo.main(["--quick", "--out", str(tmp_path), "--nets", "cnn", "--recipes", "int8"]) == 0
+    assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path), "--nets", "cnn", "--recipes", "int8"]) == 0
     assert faked == [
         "prepare", "calibrate", "fxquant_eager", "fxquant", "freeze_batch_norm", "freeze_ranges",
         "fxquant_eager", "export_onnx", "verify_onnx", "sqnr",
@@ -89,15 +89,15 @@ def test_each_net_and_recipe_runs_once_in_the_order_given(
 ) -> None:
     drawn: list[list[tuple[str, list[str]]]] = []
     ours = few_digits(torch.arange(64) % 10, torch.arange(10))
-    monkeypatch.setattr("fxquant.demo.data.load", lambda seed: ours)
+    monkeypatch.setattr("fxquant.shell.demo.data.load", lambda seed: ours)
     monkeypatch.setattr(
-        "fxquant.demo.plot.draw",
+        "fxquant.shell.demo.plot.draw",
         lambda panels, path: drawn.append([(p.trained.net, [run.result.recipe for run in p.runs]) for p in panels]),
     )
     for net in ("cnn", "vit"):
         monkeypatch.setitem(NETS, net, Reader)
     arguments = ["--nets", "vit", "cnn", "vit", "--recipes", "w4a8", "w4a8"]
-    assert fxquant.demo.main(["--quick", "--out", str(tmp_path), *arguments]) == 0
+    assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path), *arguments]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [(row["net"], row["recipe"]) for row in rows] == [("vit", "w4a8"), ("cnn", "w4a8")]
     assert drawn == [[("vit", ["w4a8"]), ("cnn", ["w4a8"])]]
@@ -112,8 +112,8 @@ def test_a_missing_package_is_named_before_anything_is_done(
         raise MissingDependency("onnx is not there.")
 
     write([result()], tmp_path / "results.json")
-    monkeypatch.setattr("fxquant.demo.extras.require_all", missing)
-    assert fxquant.demo.main(["--quick", "--out", str(tmp_path)]) == 1
+    monkeypatch.setattr("fxquant.shell.demo.extras.require_all", missing)
+    assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "fxquant demo: onnx is not there.\n"
     assert not faked and (tmp_path / "results.json").exists(), "an earlier run's files are all there still"
 
@@ -121,7 +121,7 @@ def test_a_missing_package_is_named_before_anything_is_done(
 def test_the_float_net_is_left_alone_and_numbers_repeat(faked: list[str], tmp_path: Path) -> None:
     rows = []
     for folder in ("a", "b"):
-        assert fxquant.demo.main(["--quick", "--out", str(tmp_path / folder), "--nets", "vit"]) == 0
+        assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path / folder), "--nets", "vit"]) == 0
         rows.append(json.loads((tmp_path / folder / "results.json").read_text()))
     assert rows[0] == rows[1]
     assert rows[0][0]["qat_acc"] == rows[0][1]["qat_acc"]  # both fakes start from float
@@ -136,7 +136,7 @@ def test_a_run_cut_short_leaves_no_results(
 
     write([result()], tmp_path / "results.json")  # of an earlier run, whose files this one replaces
     monkeypatch.setattr(fxquant, "export_onnx", stop, raising=False)
-    assert fxquant.demo.main(["--quick", "--out", str(tmp_path), "--nets", "cnn"]) == code
+    assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path), "--nets", "cnn"]) == code
     assert not (tmp_path / "results.json").exists()
     assert "fxquant demo:" in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_a_run_cut_short_leaves_no_results(
 @pytest.mark.slow
 def test_quick_end_to_end(tmp_path: Path) -> None:
     arguments = ["--quick", "--out", str(tmp_path), "--nets", "cnn", "--recipes", "int8"]
-    assert fxquant.demo.main(arguments) == 0
+    assert fxquant.shell.demo.main(arguments) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert {key: type(value) for key, value in row.items()} == SCHEMA
     assert row["compared_codes"] > 0 and 0 < row["integer_share"] <= 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.demo.data import Digits
+from fxquant.shell.demo.data import Digits
 
 
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     pytest.importorskip("sklearn")
-    from fxquant.demo import data
+    from fxquant.shell.demo import data
 
     return data.load(0)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.demo import extras
 from fxquant.errors import MissingDependency
+from fxquant.shell.demo import extras
 
 
 def test_a_module_inside_a_package_is_what_comes_back() -> None:

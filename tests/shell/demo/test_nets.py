@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.demo.nets import NETS, Attention, ResidualBlock, TransformerBlock, VisionTransformer
-from fxquant.demo.train import divergence
+from fxquant.shell.demo.nets import NETS, Attention, ResidualBlock, TransformerBlock, VisionTransformer
+from fxquant.shell.demo.train import divergence
 
 PARAMETERS = {
     "cnn": (

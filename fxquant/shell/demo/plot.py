@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxquant.demo.extras import require
-from fxquant.demo.job import Quantized, Trained
-from fxquant.demo.results import replaced
+from fxquant.shell.demo.extras import require
+from fxquant.shell.demo.job import Quantized, Trained
+from fxquant.shell.demo.results import replaced
 
 FLOAT = "#555555"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by everyone

@@ -1,6 +1,6 @@
 """``python -m fxquant demo``: two small nets on real digits, from float training to a proven ONNX file.
 
-Everything lands in one folder: ``results.json`` (a list of `fxquant.demo.results.Result`), ``curves.png``,
+Everything lands in one folder: ``results.json`` (a list of `fxquant.shell.demo.results.Result`), ``curves.png``,
 and for each net and recipe the ``.onnx`` file with a ``.txt`` beside it that holds what its export and its
 verification say.
 """
@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxquant.errors import FxquantError
+from fxquant.shell.tree import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    from fxquant.demo.job import RECIPES
-    from fxquant.demo.nets import NETS
+def parser(prog: str = "python -m fxquant demo") -> Parser:
+    """The command line, with the name that it was called by."""
+    from fxquant.shell.demo.job import RECIPES
+    from fxquant.shell.demo.nets import NETS
 
     about = "Two small nets on real digits: float training, PTQ, QAT, ONNX, and the proof that they agree."
-    result = argparse.ArgumentParser(prog="python -m fxquant demo", description=about)
+    result = Parser(prog=prog, description=about)
     add, nets = result.add_argument, list(NETS)
     add("--out", type=Path, default=Path("build/demo"), help="folder to write (build/demo)")
     add("--seed", type=int, default=0, help="same seed, same numbers (0)")
@@ -33,10 +34,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Train, quantize, prove and write, in the order that the options name."""
-    from fxquant.demo import data, plot, results
-    from fxquant.demo.console import Console
-    from fxquant.demo.extras import require_all
-    from fxquant.demo.job import Budget, quantize, train_float
+    from fxquant.shell.demo import data, plot, results
+    from fxquant.shell.demo.console import Console
+    from fxquant.shell.demo.extras import require_all
+    from fxquant.shell.demo.job import Budget, quantize, train_float
 
     require_all()
     console, out = Console(), options.out
@@ -60,9 +61,9 @@ def run(options: argparse.Namespace) -> None:
     console.say(f"Written to {out}: {', '.join(files)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m fxquant demo") -> int:
     """Run the demo; the process's exit code: 0, 1 for an error of fxquant's, 130 when interrupted."""
-    options = parser().parse_args(argv)
+    options = parser(prog).parse_args(argv)
     try:
         run(options)
     except FxquantError as error:

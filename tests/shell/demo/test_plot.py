@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.demo import plot
-from tests.demo.made import of_runs, panel, run
+from fxquant.shell.demo import plot
+from tests.shell.demo.made import of_runs, panel, run
 
 KEPT = {"a.quantizers.weight": 40.0, "a.quantizers.relu": 20.0, "b.quantizers.weight": 30.0}
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.demo.console import Console
-from fxquant.demo.data import Digits, calibration
-from fxquant.demo.extras import require
-from fxquant.demo.nets import NETS
-from fxquant.demo.results import Result
-from fxquant.demo.train import Forward, Schedule, accuracy, score, train
+from fxquant.shell.demo.console import Console
+from fxquant.shell.demo.data import Digits, calibration
+from fxquant.shell.demo.extras import require
+from fxquant.shell.demo.nets import NETS
+from fxquant.shell.demo.results import Result
+from fxquant.shell.demo.train import Forward, Schedule, accuracy, score, train
 from fxquant.targets.cpu import sums_saturate
 from fxquant.targets.session import EXACT_SUMS, input_names, run_outputs
 

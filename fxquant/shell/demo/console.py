@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
-    from fxquant.demo.results import Result
+    from fxquant.shell.demo.results import Result
 
 COLUMNS = (
     "net", "recipe", "float %", "PTQ %", "QAT %", "ONNX %",
