@@ -70,9 +70,9 @@ def test_other_targets_keep_the_order_of_the_model(tmp_path: Path) -> None:
     assert_expected_inline(
         shown(scores_file("openvino", tmp_path)),
         """\
-matmul0_rhs = QuantizeLinear(k, const0)
+matmul0_rhs = QuantizeLinear(k, const0, const0)
 quantize_dequantize = DequantizeLinear(matmul0_rhs, const0)
-matmul0_lhs = QuantizeLinear(q, const0)
+matmul0_lhs = QuantizeLinear(q, const0, const0)
 quantize_dequantize_1 = DequantizeLinear(matmul0_lhs, const0)
 transpose = Transpose(quantize_dequantize)
 matmul = MatMul(quantize_dequantize_1, transpose)
