@@ -13,17 +13,18 @@ float anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from fxquant.graph.arguments import argument
 from fxquant.graph.kinds import kind_of, operands
 from fxquant.graph.moves import passes_values
-from fxquant.graph.nodes import is_float, is_state
+from fxquant.graph.nodes import is_float
 from fxquant.plan.problem import Problem
 from fxquant.targets.costs import CostTable, Line, Size
 
@@ -32,16 +33,32 @@ _MARGIN = 1.05  # what float must gain on a layer, or times that are all but equ
 _FAMILY = {"conv": "conv", "add": "conv", "linear": "product", "matmul": "product"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """A table of costs, and how many examples the example inputs hold: it prices one."""
+
+    table: CostTable
+    examples: int = 1
+
+
+def examples_in(inputs: Any) -> int:
+    """The first dimension that all tensors of a model's inputs have; 1 where they differ."""
+    sizes = {int(leaf.shape[0]) if leaf.dim() else 1 for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    return max(1, *sizes) if len(sizes) == 1 else 1
+
+
 def slow_as_integers(
-    problem: Problem, table: CostTable, wanted: Collection[fx.Node], free: Collection[fx.Node]
+    problem: Problem, prices: Prices, wanted: Collection[fx.Node], free: Collection[fx.Node]
 ) -> dict[fx.Node, str]:
     """The products to leave in float, each with the reason.
+
+    Layers that are far from all of the table stay as the recipe says.
 
     Args:
         wanted: the products that are to be quantized.
         free: those of them that may be float: no rule of the user's names them.
     """
-    return _Division(problem, table, wanted, free).slow()
+    return _Division(problem, prices, wanted, free).slow()
 
 
 def size_of(node: fx.Node, batch: int) -> Size | None:
@@ -51,7 +68,7 @@ def size_of(node: fx.Node, batch: int) -> Size | None:
     if kind is None or not is_float(node) or 0 in shape:
         return None
     if kind.name == "add":
-        return Size(op="add", rows=_for_one(math.prod(shape), batch))
+        return Size(op="add", rows=_for_one(shape, batch))
     if kind.name == "conv":
         return _size_of_conv(node, shape, batch)
     if kind.name in ("linear", "matmul") and shape:
@@ -59,7 +76,7 @@ def size_of(node: fx.Node, batch: int) -> Size | None:
         left = values["input" if kind.name == "linear" else "lhs"].meta["val"]
         return Size(
             op=kind.name,
-            rows=_for_one(math.prod(shape[:-1]), batch),
+            rows=_for_one(shape[:-1], batch),
             depth=int(left.shape[-1]),
             columns=shape[-1],
         )
@@ -75,12 +92,14 @@ def _size_of_conv(node: fx.Node, shape: list[int], batch: int) -> Size | None:
     op = "depthwise" if groups > 1 else "pointwise" if taps == 1 else "conv"
     stride = argument(node, "stride")
     largest = max(int(n) for n in stride) if isinstance(stride, (list, tuple)) else int(stride)
-    rows = _for_one(math.prod(shape) // int(weight.shape[0]), batch)
+    has_batch = len(shape) == len(weight.shape)
+    rows = _for_one([*shape[:1], *shape[2:]], batch) if has_batch else math.prod(shape[1:])
     return Size(op=op, rows=rows, depth=inputs * taps, columns=int(weight.shape[0]), stride=largest)
 
 
-def _for_one(count: int, batch: int) -> int:
-    return count // batch if count % batch == 0 else count
+def _for_one(shape: Sequence[int], batch: int) -> int:
+    """Numbers of one example; a first dimension that is no multiple of the examples is none of theirs."""
+    return math.prod(shape) // (batch if shape and shape[0] % batch == 0 else 1)
 
 
 @dataclass(kw_only=True)
@@ -90,9 +109,12 @@ class _Cut:
     network: Any = field(default_factory=networkx.DiGraph)
 
     def cost(self, integer: Any, plain: Any, cost: float) -> None:
-        """Of the first being integers while the second is float."""
-        before = self.network.get_edge_data(integer, plain, {"capacity": 0.0}).get("capacity", math.inf)
-        self.network.add_edge(integer, plain, capacity=before + cost)
+        """Of the first being integers while the second is float.
+
+        In whole nanoseconds: sums of floats leave edges open by a last bit, through which the sides leak.
+        """
+        before = self.network.get_edge_data(integer, plain, {"capacity": 0})["capacity"]
+        self.network.add_edge(integer, plain, capacity=before + (cost if cost == math.inf else round(1000 * cost)))
 
     def demand(self, integer: Any, other: Any) -> None:
         """The second is integers where the first is."""
@@ -108,10 +130,10 @@ class _Division:
     """One graph being divided."""
 
     def __init__(
-        self, problem: Problem, table: CostTable, wanted: Collection[fx.Node], free: Collection[fx.Node]
+        self, problem: Problem, prices: Prices, wanted: Collection[fx.Node], free: Collection[fx.Node]
     ) -> None:
-        self.problem, self.table, self.wanted, self.free = problem, table, set(wanted), set(free)
-        self.batch = _batch(problem.graph)
+        self.problem, self.wanted, self.free = problem, set(wanted), set(free)
+        self.table, self.batch = prices.table, prices.examples
         self.adds = {n for n in problem.graph.nodes if n.op == "call_function" and self._is_soft_add(n)}
         self.ends = {problem.end(node): node for node in (*self.wanted, *self.adds)}
         self.sizes = {node: size_of(node, self.batch) for node in (*self.wanted, *self.adds)}
@@ -162,7 +184,7 @@ class _Division:
         maker = self.ends.get(tensor)
         family = self._family(maker if maker is not None else readers[0])
         lines = self.table.edges[family]
-        numbers = _for_one(math.prod(int(n) for n in tensor.meta["val"].shape), self.batch)
+        numbers = _for_one([int(n) for n in tensor.meta["val"].shape], self.batch)
         gives_codes = maker is not None and (maker in self.adds or self._needs_output(maker))
         codes, floats = ("codes", tensor), ("floats", tensor)
         for reader in readers:
@@ -210,9 +232,10 @@ class _Division:
         size = self.sizes[node]
         cost = None if size is None else self.table.estimate(size)
         assert size is not None and cost is not None, "else it was demanded"
+        of = f", one of {self.batch} examples" if self.batch > 1 else ""
         return (
-            f"{self.table} takes longer with it on integers: {cost.integer:.3g} µs, {cost.plain:.3g} in float "
-            f"({size}), and the codes around it"
+            f"{self.table} takes longer with it on integers, counting the codes around it: "
+            f"by itself {cost.integer:.3g} µs, {cost.plain:.3g} in float ({size}{of})"
         )
 
 
@@ -221,11 +244,3 @@ def _source(value: fx.Node) -> fx.Node:
         value = value.all_input_nodes[0]
     return value
 
-
-def _batch(graph: fx.Graph) -> int:
-    """The first dimension of the first floating or integer input with one: what example inputs have of examples."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and not is_state(node) and getattr(value, "shape", ()):
-            return max(1, int(value.shape[0]))
-    return 1

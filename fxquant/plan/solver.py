@@ -15,13 +15,12 @@ from torch import fx
 from fxquant.graph.kinds import operands
 from fxquant.plan.demands import Demands
 from fxquant.plan.exceptions import Exceptions
-from fxquant.plan.paying import slow_as_integers
+from fxquant.plan.paying import Prices, slow_as_integers
 from fxquant.plan.placements import Placements, Placing
 from fxquant.plan.problem import Problem
 from fxquant.plan.settling import Settling
 from fxquant.spec.recipes import Recipe
 from fxquant.spec.rules import Rulebook
-from fxquant.targets.costs import CostTable
 from fxquant.targets.profiles import Profile
 
 __all__ = ["Placements", "place"]
@@ -32,15 +31,15 @@ def place(
     recipe: Recipe,
     profile: Profile,
     exceptions: Exceptions | None = None,
-    costs: CostTable | None = None,
+    prices: Prices | None = None,
 ) -> Placements:
     """Decides the quantized tensors of one graph; deterministic, changes nothing but the rulebook's notes."""
     none = Exceptions(Rulebook(()), lambda node: (("", None),), (None, None))
     problem = Problem(graph, recipe, profile, exceptions or none)
     demands = Demands(problem)
-    if costs is not None:
+    if prices is not None:
         wanted = dict.fromkeys(node for node, _ in demands.activations)
-        problem.slow = slow_as_integers(problem, costs, wanted, [node for node in wanted if _is_free(problem, node)])
+        problem.slow = slow_as_integers(problem, prices, wanted, [node for node in wanted if _is_free(problem, node)])
         demands = Demands(problem)
     settled = Settling(problem, demands)
     placing = Placing(problem)

@@ -16,6 +16,7 @@ from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import normalizing_passes
 from fxquant.plan.exceptions import Exceptions, weighted
 from fxquant.plan.naming import Naming
+from fxquant.plan.paying import Prices, examples_in
 from fxquant.plan.plan import Edge, FloatPlace, Plan, Site
 from fxquant.plan.positions import modules_around
 from fxquant.plan.solver import place
@@ -44,6 +45,7 @@ def make_plan(
     UnsupportedModel for a model that Dynamo cannot run, and where nothing is to be quantized.
     """
     graphs = _graphs(model, args, kwargs)
+    prices = None if costs is None else Prices(table=costs, examples=examples_in((args, kwargs)))
     sites: dict[tuple[str, tuple[Edge, ...]], Site] = {}
     declined: list[FloatPlace] = []
     layers = [node for gm in graphs for node in weighted(gm.graph, profile)]
@@ -51,7 +53,7 @@ def make_plan(
     book = Rulebook(recipe.rules)
     classes = {path: type(module) for path, module in model.named_modules()}
     for gm in graphs:
-        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm, classes), ends), costs)
+        found = place(gm.graph, recipe, profile, Exceptions(book, modules_around(gm, classes), ends), prices)
         declined += (*found.described_declines(), *unreached(gm, profile))
         naming = Naming(gm, sites, may_own(model))
         for placed in found.placed:
@@ -59,6 +61,11 @@ def make_plan(
     declined += left_out(model, graphs)
     _check_kinds(recipe, graphs, sites.values())
     book.check()
+    if not sites and costs is not None:
+        raise UnsupportedModel(
+            f"model must hold a product that is faster on integers in {costs}: skip_slow leaves all of its products in "
+            "float. Deploy it in float, or leave skip_slow out, or name layers in rules, which keep them."
+        )
     if not sites:
         reasons = "; ".join(sorted({f"{d.where}: {d.reason}" for d in declined})) or "it runs no such operator"
         raise UnsupportedModel(

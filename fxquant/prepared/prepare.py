@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ def prepare(
         skip_slow: leaves products in float that run faster so in ``target``, counting the codes around them, for
             examples one at a time: True by fxquant's own table of costs for this class of CPU, ``"x86_64-vnni"`` for
             that one, ``"costs.json"`` by the table that ``python -m fxquant costs`` measured where the model will run.
-            Products that a rule names stay as it says; `explain` has the times.
+            Products that a rule names, or that are far from all of the table, stay as rule and recipe say; `explain`
+            has the times. Examples are counted by the first dimension that all inputs share.
 
     Raises:
         InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the
@@ -74,7 +76,7 @@ def prepare(
         UnsupportedModel: nothing to quantize, or parameters that are not floating point.
     """
     chosen, profile = _recipe(recipe).with_rules(rules or ()), get_profile(target)
-    costs = _costs(skip_slow, target)
+    costs = _costs(skip_slow, chosen, target)
     if ranges is not None:
         chosen = chosen.with_range(ranges)
     _check(model, args, kwargs)
@@ -99,15 +101,32 @@ def _recipe(recipe: str | Recipe | Measured) -> Recipe:
     return get_recipe(recipe.base if isinstance(recipe, Measured) else recipe)
 
 
-def _costs(skip_slow: bool | ModelPath | CostTable, target: str) -> CostTable | None:
+def _costs(skip_slow: bool | ModelPath | CostTable, recipe: Recipe, target: str) -> CostTable | None:
+    """The table that was asked for."""
+    if skip_slow is False:
+        return None
+    spec = recipe.activation
+    if spec is None or spec.group_size is not None or spec.element is not None:
+        raise InvalidArgument(
+            f"skip_slow must go with integer activations of one scale, whose costs are measured: recipe "
+            f"{recipe.name!r} has {'none' if spec is None else spec}. Leave it out."
+        )
+    if not isinstance(skip_slow, (bool, str, os.PathLike, CostTable)):
+        raise InvalidArgument(
+            f"skip_slow must be True, a class of CPU, a file of `fxquant costs` or a CostTable: got {skip_slow!r}."
+        )
     if isinstance(skip_slow, bool):
-        return shipped(target) if skip_slow else None
-    if isinstance(skip_slow, str) and not skip_slow.endswith(".json"):
+        return shipped(target)
+    if isinstance(skip_slow, str) and not _is_path(skip_slow):
         return shipped(target, skip_slow)
     table = skip_slow if isinstance(skip_slow, CostTable) else CostTable.load(skip_slow)
     if table.target != target:
         raise InvalidArgument(f"skip_slow must hold costs of target {target!r}: got a table of {table.target!r}.")
     return table
+
+
+def _is_path(text: str) -> bool:
+    return text.lower().endswith(".json") or os.path.basename(text) != text or os.path.exists(text)
 
 
 def strip(model: nn.Module) -> nn.Module:

@@ -99,6 +99,8 @@ def costs(given: argparse.Namespace) -> int:
     from fxquant.onnx.export import check_path
 
     path = check_path(given.output)
+    if path.suffix != ".json":
+        raise InvalidArgument(f"--output must end in .json, by which prepare knows a table: got {given.output!r}.")
     table = measure_costs(given.target, rounds=given.rounds, threads=given.threads)
     path.write_text(table.to_json())
     slow = sum(row.cost.plain < row.cost.integer for row in table.rows)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
-from fxquant.errors import InvalidArgument
+from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.prepared.root import require_plan
 from fxquant.targets.costs import Cost, CostTable, Line, Row, Size, cpu_class, shipped
 from fxquant.targets.costs.table import EDGES
@@ -55,7 +55,7 @@ def test_the_slow_layer_is_float_in_plan_report_file_and_checkpoint(table: CostT
     (tmp_path / "costs.json").write_text(table.to_json())
     model = fxquant.prepare(net(), (X,), skip_slow=tmp_path / "costs.json")
     assert quantized_layers(model) == {"0.0", "3", "5"}
-    assert "takes longer with it on integers: 40 µs, 10 in float" in " ".join(str(fxquant.explain(model)).split())
+    assert "by itself 40 µs, 10 in float" in " ".join(str(fxquant.explain(model)).split())
     fxquant.calibrate(model, [X], progress=False)
     path = tmp_path / "net.onnx"
     fxquant.export_onnx(model.eval(), (X,), path)
@@ -98,10 +98,13 @@ def test_our_own_table_leaves_stems_float() -> None:
     [
         ("openvino", True, "skip_slow must be for a target whose costs are measured, 'onnxruntime': got 'openvino'"),
         ("openvino", "table", "skip_slow must hold costs of target 'openvino': got a table of 'onnxruntime'"),
-        ("onnxruntime", "x86_64-vmni", "for onnxruntime on x86_64-vmni: fxquant has one for x86_64-vnni"),
+        ("onnxruntime", "x86_64-vmni", "of class 'x86_64-vmni': fxquant has one for x86_64-vnni"),
         ("onnxruntime", "nowhere.json", "a table of costs must be a file: got 'nowhere.json'"),
+        ("onnxruntime", "folder/costs", "a table of costs must be a file: got 'folder/costs'"),
+        ("onnxruntime", None, "must be True, a class of CPU, a file of `fxquant costs` or a CostTable: got None"),
+        ("onnxruntime", 1, "or a CostTable: got 1"),
     ],
-    ids=["no table", "another target", "another class", "no file"],
+    ids=["no table", "another target", "another class", "no file", "a path", "none", "a number"],
 )
 def test_bad_input_leaves_the_model(target: str, given: object, told: str, table: CostTable) -> None:
     model = net()
@@ -114,5 +117,30 @@ def test_a_cpu_without_a_table_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     shipped.cache_clear()
     assert cpu_class().startswith("riscv64")
-    with pytest.raises(InvalidArgument, match=r"for onnxruntime on riscv64.*python -m fxquant costs"):
+    with pytest.raises(InvalidArgument, match=r"of class 'riscv64.*`fxquant costs"):
         fxquant.prepare(net(), (X,), skip_slow=True)
+
+
+def test_a_net_that_is_faster_in_float_is_told(table: CostTable) -> None:
+    deep = nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.SiLU())
+    with pytest.raises(UnsupportedModel, match="skip_slow leaves all of its products in float"):
+        fxquant.prepare(deep, (X,), skip_slow=table)
+
+
+@pytest.mark.parametrize("recipe", ["int8_dynamic", "int4_weight_only"])
+def test_formats_that_the_table_has_not_are_refused(recipe: str, table: CostTable) -> None:
+    with pytest.raises(InvalidArgument, match=f"whose costs are measured: recipe '{recipe}' has"):
+        fxquant.prepare(net(), (X,), recipe=recipe, skip_slow=table)
+
+
+def test_a_mask_that_is_used_first_is_no_batch(table: CostTable) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+            return self.body(x * mask.sum())
+
+    model = fxquant.prepare(Masked(), (torch.ones(36, 36), X[:1]), skip_slow=table)
+    assert quantized_layers(model) == {"body.0.0", "body.3", "body.5"}

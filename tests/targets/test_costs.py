@@ -66,15 +66,26 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ("no json", "must be a table of costs.*JSONDecodeError"),
         ("[]", "must be a table of costs"),
-        ('{"rows": []}', "rows must hold sizes and times above 0"),
-        ('{"rows": [["linear", 1, 1, 1, 1, 0.0, 1.0]]}', "rows must hold sizes and times above 0"),
+        ('{"rows": []}', "rows must hold sizes of at least 1, and times above 0"),
+        ('{"rows": [["linear", 1, 1, 1, 1, 0.0, 1.0]]}', "times above 0"),
+        ('{"rows": [["linear", 1, 1, 1, 1, NaN, 1.0]]}', "times above 0"),
+        ('{"rows": [["linear", 1, 1, 1, 0, 1.0, 1.0]]}', "sizes of at least 1"),
         ('{"rows": [["linear", 1, 1, 1, 1, 1.0, 1.0]], "edges": {"conv": {}}}', "KeyError: 'enter'"),
+        ('{"rows": [["linear", 1, 1, 1, 1, 1.0, 1.0]], "edges": {}}', "KeyError: 'conv'"),
     ],
-    ids=["text", "list", "empty", "no time", "no edges"],
+    ids=["text", "list", "empty", "no time", "no number", "no stride", "no edges", "no family"],
 )
 def test_a_file_that_is_none_is_refused_by_name(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text(text)
     with pytest.raises(InvalidArgument, match=told):
+        CostTable.load(tmp_path / "costs.json")
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_a_change_of_form_takes_time(wrong: float, tmp_path: Path) -> None:
+    text = table((SMALL, 1.0, 2.0)).to_json().replace("[1.0, 0.5]", f"[{json.dumps(wrong)}, 0.5]", 1)
+    (tmp_path / "costs.json").write_text(text)
+    with pytest.raises(InvalidArgument, match="edges must hold times of at least 0"):
         CostTable.load(tmp_path / "costs.json")
 
 
@@ -105,7 +116,7 @@ def test_shipped_tables_are_whole() -> None:
 
 
 def test_a_table_that_is_not_there_is_told_with_the_command_that_makes_it() -> None:
-    with pytest.raises(InvalidArgument, match=r"for onnxruntime on riscv64: .*python -m fxquant costs --target onnxr"):
+    with pytest.raises(InvalidArgument, match=r"on a CPU of class 'riscv64'.*`fxquant costs --target onnxr"):
         shipped("onnxruntime", "riscv64")
     with pytest.raises(InvalidArgument, match=r"costs are measured, 'onnxruntime': got 'tensorrt'"):
         shipped("tensorrt")

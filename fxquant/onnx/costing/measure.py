@@ -62,8 +62,10 @@ def measure_costs(
             raise InvalidArgument(f"{name} must be at least {least}: got {value}.")
     convs = list(all_convolutions()) if convs is None else convs
     products = list(all_products()) if products is None else products
-    if not convs or not products:
-        raise InvalidArgument("convs and products must each name a layer to measure: got none.")
+    if not any(conv.is_chained for conv in convs) or not products:
+        raise InvalidArgument(
+            "convs must name a layer of stride 1 that another can follow, and products one: got none to measure."
+        )
     clock = functools.partial(_medians, samples, rounds, threads)
     with counting("costs", show=progress) as step:
         rows, edges = _measure(convs, products, adds, clock, step)

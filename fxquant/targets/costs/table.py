@@ -24,9 +24,10 @@ from fxquant.targets.document import ModelPath
 
 _FOLDER = Path(__file__).parent
 _NEAREST = 4
-_FARTHEST = 3.0  # octaves from the nearest row, in all sizes together: beyond that a table says nothing
+_FARTHEST = 5.0  # octaves from the nearest row, in all sizes together: beyond that a table says nothing
 _FIELDS = ("target", "version", "cpu", "machine", "date", "threads")
 
+FAMILIES = ("conv", "product")
 EDGES = ("enter", "leave", "reorder", "to_integer", "to_float")
 
 
@@ -173,13 +174,22 @@ class CostTable:
             )
             for op, rows, depth, columns, stride, integer, plain in fields["rows"]
         )
-        if not rows or any(min(row.cost.integer, row.cost.plain, row.size.work) <= 0 for row in rows):
-            raise ValueError("rows must hold sizes and times above 0")
+        if not rows or not all(map(_is_sound, rows)):
+            raise ValueError("rows must hold sizes of at least 1, and times above 0")
+        given = {family: {name: map(float, fields["edges"][family][name]) for name in EDGES} for family in FAMILIES}
         edges = {
-            family: {name: Line(fixed=float(lines[name][0]), each=float(lines[name][1])) for name in EDGES}
-            for family, lines in fields["edges"].items()
+            family: {name: Line(**dict(zip(("fixed", "each"), pair, strict=True))) for name, pair in lines.items()}
+            for family, lines in given.items()
         }
+        numbers = [number for lines in edges.values() for line in lines.values() for number in (line.fixed, line.each)]
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise ValueError("edges must hold times of at least 0")
         return cls(**{name: fields[name] for name in _FIELDS}, rows=rows, edges=edges)
+
+
+def _is_sound(row: Row) -> bool:
+    times, sizes = (row.cost.integer, row.cost.plain), dataclasses.astuple(row.size)[1:]
+    return all(math.isfinite(time) and time > 0 for time in times) and min(sizes) >= 1
 
 
 def cpu_class(cpuinfo: ModelPath = "/proc/cpuinfo") -> str:
@@ -211,7 +221,7 @@ def shipped(target: str, cpu: str | None = None) -> CostTable:
         )
     classes = ", ".join(cpu for name, _, cpu in held if name == target)
     raise InvalidArgument(
-        f"skip_slow must have a table of costs for {target} on {cpu}: fxquant has one for {classes}. Measure one on a "
-        f"machine like those that will run the model, `python -m fxquant costs --target {target} --output costs.json`, "
-        "and give skip_slow='costs.json'."
+        f"skip_slow must have a table of costs for {target} on a CPU of class {cpu!r}: fxquant has one for {classes}. "
+        f"Measure one on a machine like those that will run the model, `fxquant costs --target {target} --output "
+        "costs.json`, and give skip_slow='costs.json'."
     )

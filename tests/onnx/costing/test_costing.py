@@ -140,9 +140,11 @@ def test_the_grid_has_each_layer_once() -> None:
         ({"target": "tensorrt"}, "whose costs are measured, 'onnxruntime': got 'tensorrt'"),
         ({"rounds": 1}, "rounds must be at least 3: got 1"),
         ({"threads": 0}, "threads must be at least 1: got 0"),
-        ({"convs": []}, "convs and products must each name a layer"),
+        ({"convs": []}, "convs must name a layer of stride 1 that another can follow"),
+        ({"convs": [STEM]}, "convs must name a layer of stride 1 that another can follow"),
+        ({"products": []}, "and products one"),
     ],
-    ids=["openvino", "tensorrt", "rounds", "threads", "nothing"],
+    ids=["openvino", "tensorrt", "rounds", "threads", "no convolutions", "a first one alone", "no products"],
 )
 def test_bad_input(given: dict[str, object], told: str) -> None:
     with pytest.raises(InvalidArgument, match=told):
