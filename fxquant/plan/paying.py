@@ -163,6 +163,8 @@ class _Division:
     def _add_layer(self, node: fx.Node) -> None:
         size = self.sizes[node]
         cost = None if size is None else self.table.estimate(size)
+        if cost is None and node in self.adds:
+            return  # it goes with its neighbours
         if cost is None or (node in self.wanted and node not in self.free):
             self.cut.demand(_INTEGER, node)
             return

@@ -183,6 +183,20 @@ def test_kinds_that_the_table_has_not_stay_integers() -> None:
     assert declined(nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4)), SLOW_DEEP) == {}
 
 
+def test_a_sum_that_the_table_has_not_goes_with_its_neighbours() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(F.relu(self.one(x)) + x)
+
+    # As integers 2 · 22 + 20 + 20; in float 2 · 1.05 + 3 · 20; with the sum alone on integers 2 more changes.
+    found = declined(Residual(), costs({POINTWISE: (22.0, 1.0)}, dict.fromkeys(EDGES, 20.0)))
+    assert [name for name, why in found.items() if "takes longer" in why] == ["conv2d", "conv2d_1"]
+
+
 def test_products_of_attention_have_a_size() -> None:
     def attend(q: Tensor, k: Tensor) -> Tensor:
         return q @ k.transpose(-1, -2)
