@@ -121,3 +121,15 @@ def test_means_are_the_same_by_one_axis_after_the_other(name: str, tmp_path: Pat
     for level in levels():
         expected, got = (run(tmp_path / f"{which}.onnx", level) for which in ("before", "after"))
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=level)
+
+
+def test_two_means_are_one_again_where_the_convolution_is_float() -> None:
+    held = f"{HELD}, int64[1] rows = {{3}}, int64[1] columns = {{2}}"
+    means = "t = ReduceMean (e, rows) r = ReduceMean (t, columns) y = Neg(r)"
+    for body, count in ((SILU, 2), ("b = Conv(x, w) e = Sigmoid(b)", 1)):
+        text = f"{HEAD} <{held}> {{ {CODES} {body} {means} }}"
+        found = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+        assert means_by_axis(found.graph) == 0
+        after = ir.serde.serialize_model(found)
+        onnx.checker.check_model(after, full_check=True)
+        assert sum(node.op_type == "ReduceMean" for node in after.graph.node) == count

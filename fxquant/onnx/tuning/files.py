@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fxquant.onnx.pools import means_by_axis, pool_floats
 from fxquant.onnx.tuning.choose import Set
 from fxquant.onnx.tuning.floating import with_floats
 from fxquant.onnx.tuning.graph import QdqGraph
@@ -61,8 +62,9 @@ class Files:
         self._number = 0
 
     def variant(self, floats: Set) -> onnx.ModelProto:
-        """The model with these classes float."""
-        return with_floats(self.graph, [key for number in floats for key in self.classes[number].keys])
+        """The model with these classes float, and its pools as an export of it has them."""
+        found = with_floats(self.graph, [key for number in floats for key in self.classes[number].keys])
+        return _pooled(found) if floats and self.graph.needs_output else found
 
     def alone(self, layers: Layers, arrays: Feeds) -> dict[int, Compared]:
         """Each class by itself: float beside integer."""
@@ -113,6 +115,17 @@ class Files:
     def _clear(self) -> None:
         for file in self.folder.iterdir():
             file.unlink()
+
+
+def _pooled(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With the forms of `fxquant.onnx.pools`, which depend on what is float before a pool."""
+    if not any(node.op_type in ("MaxPool", "ReduceMean") for node in model.graph.node):
+        return model
+    ir = require("onnx_ir")
+    found = ir.serde.deserialize_model(model)
+    pool_floats(found.graph)
+    means_by_axis(found.graph)
+    return ir.serde.serialize_model(found)
 
 
 def _name(floats: Set) -> str:
