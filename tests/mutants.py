@@ -267,7 +267,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "fxquant/numerics/division.py",
         "tests/numerics/test_division.py",
         {
-            "return tensor / torch.where(torch.isnan(tensor), tensor, number)": "return tensor * (1.0 / number)",
+            "return tensor / torch.where(tensor != tensor, tensor, number)": "return tensor * (1.0 / number)",
             "return torch.full_like(tensor, 1.0) / tensor": "return torch.full_like(tensor, 1.0) / tensor.abs()",
         },
     ),
@@ -395,6 +395,29 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "fxquant/plan/demands.py",
         "tests/plan/test_solver.py tests/plan/test_solver_groups.py",
         {"(axis < 0 and dim > 2)": "(axis < 0 and dim > 9)"},
+    ),
+    (
+        "fxquant/plan/paying.py",
+        "tests/plan/test_paying.py",
+        {
+            "node, cost.plain * _MARGIN)": "node, cost.integer * _MARGIN)",
+            "self.cut.demand(floats, reader)": "self.cut.demand(reader, floats)",
+            "if not passes_values(user):": "if passes_values(user):",
+        },
+    ),
+    (
+        "fxquant/plan/solver.py",
+        "tests/plan/test_paying.py",
+        {"rule is None or rule.optional": "rule is None or not rule.optional"},
+    ),
+    (
+        "fxquant/onnx/pools.py",
+        "tests/onnx/test_pools.py",
+        {
+            "if pair is None or _is_of_integers(pair[0].inputs[0]):": "if pair is None:",
+            "after.replace_input_with(0, old)": "after.replace_input_with(0, given)",
+            "if is_pair and not _is_of_integers(inner.inputs[0], _BY_ELEMENT):": "if is_pair:",
+        },
     ),
     (
         "fxquant/plan/settling.py",
