@@ -416,7 +416,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         {
             "if pair is None or _is_of_integers(pair[0].inputs[0]):": "if pair is None:",
             "after.replace_input_with(0, old)": "after.replace_input_with(0, given)",
-            "if is_pair and not _is_of_integers(inner.inputs[0], _BY_ELEMENT):": "if is_pair:",
+            "if is_pair and not _is_of_integers(inner.inputs[0]):": "if is_pair:",
         },
     ),
     (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # What moves a tensor's values, or picks some of them.
-_MOVES = frozenset({"Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+MOVES = frozenset({"Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def fold_pads(graph: Any) -> int:
@@ -124,7 +124,7 @@ def _pad_before(value: Any) -> Any:
     if pad is None or pad.op_type != "Pad":
         return None
     before = pad.inputs[0].producer()
-    while before is not None and before.op_type in _MOVES:
+    while before is not None and before.op_type in MOVES:
         before = before.inputs[0].producer()
     is_same = before is not None and before.op_type == "DequantizeLinear" and _same_grid(before, quantize)
     return pad if is_same and _same_grid(quantize, node) else None

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import networkx
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -42,8 +41,8 @@ class Prices:
 
 
 def examples_in(inputs: Any) -> int:
-    """The first dimension that all tensors of a model's inputs have; 1 where they differ."""
-    sizes = {int(leaf.shape[0]) if leaf.dim() else 1 for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    """The first dimension that all tensors of a model's inputs have, scalars aside; 1 where they differ."""
+    sizes = {int(leaf.shape[0]) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()}
     return max(1, *sizes) if len(sizes) == 1 else 1
 
 
@@ -102,11 +101,13 @@ def _for_one(shape: Sequence[int], batch: int) -> int:
     return math.prod(shape) // (batch if shape and shape[0] % batch == 0 else 1)
 
 
-@dataclass(kw_only=True)
 class _Cut:
     """The network: what stays on the side of the source is integers."""
 
-    network: Any = field(default_factory=networkx.DiGraph)
+    def __init__(self) -> None:
+        import networkx  # a tenth of a second, for those who ask for it alone
+
+        self.network: Any = networkx.DiGraph()
 
     def cost(self, integer: Any, plain: Any, cost: float) -> None:
         """Of the first being integers while the second is float.
@@ -122,6 +123,8 @@ class _Cut:
 
     def integers(self) -> set[Any]:
         """The side of the source in the cheapest division."""
+        import networkx
+
         _, (found, _) = networkx.minimum_cut(self.network, _INTEGER, _FLOAT)
         return set(found)
 

@@ -95,14 +95,14 @@ def tune(given: argparse.Namespace) -> int:
 
 def costs(given: argparse.Namespace) -> int:
     """The table of `fxquant.onnx.costing`, into a file."""
-    from fxquant.onnx.costing import measure_costs
+    from fxquant.onnx.costing import measure_costs, save_costs
     from fxquant.onnx.export import check_path
 
     path = check_path(given.output)
     if path.suffix != ".json":
         raise InvalidArgument(f"--output must end in .json, by which prepare knows a table: got {given.output!r}.")
     table = measure_costs(given.target, rounds=given.rounds, threads=given.threads)
-    path.write_text(table.to_json())
+    save_costs(table, path)
     slow = sum(row.cost.plain < row.cost.integer for row in table.rows)
     given.out.write(f"{path}: {len(table.rows)} layers in {table}; {slow} of them are faster in float\n")
     given.out.write(f"use it as fxquant.prepare(model, args, target={given.target!r}, skip_slow={given.output!r})\n")

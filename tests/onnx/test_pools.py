@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,10 @@ POOL = "<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]>"
 PAIR = "c = QuantizeLinear(f, s, z) d = DequantizeLinear(c, s, z)"
 AFTER = "g = Conv(e, u) h = QuantizeLinear(g, s, z) y = DequantizeLinear(h, s, z)"
 CODES = "k = QuantizeLinear(w, v, o) u = DequantizeLinear(k, v, o)"
+MADE = "i = QuantizeLinear(x, s, z) j = DequantizeLinear(i, s, z) b = Conv(j, u) a = QuantizeLinear(b, s, z) "
+MADE += "m = DequantizeLinear(a, s, z)"
+FLOATS = "b = Sigmoid(x) a = QuantizeLinear(b, s, z) m = DequantizeLinear(a, s, z)"
+OTHERS = "p = Sigmoid(x) q = QuantizeLinear(p, s, z) l = DequantizeLinear(q, s, z)"
 CASES = {
     "float operator": (f"f = Sigmoid(x) {PAIR} e = MaxPool {POOL} (d)", 1),
     "float convolution": (f"b = Conv(x, w) f = Relu(b) {PAIR} e = MaxPool {POOL} (d)", 1),
@@ -30,6 +35,17 @@ CASES = {
         0,
     ),
     "no codes": (f"f = Sigmoid(x) e = MaxPool {POOL} (f)", 0),
+    "integer convolution after a pool": (
+        f"{MADE} n = MaxPool <kernel_shape = [1, 1]> (m) r = Conv(n, u) f = Relu(r) {PAIR} e = MaxPool {POOL} (d)",
+        0,
+    ),
+    "floats after an integer convolution": (
+        f"{MADE} n = Sigmoid(m) f = Mul(m, n) {PAIR} e = MaxPool {POOL} (d)",
+        0,
+    ),
+    "sum of integer convolutions": (f"{MADE} f = Add(m, m) {PAIR} e = MaxPool {POOL} (d)", 0),
+    "sum of float operators": (f"{FLOATS} f = Add(m, m) {PAIR} e = MaxPool {POOL} (d)", 1),
+    "sum of one of each": (f"{MADE} {OTHERS} f = Add(m, l) {PAIR} e = MaxPool {POOL} (d)", 1),
 }
 
 
@@ -44,6 +60,16 @@ def run(path: Path, level: str | None, optimized: Path | None = None) -> np.ndar
     return built.run(None, {"x": x})[0]
 
 
+def at_every_level(
+    before: onnx.ModelProto, after: onnx.ModelProto, folder: Path
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Level by level, what two files give."""
+    onnx.save(before, folder / "before.onnx")
+    onnx.save(after, folder / "after.onnx")
+    for level in levels():
+        yield level, run(folder / "before.onnx", level), run(folder / "after.onnx", level)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_values_are_the_same_at_every_level(name: str, tmp_path: Path) -> None:
     body, changed = CASES[name]
@@ -52,10 +78,7 @@ def test_the_values_are_the_same_at_every_level(name: str, tmp_path: Path) -> No
     assert pool_floats(found.graph) == changed
     after = ir.serde.serialize_model(found)
     onnx.checker.check_model(after, full_check=True)
-    onnx.save(before, tmp_path / "before.onnx")
-    onnx.save(after, tmp_path / "after.onnx")
-    for level in levels():
-        expected, got = (run(tmp_path / f"{which}.onnx", level) for which in ("before", "after"))
+    for level, expected, got in at_every_level(before, after, tmp_path):
         assert len(np.unique(expected)) > 4
         np.testing.assert_array_equal(got, expected, err_msg=level)
 
@@ -116,10 +139,7 @@ def test_means_are_the_same_by_one_axis_after_the_other(name: str, tmp_path: Pat
     assert means_by_axis(found.graph) == changed
     changed_model = ir.serde.serialize_model(found)
     onnx.checker.check_model(changed_model, full_check=True)
-    onnx.save(before, tmp_path / "before.onnx")
-    onnx.save(changed_model, tmp_path / "after.onnx")
-    for level in levels():
-        expected, got = (run(tmp_path / f"{which}.onnx", level) for which in ("before", "after"))
+    for level, expected, got in at_every_level(before, changed_model, tmp_path):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=level)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.prepared.root import require_plan
-from fxquant.targets.costs import Cost, CostTable, Line, Row, Size, cpu_class, shipped
-from fxquant.targets.costs.table import EDGES
+from fxquant.targets.costs import CostTable, Size, cpu_class, shipped
+from tests.costs import table_of
 
 X = torch.randn(2, 8, 6, 6)
 DEPTHWISE = "1"
@@ -28,21 +28,12 @@ def net() -> nn.Module:
 @pytest.fixture(scope="module")
 def table() -> CostTable:
     """Of a runtime whose depthwise convolutions are slow on integers, and nothing else."""
-    edges = {name: Line(fixed=1.0, each=0.0) for name in EDGES}
-    times = {
-        Size(op="pointwise", rows=36, depth=8, columns=8): Cost(integer=10.0, plain=40.0),
-        Size(op="depthwise", rows=36, depth=9, columns=8): Cost(integer=40.0, plain=10.0),
-        Size(op="linear", rows=1, depth=288, columns=4): Cost(integer=10.0, plain=40.0),
-    }
-    return CostTable(
-        target="onnxruntime",
-        version="1.0",
-        cpu="x86_64-vnni",
-        machine="a CPU",
-        date="2026-11-30",
-        threads=1,
-        rows=tuple(Row(size=size, cost=cost) for size, cost in times.items()),
-        edges={"conv": edges, "product": edges},
+    return table_of(
+        {
+            Size(op="pointwise", rows=36, depth=8, columns=8): (10.0, 40.0),
+            Size(op="depthwise", rows=36, depth=9, columns=8): (40.0, 10.0),
+            Size(op="linear", rows=1, depth=288, columns=4): (10.0, 40.0),
+        }
     )
 
 

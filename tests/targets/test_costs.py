@@ -8,30 +8,16 @@ from pathlib import Path
 import pytest
 
 from fxquant.errors import InvalidArgument
-from fxquant.targets.costs import Cost, CostTable, Line, Row, Size, cpu_class, shipped
-from fxquant.targets.costs.table import _FOLDER, EDGES
-
-
-def table(*rows: tuple[Size, float, float], target: str = "onnxruntime") -> CostTable:
-    edges = {family: {name: Line(fixed=1.0, each=0.5) for name in EDGES} for family in ("conv", "product")}
-    return CostTable(
-        target=target,
-        version="1.0",
-        cpu="x86_64-vnni",
-        machine="a CPU",
-        date="2026-11-30",
-        threads=1,
-        rows=tuple(Row(size=size, cost=Cost(integer=integer, plain=plain)) for size, integer, plain in rows),
-        edges=edges,
-    )
-
+from fxquant.targets.costs import CostTable, Line, Size, cpu_class, shipped
+from fxquant.targets.costs.table import _FOLDER
+from tests.costs import table_of
 
 SMALL = Size(op="linear", rows=16, depth=64, columns=64)
 LARGE = Size(op="linear", rows=64, depth=64, columns=64)
 
 
 def test_a_measured_layer_costs_what_was_measured_and_one_between_two_lies_between() -> None:
-    found = table((SMALL, 1.0, 4.0), (LARGE, 3.0, 20.0))
+    found = table_of({SMALL: (1.0, 4.0), LARGE: (3.0, 20.0)})
     near = found.estimate(SMALL)
     assert near is not None
     assert (near.integer, near.plain) == (pytest.approx(1.0, rel=0.01), pytest.approx(4.0, rel=0.01))
@@ -48,7 +34,7 @@ def test_a_measured_layer_costs_what_was_measured_and_one_between_two_lies_betwe
     ids=["another operator", "far away"],
 )
 def test_nothing_is_said_of_a_layer_that_is_far_from_all_rows(size: Size) -> None:
-    assert table((SMALL, 1.0, 4.0), (LARGE, 3.0, 20.0)).estimate(size) is None
+    assert table_of({SMALL: (1.0, 4.0), LARGE: (3.0, 20.0)}).estimate(size) is None
 
 
 def test_a_change_of_form_costs_by_the_numbers() -> None:
@@ -56,7 +42,7 @@ def test_a_change_of_form_costs_by_the_numbers() -> None:
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    before = table((SMALL, 1.25, 4.5), (Size(op="conv", rows=9, depth=27, columns=8, stride=2), 3.0, 20.0))
+    before = table_of({SMALL: (1.25, 4.5), Size(op="conv", rows=9, depth=27, columns=8, stride=2): (3.0, 20.0)})
     (tmp_path / "costs.json").write_text(before.to_json())
     assert CostTable.load(tmp_path / "costs.json") == before
 
@@ -83,7 +69,7 @@ def test_a_file_that_is_none_is_refused_by_name(text: str, told: str, tmp_path: 
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_a_change_of_form_takes_time(wrong: float, tmp_path: Path) -> None:
-    text = table((SMALL, 1.0, 2.0)).to_json().replace("[1.0, 0.5]", f"[{json.dumps(wrong)}, 0.5]", 1)
+    text = table_of({SMALL: (1.0, 2.0)}, each=0.5).to_json().replace("[1.0, 0.5]", f"[{json.dumps(wrong)}, 0.5]", 1)
     (tmp_path / "costs.json").write_text(text)
     with pytest.raises(InvalidArgument, match="edges must hold times of at least 0"):
         CostTable.load(tmp_path / "costs.json")

@@ -15,6 +15,7 @@ from fxquant.onnx.costing.grid import ADDS, Conv, Product
 from fxquant.onnx.costing.grid import convolutions as all_convolutions
 from fxquant.onnx.costing.grid import products as all_products
 from fxquant.onnx.tuning.files import write
+from fxquant.onnx.write import move_into_place
 from fxquant.support.progress import counting
 from fxquant.support.require import require
 from fxquant.targets.costs import EDGES, Cost, CostTable, Line, Row, Size, cpu_class
@@ -48,7 +49,7 @@ def measure_costs(
     Args:
         target: a runtime whose integer convolutions give codes. OpenVINO's give floats or codes, as the next operator
             wants them, and no layer of the nets measured there was faster in float.
-        convs, products, adds: what is measured; by default the grids of `fxquant.onnx.costing.grid`, in minutes.
+        convs, products, adds: what is measured; by default the grids of `fxquant.onnx.costing.grid`, in half a minute.
         rounds: runs of each file, interleaved, of which the medians count.
         threads: of the runtime.
 
@@ -71,6 +72,13 @@ def measure_costs(
         rows, edges = _measure(convs, products, adds, clock, step)
     where = {"cpu": cpu_class(), "machine": cpu_name(), "date": datetime.date.today().isoformat()}
     return CostTable(target=target, version=version, threads=threads, rows=tuple(rows), edges=edges, **where)
+
+
+def save_costs(table: CostTable, path: Path) -> None:
+    """Writes a table: whole, or what was there stays."""
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".fxquant-") as folder:
+        (Path(folder) / path.name).write_text(table.to_json())
+        move_into_place(Path(folder), path)
 
 
 def _medians(samples: Samples, rounds: int, threads: int, cases: Mapping[str, Made]) -> Times:
@@ -202,9 +210,9 @@ def _first(conv: Conv, ends: Mapping[str, Line], clock: Clock) -> Cost:
 
 
 def _line(pairs: Sequence[tuple[int, float]]) -> Line:
-    """Through medians, since a difference of times has outliers: of the time for each number where numbers are many,
+    """Through medians, since a difference of times has outliers.
 
-    of what that leaves over where they are few.
+    Of the time for each number where numbers are many; then of what that leaves over where they are few.
     """
     ordered = sorted(pairs)
     half, third = len(ordered) // 2, max(1, len(ordered) // 3)

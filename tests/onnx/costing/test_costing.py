@@ -12,7 +12,7 @@ import pytest
 
 from fxquant.errors import InvalidArgument
 from fxquant.onnx.costing import measure as measuring
-from fxquant.onnx.costing import measure_costs
+from fxquant.onnx.costing import measure_costs, save_costs
 from fxquant.onnx.costing.files import INTEGER, PLAIN, Made, addition, convolutions, product
 from fxquant.onnx.costing.grid import Conv, Product
 from fxquant.onnx.costing.grid import convolutions as all_convolutions
@@ -123,7 +123,8 @@ def test_a_table_of_few_layers(tmp_path: Path) -> None:
         "add of 64",
     ]
     assert all(row.cost.integer > 0 and row.cost.plain > 0 for row in found.rows)
-    (tmp_path / "costs.json").write_text(found.to_json())
+    save_costs(found, tmp_path / "costs.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
     read = CostTable.load(tmp_path / "costs.json")
     assert (read.target, read.threads) == ("onnxruntime", 1) and read.version == TARGET.runtime.require().__version__
 
