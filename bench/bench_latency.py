@@ -8,7 +8,8 @@ tokens. Each is prepared for the runtime, calibrated on its input and exported; 
 then run in turns, and the medians of CPU time are compared. A JSON line per net and runtime. ``off``: the largest
 distance of the outputs from those of onnxruntime without optimizations, as a part of their spread. OpenVINO runs with
 ``INFERENCE_PRECISION_HINT`` f32. ``skip_slow_ms``: of the file of ``prepare(skip_slow=True)``, where there is a table
-of costs. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float model under the same, and
+of costs. ``nncf_ms``: in OpenVINO, of the file that NNCF makes of the float export with the same input, where nncf is
+installed. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float model under the same, and
 beside both files in onnxruntime (``onnxruntime_int8_ms``, ``onnxruntime_float_ms``).
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -37,7 +39,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.targets.costs import shipped
 from fxquant.targets.session import input_names, run_outputs, session
 
-Feeds = Mapping[str, np.ndarray]
+Feeds = Mapping[Any, np.ndarray]  # by name, or by number
 Run = Callable[[], Any]
 
 
@@ -198,6 +200,19 @@ def plain(model: nn.Module, x: Tensor, path: Path) -> None:
     torch.onnx.export(model, (x,), path, dynamo=True, opset_version=21, verbose=False)
 
 
+def by_nncf(model: Path, x: Tensor, path: Path) -> None:
+    """The float export as NNCF quantizes it, with that input to calibrate on."""
+    import nncf
+    import openvino
+
+    read = openvino.Core().read_model(str(model))
+    read.reshape(list(x.shape))
+    has_attention = any(node.get_type_name() == "Softmax" for node in read.get_ops())
+    kind = nncf.ModelType.TRANSFORMER if has_attention else None
+    found = nncf.quantize(read, nncf.Dataset([x.numpy()]), subset_size=1, model_type=kind)
+    openvino.save_model(found, path, compress_to_fp16=False)
+
+
 def onnxruntime_run(path: Path, feeds: Feeds, threads: int) -> Run:
     """A run of a file in onnxruntime, with all optimizations."""
     built = session(path, optimize=True, threads=threads, config={"session.intra_op.allow_spinning": "0"})
@@ -302,6 +317,9 @@ def measure(name: str, runtime: str, folder: Path, rounds: int, threads: int) ->
     for key, path in files.items():
         feeds = dict(zip(input_names(path), [x.numpy()], strict=True))
         runs[key] = RUNTIMES[runtime](path, feeds, threads)
+    if runtime == "openvino" and importlib.util.find_spec("nncf"):
+        by_nncf(theirs, x, folder / f"{name}_nncf.xml")
+        runs["nncf"] = openvino_run(folder / f"{name}_nncf.xml", dict.fromkeys([0], x.numpy()), threads)
     found = timed(runs, rounds)
     distance = off(ours, dict(zip(input_names(ours), [x.numpy()], strict=True)), list(runs["int8"]()))
     return {
@@ -313,6 +331,8 @@ def measure(name: str, runtime: str, folder: Path, rounds: int, threads: int) ->
         "ratio": round(found["int8"] / found["float"], 3),
         **({"skip_slow_ms": round(1e3 * found["skip_slow"], 2)} if "skip_slow" in found else {}),
         **({"skip_slow_ratio": round(found["skip_slow"] / found["float"], 3)} if "skip_slow" in found else {}),
+        **({"nncf_ms": round(1e3 * found["nncf"], 2)} if "nncf" in found else {}),
+        **({"nncf_ratio": round(found["nncf"] / found["float"], 3)} if "nncf" in found else {}),
         "off": float(f"{distance:.2g}"),
         "rounds": rounds,
         **environment(),

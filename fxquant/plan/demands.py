@@ -8,7 +8,9 @@ from torch import fx
 from fxquant.graph.bodies import is_transform
 from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.graph.lift import Operand
+from fxquant.graph.moves import unmoved
 from fxquant.graph.nodes import call_nodes, gives_floats, is_float
+from fxquant.graph.signs import is_positive
 from fxquant.graph.views import BatchNorm
 from fxquant.plan.problem import Problem, names
 from fxquant.plan.weight_groups import is_one_group, matrix_of, why_not_blocked, why_not_grouped
@@ -25,6 +27,7 @@ class Demands:
         activations: operands that must be quantized.
         heads: unit end → the hard operator whose result must be quantized.
         soft: unit end → soft operator, which is to be quantized if its neighbours are.
+        taken_in: soft add → its operand that comes out of the convolution which the add fuses into, and is no codes.
         declined: operators that stay in float, with the reason.
     """
 
@@ -34,6 +37,7 @@ class Demands:
         self.activations: list[Operand] = []
         self.heads: dict[fx.Node, fx.Node] = {}
         self.soft: dict[fx.Node, fx.Node] = {}
+        self.taken_in: dict[fx.Node, str] = {}
         self.declined: list[tuple[fx.Node, str]] = []
         for node in call_nodes(problem.graph):
             if node not in problem.computing:
@@ -173,8 +177,14 @@ class Demands:
         (other,) = values.keys() - {fused}
         if values[other] in self.problem.constants or not is_float(values[other]):
             self.declined.append((node, f"its operand {values[other].name} is no activation"))
-        elif not self._skips(node, other):
+        elif self._skips(node, other):
+            return
+        elif "add" not in self.profile.soft:
             self.activations.append((node, other))
+        elif not self._skips(node, "output"):
+            self.soft[self.problem.end(node)] = node
+            if not (self.profile.whole_positive_sums and is_positive(unmoved(values[other]))):
+                self.taken_in[node] = fused
 
     def _is_fusible(self, value: fx.Node) -> bool:
         """Whether the value comes out of a convolution, alone or through its BatchNorm, and nothing else reads it."""

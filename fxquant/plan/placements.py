@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from fxquant.errors import InvalidArgument
@@ -15,6 +14,7 @@ from fxquant.graph.kinds import activation_name, kind_of, operands
 from fxquant.graph.lift import Operand
 from fxquant.graph.moves import ZEROS, unmoved
 from fxquant.graph.nodes import packet
+from fxquant.graph.signs import is_even, is_positive
 from fxquant.plan.plan import FloatPlace, Role
 from fxquant.plan.problem import Problem, names
 from fxquant.plan.settling import Settling
@@ -22,9 +22,6 @@ from fxquant.plan.weight_groups import matrix_of
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import Fixed
 from fxquant.spec.recipes import check_spec
-
-# Results without negative values, besides those of ReLUs.
-_POSITIVE = frozenset({torch.ops.aten.softmax, torch.ops.aten.sigmoid})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +124,8 @@ class Placing:
 
     def _fitted(self, source: fx.Node, spec: QuantSpec, uses: list[Operand]) -> QuantSpec:
         """A format as the target takes it for some uses of a tensor."""
-        is_positive = activation_name(source) is not None or packet(source) in _POSITIVE
-        return self.profile.fit(spec, self._named(uses), is_positive=is_positive)
+        signs = {"is_positive": is_positive(source), "is_even": is_even(source)}
+        return self.profile.fit(spec, self._named(uses), **signs)
 
     def _named(self, edges: list[Operand]) -> set[str]:
         """Operands as profiles name them; a matmul with a weight is a linear."""

@@ -28,9 +28,10 @@ class Settling:
     def __init__(self, problem: Problem, demands: Demands) -> None:
         self.problem, self._heads = problem, demands.heads
         self._soft = dict(demands.soft)  # unit end → soft operator that is still in
+        self._taken_in = demands.taken_in
         self._demanding = {node for node, _ in demands.activations}
         self.declined: list[tuple[fx.Node, str]] = []
-        edges = demands.activations + [(node, name) for node in self._soft.values() for name in operands(node)]
+        edges = demands.activations + [(node, name) for node in self._soft.values() for name in self._read_by(node)]
         self.lifting = lift(edges, lambda node: passes_values(node) and node.all_input_nodes[0] not in problem.changed)
         self._settle()
         self.demands: list[Operand] = [edge for edge in edges if edge in self.lifting.edges]
@@ -62,11 +63,15 @@ class Settling:
                 return "operands are broadcast"
             if argument(node, "alpha") != 1:
                 return "its second operand is scaled by alpha"
-        for name in values:
+        for name in self._read_by(node):
             source = self.lifting.source((node, name))
             if not self._is_quantized(source):
                 return f"its operand {source.name} is also used in float"
         return None if self._is_quantized(end) else f"its result {end.name} is used in float"
+
+    def _read_by(self, soft: fx.Node) -> list[str]:
+        """The operands that a soft operator reads as codes."""
+        return [name for name in operands(soft) if name != self._taken_in.get(soft)]
 
     def _is_quantized(self, tensor: fx.Node) -> bool:
         """Whether all uses of a tensor want it quantized, or it is worth a quantizer of its own."""
@@ -76,6 +81,8 @@ class Settling:
 
     def _is_joined(self, soft: fx.Node) -> bool:
         """Whether a soft operator only reads tensors that other operators make, or need, quantized."""
+        if soft in self._taken_in:  # it reads floats, and a kernel that gives floats has them for nothing
+            return False
         sources = (self.lifting.source((soft, name)) for name in operands(soft))
         return all(s in self._heads or s in self._soft or self._is_demanded(s) for s in sources)
 

@@ -26,14 +26,18 @@ from fxquant.targets.target import KernelRow, Package, Ran, Runtime, Target
 if TYPE_CHECKING:
     import onnx
 
-# Integer convolutions and products need no quantized result there; adds and table lookups gain nothing. Measured:
-# products of two activations and transposed convolutions run in float beside any zero point but 0.
+# Integer convolutions and products need no quantized result there; table lookups gain nothing, nor do adds but those
+# between codes that a convolution takes in. Measured: products of two activations and transposed
+# convolutions run in float beside any zero point but 0.
 _PROFILE = Profile(
     name="openvino",
     hard=PRODUCT_KINDS | {"conv_transpose", "lstm", "gru"},
-    soft=frozenset({"cat", "avg_pool"}),
+    soft=frozenset({"add", "cat", "avg_pool"}),
+    skips=frozenset({"conv"}),
+    whole_positive_sums=True,  # it moves a scale without zero point to the convolution, which then takes no sum in
     symmetric_operands=frozenset({"matmul.rhs", "sdpa.key"}),
     zero_based_operands=frozenset({"matmul.lhs", "sdpa.query", "conv_transpose.input"}),
+    faster_zero_based=frozenset({"linear.input"}),  # else a kernel of its own takes the zero point's share off
     float_operands=FLOAT_VALUE,
     implied_zero=True,
     activation_bits=range(2, 9),
@@ -41,7 +45,6 @@ _PROFILE = Profile(
     half_types=("float16",),  # 2026.4 multiplies in float beside bfloat16, or does not compile the file
     refused={
         "embedding": "OpenVINO looks tables up in float",
-        "add": "OpenVINO adds in float",
         **FLOAT_CELLS,
     },
 )
@@ -53,6 +56,8 @@ _FORECAST = Forecast(
         "linear": ExpectedKernel(name="FullyConnected {code}"),
         "matmul": ExpectedKernel(name="MatMul {code}"),
         "einsum": ExpectedKernel(never="OpenVINO runs Einsum in float"),
+        # Of the operand that comes from elsewhere: the other is the convolution's own sum.
+        "add": ExpectedKernel(name="Convolution and sum with {code}", needs=()),
         "cat": ExpectedKernel(name="Concat {code}"),
         "avg_pool": ExpectedKernel(name="AvgPool {code}"),
         "lstm": ExpectedKernel(never=FLOAT_RECURRENT),

@@ -22,11 +22,15 @@ class Profile:
         soft: kinds with an integer kernel that pays only between quantized neighbours.
         needs_output: kinds that run as integers only if their output is quantized too.
         fuses: activations that the runtime fuses into a kind of ``needs_output`` before that quantizer.
-        skips: kinds of ``hard`` that an Add after them fuses into: of that Add only the other operand is quantized.
+        skips: kinds of ``hard`` that an Add after them fuses into: of that Add only the other operand is quantized,
+            and if adds are ``soft`` only where the result is too.
+        whole_positive_sums: where the other operand has no negative values, and so zero point 0, both are quantized.
         symmetric: activations have zero point 0, in signed codes.
         symmetric_operands: operands (``"matmul.rhs"``) that have, where other activations need not. A matmul with a
             weight counts as linear.
         zero_based_operands: operands with zero point 0, in codes of either sign.
+        faster_zero_based: operands that are faster so, and get it where values on both sides of zero are about alike:
+            one-sided ones, as of GELU, would have half of the codes. Only of 8 bits or more.
         float_operands: operand → why it stays in float though its operator is of ``hard``.
         bias_apart: what the runtime would merge into a float product is written apart: a bias is subtracted, a ReLU
             that is read in float is a maximum, and so is what stands after a weight in float.
@@ -67,9 +71,11 @@ class Profile:
     needs_output: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset({"relu", "relu6"})
     skips: frozenset[str] = frozenset()
+    whole_positive_sums: bool = False
     symmetric: bool = False
     symmetric_operands: frozenset[str] = frozenset()
     zero_based_operands: frozenset[str] = frozenset()
+    faster_zero_based: frozenset[str] = frozenset()
     float_operands: dict[str, str] = field(default_factory=dict)
     bias_apart: bool = False
     integer_bias: bool = False
@@ -101,12 +107,17 @@ class Profile:
     opset: int = 21
     highest_opset: int = 26
 
-    def fit(self, spec: QuantSpec, operands: Collection[str] = (), *, is_positive: bool = False) -> QuantSpec:
+    def fit(
+        self, spec: QuantSpec, operands: Collection[str] = (), *, is_positive: bool = False, is_even: bool = False
+    ) -> QuantSpec:
         """An activation's format as this runtime takes it for some operands: another zero point at most.
 
-        The codes of a tensor without negative values (``is_positive``) have zero point 0 in any format.
+        The codes of a tensor without negative values (``is_positive``) have zero point 0 in any format. Values that lie
+        on both sides of zero alike (``is_even``) lose nothing by it.
         """
         needed = self.symmetric_operands if is_positive else self.symmetric_operands | self.zero_based_operands
+        if is_even and spec.bits >= 8 and spec.group_size is None:  # with fewer codes each counts
+            needed |= self.faster_zero_based
         if not (self.symmetric or needed.intersection(operands)) or (spec.signed and spec.symmetric):
             return spec
         return dataclasses.replace(spec, signed=True, symmetric=True)

@@ -91,6 +91,85 @@ declined add: tensorrt adds in float where no convolution ends in the add
     )
 
 
+def test_openvino_sum_with_what_may_be_negative_quantizes_only_that() -> None:
+    found = golden(OPENVINO, Residual(True), IMAGE)
+    assert found.replace("u8", "s8") == golden(TENSORRT, Residual(True), IMAGE)
+
+
+def test_openvino_sum_with_what_is_positive_is_one_of_codes() -> None:
+    relu, block = nn.ReLU(), Residual(False)
+    assert_expected_inline(
+        golden(OPENVINO, lambda x: block(F.max_pool2d(relu(x), 2)), IMAGE),
+        """\
+activation u8: conv2d.input, add.rhs
+weight s8 axis 0: conv2d.weight
+activation u8: conv2d_1.input
+weight s8 axis 0: conv2d_1.weight
+activation u8: add.lhs
+activation u8: conv2d_2.input
+weight s8 axis 0: conv2d_2.weight
+""",
+    )
+
+
+class PreActivation(nn.Module):
+    """Its sums are read in float too: by their normalization, and by the next sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.one, self.two, self.three = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        x = x + self.two(F.relu(self.first(x)))
+        return x + self.three(F.relu(self.second(x)))
+
+
+def test_openvino_sum_that_is_read_in_float_too_stays_float() -> None:
+    assert_expected_inline(
+        golden(OPENVINO, PreActivation(), IMAGE),
+        """\
+activation u8: conv2d.input
+weight s8 axis 0: conv2d.weight
+activation u8: conv2d_1.input
+weight s8 axis 0: conv2d_1.weight
+activation u8: conv2d_2.input
+weight s8 axis 0: conv2d_2.weight
+declined add: its operand conv2d is also used in float
+declined add_1: its operand add is also used in float
+""",
+    )
+
+
+def test_openvino_sum_of_a_chain_is_codes_for_the_next_sum() -> None:
+    blocks = nn.ModuleList(Residual(False) for _ in range(2))
+    found = golden(OPENVINO, lambda x: blocks[1](blocks[0](x)), IMAGE)
+    assert "declined" not in found and found.count(".rhs") == 2 and ".lhs" not in found
+
+
+@pytest.mark.parametrize("profile", [OPENVINO, TENSORRT], ids=lambda p: p.name)
+def test_rule_leaves_the_sum_that_a_convolution_takes_in_float(profile: Profile) -> None:
+    gm = captured(Residual(False), IMAGE, passes=(FunctionalizeActivations(),))
+    book = Rulebook((Rule(kind="add", spec=None),))
+    found = place(gm.graph, INT8, profile, Exceptions(book, lambda node: (("", None),), (None, None)))
+    assert not [edge for p in found.placed for edge in p.edges if edge[0].name == "add"]
+    assert [(node.name, why) for node, why in found.declined] == [("add", "Rule(kind='add', spec=None)")]
+
+
+def test_openvino_layers_after_a_norm_have_zero_point_0_and_those_after_gelu_have_not() -> None:
+    norm, one, two = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+    assert_expected_inline(
+        golden(OPENVINO, lambda x: two(F.gelu(one(norm(x)))), TOKENS),
+        """\
+activation s8: linear.input
+weight s8 axis 0: linear.weight
+activation u8: linear_1.input
+weight s8 axis 0: linear_1.weight
+""",
+    )
+
+
 class Attention(nn.Module):
     """Self-attention, written out or by the operator."""
 

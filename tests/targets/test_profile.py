@@ -40,6 +40,27 @@ def test_formats_are_fitted_to_the_target(target: str, operands: tuple[str, ...]
     assert str(PROFILES[target].fit(U8, operands, is_positive=positive)) == fitted
 
 
+U4 = dataclasses.replace(U8, bits=4)
+TOKEN = QuantSpec(signed=False, symmetric=False, group_size=-1, range=CurrentTensor())
+
+
+@pytest.mark.parametrize(
+    ("target", "spec", "operand", "fitted"),
+    [
+        ("openvino", U8, "linear.input", "s8"),
+        ("openvino", U4, "linear.input", "u4"),
+        ("openvino", TOKEN, "linear.input", str(TOKEN)),
+        ("openvino", U8, "conv.input", "u8"),
+        ("onnxruntime", U8, "linear.input", "u8"),
+    ],
+)
+def test_values_on_both_sides_of_zero_have_zero_point_0_where_that_is_faster(
+    target: str, spec: QuantSpec, operand: str, fitted: str
+) -> None:
+    assert str(PROFILES[target].fit(spec, (operand,), is_even=True)) == fitted
+    assert PROFILES[target].fit(spec, (operand,)) == spec
+
+
 def test_a_format_that_fits_is_left_alone() -> None:
     signed = QuantSpec(bits=6, range=MovingAverage(constant=0.5))
     for profile in PROFILES.values():
