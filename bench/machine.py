@@ -13,13 +13,13 @@ import torch
 
 def cpu() -> str:
     """Model name, and whether it multiplies 8-bit integers in hardware: matrices of them (AMX), or vectors (VNNI)."""
-    from fxquant.targets.cpu import integer_dot_support
+    from fxquant.targets.cpu import integer_dot_support, integer_matrices
 
-    text, name = "", platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line), name)
-    return f"{name}, {'no VNNI' if integer_dot_support() else 'AMX' if 'amx_int8' in text else 'VNNI'}"
+    return f"{name}, {'no VNNI' if integer_dot_support() else 'AMX' if integer_matrices() else 'VNNI'}"
 
 
 def environment() -> dict[str, object]:

@@ -65,10 +65,10 @@ def prepare(
             step is quantized with the ranges that the step before left), a `MovingAverage`, or ``CurrentTensor()``
             (each batch has its own, which trains and cannot be exported).
         skip_slow: leaves products in float that run faster so in ``target``, counting the codes around them, for
-            examples one at a time: True by fxquant's own table of costs for this class of CPU, ``"x86_64-vnni"`` for
-            that one, ``"costs.json"`` by the table that ``python -m fxquant costs`` measured where the model will run.
-            Products that a rule names, or that are far from all of the table, stay as rule and recipe say; `explain`
-            has the times. Examples are counted by the first dimension that all inputs share.
+            examples one at a time: True by fxquant's own table of costs for this class of CPU, ``"x86_64-vnni"`` or
+            ``"x86_64-amx"`` for that one, ``"costs.json"`` by the table that ``python -m fxquant costs`` measured where
+            the model will run. Products that a rule names, or that are far from all of the table, stay as rule and
+            recipe say; `explain` has the times. Examples are counted by the first dimension that all inputs share.
 
     Raises:
         InvalidArgument: unknown recipe or target, a rule that matches nothing, a model prepared before, inputs the

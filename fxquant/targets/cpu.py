@@ -51,5 +51,13 @@ def sums_saturate(cpuinfo: ModelPath = "/proc/cpuinfo") -> bool:
     return flags is not None and not flags & _DOTS
 
 
+def integer_matrices(cpuinfo: ModelPath = "/proc/cpuinfo") -> bool:
+    """Whether this x86 CPU multiplies matrices of 8-bit integers (AMX)."""
+    try:
+        return "amx_int8" in _features(Path(cpuinfo).read_text().splitlines()).get("flags", ())
+    except OSError:
+        return False
+
+
 def _features(lines: list[str]) -> dict[str, set[str]]:
     return {k.strip(): set(v.split()) for k, _, v in (line.partition(":") for line in lines)}

@@ -89,7 +89,7 @@ def test_our_own_table_leaves_stems_float() -> None:
     [
         ("openvino", True, "skip_slow must be for a target whose costs are measured, 'onnxruntime': got 'openvino'"),
         ("openvino", "table", "skip_slow must hold costs of target 'openvino': got a table of 'onnxruntime'"),
-        ("onnxruntime", "x86_64-vmni", "of class 'x86_64-vmni': fxquant has one for x86_64-vnni"),
+        ("onnxruntime", "x86_64-vmni", "of class 'x86_64-vmni': fxquant has one for x86_64-amx, x86_64-vnni"),
         ("onnxruntime", "nowhere.json", "a table of costs must be a file: got 'nowhere.json'"),
         ("onnxruntime", "folder/costs", "a table of costs must be a file: got 'folder/costs'"),
         ("onnxruntime", None, "must be True, a class of CPU, a file of `fxquant costs` or a CostTable: got None"),

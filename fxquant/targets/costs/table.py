@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import InvalidArgument
-from fxquant.targets.cpu import integer_dot_support
+from fxquant.targets.cpu import integer_dot_support, integer_matrices
 from fxquant.targets.document import ModelPath
 
 _FOLDER = Path(__file__).parent
@@ -193,14 +193,16 @@ def _is_sound(row: Row) -> bool:
 
 
 def cpu_class(cpuinfo: ModelPath = "/proc/cpuinfo") -> str:
-    """The name of this machine's class of CPU: ``"x86_64-vnni"`` with dot products of bytes, else ``"x86_64"``.
+    """The name of this machine's class of CPU.
 
-    Likewise ``"aarch64-dot"`` and ``"aarch64"``.
+    ``"x86_64-amx"`` with products of matrices of bytes, ``"x86_64-vnni"`` with dot products of them, else ``"x86_64"``;
+    likewise ``"aarch64-dot"`` and ``"aarch64"``.
     """
     machine = platform.machine().lower()
     name = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    has_dot = integer_dot_support(cpuinfo) is None
-    return f"{name}-{'vnni' if name == 'x86_64' else 'dot'}" if has_dot else name
+    if integer_dot_support(cpuinfo) is not None:
+        return name
+    return f"{name}-{'dot' if name != 'x86_64' else 'amx' if integer_matrices(cpuinfo) else 'vnni'}"
 
 
 @functools.cache
