@@ -13,7 +13,7 @@ from torch import fx
 from fxquant.graph.meta import source_of
 
 # From a module to what stands in its forward's place, by a bound method or by a slot, and back to the module.
-_BOUND = re.compile(r"\.(?:forward|\w+\.__self__|_fxquant_\w+)\.module(?=\.|$)")
+_BOUND = re.compile(r"\.(?:forward|\w+\.__self__|_fxquant_\w+)(?:\.inner\.__self__)*\.module(?=\.|$)")
 # ``.__dict__['_modules']['a']`` where the code has set an attribute of the module meanwhile.
 _MEMBER = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules|\.__dict__)?(?:\['([^']+)'\]|\[(\d+)\])")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")

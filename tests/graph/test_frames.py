@@ -30,6 +30,8 @@ aten = torch.ops.aten
         ("L['self'].forward.__self__.module._modules['fc']", "L['self'].fc"),
         ("L['self'].blocks[0].__dict__['_modules']['fc'].proj", "L['self'].blocks.0.fc.proj"),
         ("L['self'].__dict__['forward'].__self__.module.__dict__['_modules']['1x1']", "L['self'].1x1"),
+        ("L['self'].a.forward.__self__.inner.__self__.module.fc", "L['self'].a.fc"),
+        ("L['self'].forward.__self__.inner.__self__.inner.__self__.module.fc", "L['self'].fc"),
         ("L['self']._old_forward.__self__.module.fc", "L['self'].fc"),
         ("L['owner']._fxquant_bound.module.a._modules['0']", "L['owner'].a.0"),
         ("L['self'].a._checkpoint_wrapped_module.fc", "L['self'].a.fc"),

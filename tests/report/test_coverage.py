@@ -53,6 +53,16 @@ def test_a_convolution_and_a_linear_layer() -> None:
     assert found.unseen == () and found.most_float() == []
 
 
+def test_a_block_that_owns_a_site_of_a_layer_in_it() -> None:
+    """Its frame is marked around the forward that it has for its own sites."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Residual())
+    found = covered(net, IMAGE)
+    assert [(one.module, one.quantized) for one in found.products] == [
+        (name, True) for name in ("0", "2.stem", "2.body", "2.mix", "2.head")
+    ]
+    assert hasattr(net[2], "quantizers") and not hasattr(net, "quantizers")
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5), 2 * (2 * 6 * 25) * (2 * 9)),
     "strided": (lambda: nn.Conv1d(2, 3, 3, stride=2), (1, 2, 9), 2 * (3 * 4) * (2 * 3)),
