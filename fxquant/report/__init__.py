@@ -3,6 +3,7 @@
 from fxquant.report.cost import Cost, cost
 from fxquant.report.coverage import Coverage
 from fxquant.report.explanation import Explanation, explain
+from fxquant.report.page import html
 from fxquant.report.sqnr import sqnr
 from fxquant.search.mixed import MixedRecipe, mixed
 from fxquant.search.mixed_recipe import Mixed
@@ -18,6 +19,7 @@ __all__ = [
     "SensitivityRow",
     "cost",
     "explain",
+    "html",
     "mixed",
     "sensitivity",
     "sqnr",

@@ -74,15 +74,19 @@ class Explanation:
 
         Raises InvalidArgument where `explain` was not given example inputs, or ``path`` does not end in ``.svg``.
         """
+        if Path(path).suffix.lower() != ".svg":
+            raise InvalidArgument(f"path must end in .svg: got {os.fspath(path)!r}. Only SVG is drawn.")
+        Path(path).write_text(self.svg(), encoding="utf-8")
+
+    def svg(self) -> str:
+        """That graph as text. Raises InvalidArgument where `explain` was not given example inputs."""
         if self.graphs is None:
             raise InvalidArgument(
                 "explain must be given example inputs to draw: got none. Write fxquant.explain(model, (x,)).draw(path)."
             )
-        if Path(path).suffix.lower() != ".svg":
-            raise InvalidArgument(f"path must end in .svg: got {os.fspath(path)!r}. Only SVG is drawn.")
         shown = {row.key: Shown(spec=row.spec, lines=_tooltip(row)) for row in self.rows}
         title = f"recipe {self.plan.recipe!r} for {self.plan.target}"
-        Path(path).write_text(draw_svg(self.graphs, shown, title), encoding="utf-8")
+        return draw_svg(self.graphs, shown, title)
 
     def __str__(self) -> str:
         head = f"recipe {self.plan.recipe!r} for {self.plan.target}: {len(self.rows)} sites"

@@ -1,8 +1,8 @@
 """``python -m fxquant demo``: two small nets on real digits, from float training to a proven ONNX file.
 
 Everything lands in one folder: ``results.json`` (a list of `fxquant.shell.demo.results.Result`), ``curves.png``,
-and for each net and recipe the ``.onnx`` file with a ``.txt`` beside it that holds what its export and its
-verification say.
+and for each net and recipe the ``.onnx`` file, with a ``.txt`` beside it that holds what its export and its
+verification say, and a page for a browser, ``.html`` (`fxquant.report.html`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> None:
     rows = [run.result for panel in panels for run in panel.runs]
     results.write(rows, out / "results.json")
     console.table(rows)
-    files = ["results.json", "curves.png", *(f"{row.net}-{row.recipe}.onnx" for row in rows)]
+    pairs = (f"{row.net}-{row.recipe}.{kind}" for row in rows for kind in ("onnx", "html"))
+    files = ["results.json", "curves.png", *pairs]
     console.say(f"Written to {out}: {', '.join(files)}")
 
 

@@ -149,10 +149,13 @@ def fine_tune(
 
 
 def deploy(model: nn.Module, digits: Digits, path: Path) -> Any:
-    """Write the ONNX file, and beside it a ``.txt`` of what export and verification say; the verification's report."""
+    """Write the ONNX file, and beside it what export and verification say, ``.txt`` and ``.html``; the report."""
+    from fxquant.report import html
+
     exported = fxquant.export_onnx(model, (digits.example,), str(path))
     report = fxquant.verify_onnx(model, (digits.test_x,), str(path))
     path.with_suffix(".txt").write_text(f"{exported}\n\n{report}\n", encoding="utf-8")
+    html(model, (digits.test_x,), path.with_suffix(".html"), verified=report)
     return report
 
 

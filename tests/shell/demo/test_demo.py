@@ -66,6 +66,7 @@ def faked(monkeypatch: Any) -> list[str]:
         monkeypatch.setattr(fxquant, name, note(name), raising=False)
     monkeypatch.setattr(fxquant, "export_onnx", note("export_onnx", "exported"), raising=False)
     monkeypatch.setattr(fxquant, "verify_onnx", note("verify_onnx", report), raising=False)
+    monkeypatch.setattr(fxquant.report, "html", note("html"), raising=False)
     monkeypatch.setattr(fxquant.report, "sqnr", note("sqnr", {"a.quantizers.weight": 40.0}), raising=False)
     monkeypatch.setattr(job, "compiled", lambda model, backend: (calls.append(backend), model)[1])
     monkeypatch.setattr(job, "run_onnx", lambda path, images: torch.eye(10)[torch.zeros(len(images)).long()])
@@ -76,7 +77,7 @@ def test_stages_come_in_order_and_everything_is_written(faked: list[str], tmp_pa
     assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path), "--nets", "cnn", "--recipes", "int8"]) == 0
     assert faked == [
         "prepare", "calibrate", "fxquant_eager", "fxquant", "freeze_batch_norm", "freeze_ranges",
-        "fxquant_eager", "export_onnx", "verify_onnx", "sqnr",
+        "fxquant_eager", "export_onnx", "verify_onnx", "html", "sqnr",
     ]  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "curves.png", "cnn-int8.txt"}
     (row,) = json.loads((tmp_path / "results.json").read_text())
@@ -102,7 +103,8 @@ def test_each_net_and_recipe_runs_once_in_the_order_given(
     assert [(row["net"], row["recipe"]) for row in rows] == [("vit", "w4a8"), ("cnn", "w4a8")]
     assert drawn == [[("vit", ["w4a8"]), ("cnn", ["w4a8"])]]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"Written to {tmp_path}: results.json, curves.png, vit-w4a8.onnx, cnn-w4a8.onnx"
+    files = "vit-w4a8.onnx, vit-w4a8.html, cnn-w4a8.onnx, cnn-w4a8.html"
+    assert last == f"Written to {tmp_path}: results.json, curves.png, {files}"
 
 
 def test_a_missing_package_is_named_before_anything_is_done(
@@ -149,4 +151,5 @@ def test_quick_end_to_end(tmp_path: Path) -> None:
     assert {key: type(value) for key, value in row.items()} == SCHEMA
     assert row["compared_codes"] > 0 and 0 < row["integer_share"] <= 1
     assert row["onnx_acc"] == pytest.approx(row["qat_acc"], abs=0.01)
-    assert {"curves.png", "cnn-int8.onnx", "cnn-int8.txt"} <= {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"curves.png", "cnn-int8.onnx", "cnn-int8.txt", "cnn-int8.html"} <= names

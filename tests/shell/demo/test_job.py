@@ -67,6 +67,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         monkeypatch.setattr(fxquant, name, note(name), raising=False)
     monkeypatch.setattr(fxquant, "export_onnx", note("export_onnx", "exported so"), raising=False)
     monkeypatch.setattr(fxquant, "verify_onnx", note("verify_onnx", REPORT), raising=False)
+    monkeypatch.setattr(fxquant.report, "html", note("html"), raising=False)
     monkeypatch.setattr(fxquant.report, "sqnr", note("sqnr", {"quantizers.off": 40.0}), raising=False)
     monkeypatch.setattr(job, "compiled", backend)
     one = F.one_hot(torch.tensor([3, 1, 4, 0, 0]), 10).float()
@@ -98,7 +99,7 @@ def test_stages_of_a_run_and_what_they_are_given(asked: Asked, tmp_path: Path) -
     quantized(tmp_path)
     assert asked.names == [
         "prepare", "calibrate", "fxquant_eager", "fxquant", "freeze_batch_norm", "freeze_ranges",
-        "fxquant_eager", "export_onnx", "verify_onnx", "run_onnx", "sqnr",
+        "fxquant_eager", "export_onnx", "verify_onnx", "html", "run_onnx", "sqnr",
     ]  # fmt: skip
     (inputs,), named = asked["prepare"]
     assert named == {"recipe": "w4a8", "target": "onnxruntime"} and inputs[0] is not FEW.test_x
@@ -155,6 +156,8 @@ def test_what_export_and_verification_say_stands_beside_the_file(asked: Asked, t
     report = job.deploy(Reader(), FEW, tmp_path / "cnn-int8.onnx")
     assert report is REPORT
     assert (tmp_path / "cnn-int8.txt").read_text(encoding="utf-8") == f"exported so\n\n{REPORT}\n"
+    ((images,), path), named = asked["html"]
+    assert images is FEW.test_x and path == tmp_path / "cnn-int8.html" and named == {"verified": REPORT}
 
 
 def test_a_proof_has_the_types_of_the_row() -> None:
