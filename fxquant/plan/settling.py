@@ -81,8 +81,6 @@ class Settling:
 
     def _is_joined(self, soft: fx.Node) -> bool:
         """Whether a soft operator only reads tensors that other operators make, or need, quantized."""
-        if soft in self._taken_in:  # it reads floats, and a kernel that gives floats has them for nothing
-            return False
         sources = (self.lifting.source((soft, name)) for name in operands(soft))
         return all(s in self._heads or s in self._soft or self._is_demanded(s) for s in sources)
 

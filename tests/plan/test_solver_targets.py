@@ -142,6 +142,17 @@ declined add_1: its operand add is also used in float
     )
 
 
+def test_openvino_sum_that_leaves_in_float_stays_float_though_its_operand_is_codes_anyway() -> None:
+    one, two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def net(x: Tensor) -> Tensor:
+        y = one(x)
+        return two(y) + y
+
+    found = golden(OPENVINO, net, IMAGE)
+    assert "add." not in found and found.endswith("declined add: its result add is used in float\n")
+
+
 def test_openvino_sum_of_a_chain_is_codes_for_the_next_sum() -> None:
     blocks = nn.ModuleList(Residual(False) for _ in range(2))
     found = golden(OPENVINO, lambda x: blocks[1](blocks[0](x)), IMAGE)
