@@ -53,6 +53,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "fxquant/plan/demands.py",
         "tests/plan/test_solver_targets.py",
         {
+            "(axis < 0 and dim > 2)": "(axis < 0 and dim > 9)",
             "is_positive(unmoved(values[other]))": "is_positive(values[other])",
             "                self.taken_in[node] = fused": "                self.taken_in[node] = other",
         },
@@ -421,11 +422,6 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "fxquant/passes/post_grad/keep_divisions.py",
         "tests/passes/post_grad/test_keep_divisions.py",
         {"and both[1] not in variable": "", 'value.device.type != "cpu"': 'value.device.type == "cpu"'},
-    ),
-    (
-        "fxquant/plan/demands.py",
-        "tests/plan/test_solver.py tests/plan/test_graph_forms_layers.py",
-        {"(axis < 0 and dim > 2)": "(axis < 0 and dim > 9)"},
     ),
     (
         "fxquant/plan/paying.py",

@@ -287,3 +287,10 @@ def test_a_rule_cannot_give_what_the_target_refuses() -> None:
     exceptions = Exceptions(book, lambda node: (("", None),), (None, None))
     with pytest.raises(InvalidArgument, match="must have signed and symmetric codes for target 'openvino': got u8"):
         place(gm.graph, INT8, OPENVINO, exceptions)
+
+
+@pytest.mark.parametrize("profile", [GENERIC, OPENVINO, TENSORRT], ids=lambda p: p.name)
+def test_a_weight_that_is_a_batch_of_matrices_has_one_scale(profile: Profile) -> None:
+    """Its columns would want a scale for each column of each matrix."""
+    weight = nn.Parameter(torch.randn(2, 8, 8))
+    assert "weight s8: matmul.rhs\n" in golden(profile, lambda x: x @ weight, TOKENS)
