@@ -131,7 +131,7 @@ def losses() -> str:
             cells.append(best[1] if best else "")
         lines.append(cells)
     head = ["a character language model, loss above float's, nats", *LOSSES.values()]
-    notes = "fxquant's w4a4 is recipe `w4a4_dynamic`, torchao's leaves attention in float"
+    notes = "fxquant's w4a4 is recipe `w4a4_dynamic`, torchao's leaves attention in float; empty: not run"
     return f"{table(head, lines)}\n\n{measured_on(used)}; 3 seeds, 100 steps; {notes} (`bench/bench_accuracy.py`)."
 
 

@@ -8,9 +8,7 @@ from torch import fx
 from fxquant.graph.bodies import is_transform
 from fxquant.graph.kinds import Kind, kind_of, operands
 from fxquant.graph.lift import Operand
-from fxquant.graph.moves import unmoved
 from fxquant.graph.nodes import call_nodes, gives_floats, is_float
-from fxquant.graph.signs import is_positive
 from fxquant.graph.views import BatchNorm
 from fxquant.plan.problem import Problem, names
 from fxquant.plan.weight_groups import is_one_group, matrix_of, why_not_blocked, why_not_grouped
@@ -183,8 +181,7 @@ class Demands:
             self.activations.append((node, other))
         elif not self._skips(node, "output"):
             self.soft[self.problem.end(node)] = node
-            if not (self.profile.whole_positive_sums and is_positive(unmoved(values[other]))):
-                self.taken_in[node] = fused
+            self.taken_in[node] = fused
 
     def _is_fusible(self, value: fx.Node) -> bool:
         """Whether the value comes out of a convolution, alone or through its BatchNorm, and nothing else reads it."""

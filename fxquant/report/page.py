@@ -70,6 +70,8 @@ def html(
     """
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise InvalidArgument(f"path must end in .html: got {os.fspath(path)!r}. A page for browsers is written.")
+    if not Path(path).parent.is_dir():
+        raise InvalidArgument(f"path must be in a folder that is there: got {os.fspath(path)!r}. Make it first.")
     found = explain(model, args, kwargs)
     noise = sqnr(model, args, kwargs)
     Path(path).write_text(_page(found, noise, verified), encoding="utf-8")

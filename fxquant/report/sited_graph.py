@@ -120,8 +120,12 @@ class SitedGraph:
         return [list(those) for those in keys.values()]
 
     def served(self) -> Iterable[tuple[Place, str, str]]:
-        """Operator, operand and site key, for every operand that is quantized."""
-        for node, place in {node: place for (node, _), (_, place) in self.located.items()}.items():
+        """Operator, operand and site key, for every operand that is quantized.
+
+        What an outer owner counts as the second call of a module, the module's own sites count as one of its own.
+        """
+        places = dict.fromkeys((node, place) for (node, _), (_, place) in self.located.items())
+        for node, place in places:
             for name, value in operands(node).items():
                 key = self.site(node, name, value)
                 if key is not None:

@@ -24,7 +24,6 @@ class Profile:
         fuses: activations that the runtime fuses into a kind of ``needs_output`` before that quantizer.
         skips: kinds of ``hard`` that an Add after them fuses into: of that Add only the other operand is quantized,
             and if adds are ``soft`` only where the result is too.
-        whole_positive_sums: where the other operand has no negative values, and so zero point 0, both are quantized.
         symmetric: activations have zero point 0, in signed codes.
         symmetric_operands: operands (``"matmul.rhs"``) that have, where other activations need not. A matmul with a
             weight counts as linear.
@@ -71,7 +70,6 @@ class Profile:
     needs_output: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset({"relu", "relu6"})
     skips: frozenset[str] = frozenset()
-    whole_positive_sums: bool = False
     symmetric: bool = False
     symmetric_operands: frozenset[str] = frozenset()
     zero_based_operands: frozenset[str] = frozenset()

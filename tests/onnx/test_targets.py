@@ -168,3 +168,29 @@ def test_forms_that_runtimes_run_faster(tmp_path: Path) -> None:
     assert all(row.integer for row in verified.rows)
     pytest.importorskip("openvino")  # which refuses a Pad of codes whose zero point is not 0
     assert fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino").outputs_within_code == 1
+
+
+class Sum(nn.Module):
+    """A convolution's result and something without negative values, summed, and read by a convolution that shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.show = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        with torch.no_grad():
+            self.show.weight.copy_(torch.eye(8)[:, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.show(F.relu(self.conv(x) + F.relu(x)))
+
+
+def test_openvino_has_the_codes_of_a_sum_that_it_takes_into_a_convolution(tmp_path: Path) -> None:
+    """OpenVINO would add the convolution's own codes before it rounds to them: its result has none here."""
+    pytest.importorskip("openvino")
+    x = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = calibrated(Sum(), x, target="openvino")
+    fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0)
+    assert report.differing_codes == 0 and report.compared_codes > 0
+    step = report.output_spread / 16  # far below the difference that one code of the sum makes
+    assert report.optimized_output_difference < 1e-5 < step
+    assert [site.key for site in fxquant.explain(model).rows if "add" in site.key] == ["add0_rhs"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from torch import Tensor, nn
 
 import fxquant
@@ -48,9 +49,10 @@ def test_every_kind_of_a_profile_has_a_forecast(target: str) -> None:
     assert not kernels.keys() & profile.refused.keys()
 
 
+SUM = "sum with u8, in the Convolution or after it"
 CASES = {  # target → forecast for the convolutions' net, without a graph
     "onnxruntime": {"QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearAveragePool", "MatMulIntegerToFloat"},
-    "openvino": {"Convolution u8", "Convolution and sum with u8", "AvgPool u8", "Concat u8", "FullyConnected u8"},
+    "openvino": {f"{op} u8" for op in ("Convolution", "AvgPool", "Concat", "FullyConnected")} | {SUM},
     "tensorrt": {"int8 Convolution", "sum inside the int8 Convolution", "int8 Concatenation"} | {"int8 MatrixMultiply"},
     "generic": {f"{op} between Q/DQ" for op in ("Conv", "Add", "Concat", "AveragePool", "Gemm")},
 }
@@ -130,3 +132,21 @@ def test_an_operand_may_be_served_by_the_quantizer_of_the_result_it_reads() -> N
 def test_a_weight_serves_every_call_of_its_module() -> None:
     model = fxquant.prepare(Repeated(), (MAPS,))
     assert not [kernel for kernel in kernels(model).values() if kernel.startswith(FLOAT) or kernel == UNKNOWN]
+
+
+class Twice(nn.Module):
+    """A convolution that is called twice, its weight quantized by one site of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.conv(x) + self.conv(x)))
+
+
+def test_the_second_call_of_a_module_reads_its_weight_too() -> None:
+    model = fxquant.prepare(Twice(), (IMAGE,))
+    assert {row.key: row.kernels for row in fxquant.explain(model, (IMAGE,)).rows}["conv_conv0_input"] == (
+        ("QLinearConv",) * 2
+    )

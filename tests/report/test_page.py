@@ -114,6 +114,8 @@ def test_names_are_text(tmp_path: Path) -> None:
 def test_bad_input_writes_nothing(ready: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"path must end in \.html: got '.*page\.pdf'"):
         fxquant.report.html(ready, (IMAGE,), tmp_path / "page.pdf")
+    with pytest.raises(InvalidArgument, match="path must be in a folder that is there: got "):
+        fxquant.report.html(ready, (IMAGE,), tmp_path / "none" / "page.html")
     with pytest.raises(InvalidArgument, match="prepare"):
         fxquant.report.html(Residual(), (IMAGE,), tmp_path / "page.html")
     with pytest.raises(InvalidArgument, match="must run through the model"):
