@@ -179,6 +179,8 @@ class Demands:
             return
         elif "add" not in self.profile.soft:
             self.activations.append((node, other))
+        elif (spec := self.problem.activation_spec((node, other))) is not None and spec.bits < 8:
+            self.declined.append((node, f"a sum with codes of {spec.bits} bits would lose what float keeps"))
         elif not self._skips(node, "output"):
             self.soft[self.problem.end(node)] = node
             self.taken_in[node] = fused

@@ -16,7 +16,7 @@ from fxquant.passes.captured.functionalize_activations import FunctionalizeActiv
 from fxquant.plan.exceptions import Exceptions
 from fxquant.plan.solver import place
 from fxquant.spec.quant_spec import QuantSpec
-from fxquant.spec.recipes import INT8
+from fxquant.spec.recipes import INT8, get_recipe
 from fxquant.spec.rules import Rule, Rulebook
 from fxquant.targets.profiles import GENERIC, OPENVINO, TENSORRT, Profile
 from tests.passes.graphs import captured
@@ -95,6 +95,14 @@ declined add: tensorrt adds in float where no convolution ends in the add
 def test_openvino_sum_quantizes_what_the_convolution_does_not_have(down: bool) -> None:
     found = golden(OPENVINO, Residual(down), IMAGE)
     assert found.replace("u8", "s8") == golden(TENSORRT, Residual(down), IMAGE)
+
+
+def test_openvino_sum_stays_float_beside_codes_of_four_bits() -> None:
+    gm = captured(Residual(False), IMAGE, passes=(FunctionalizeActivations(),))
+    found = place(gm.graph, get_recipe("w4a4"), OPENVINO)
+    assert not [edge for p in found.placed for edge in p.edges if edge[0].name == "add"]
+    why = "a sum with codes of 4 bits would lose what float keeps"
+    assert [(node.name, reason) for node, reason in found.declined] == [("add", why)]
 
 
 class PreActivation(nn.Module):
