@@ -4,8 +4,8 @@
 # Conv of codes, QuantizeLinear, DequantizeLinear, Add with another DequantizeLinear, QuantizeLinear. The standard rounds
 # the convolution's result to its codes before the sum. OpenVINO takes the sum into the convolution and rounds once, at the
 # end: about a fifth of the codes of the sum are off by one. With the convolution's result in float, which asks for one
-# rounding, every code is right. Seen in float32 (INFERENCE_PRECISION_HINT f32); files of NNCF have that form in every
-# residual block.
+# rounding, every code is right. Seen in float32 (INFERENCE_PRECISION_HINT f32). NNCF 3.4 gives ResNet-18's residual blocks
+# that form.
 #
 # Exits 0 while that is so, non-zero when it changes. Needs Python 3.10 to 3.13 and pip; installs into a folder of its own.
 set -euo pipefail

@@ -72,9 +72,10 @@ def test_the_cost_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) -> No
     assert "*batch" in shown and "bytes saved" in shown
 
 
-def test_the_numerics_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTS["numerics.md"], re.DOTALL)
-    exec(compile(example, "numerics.md", "exec"), {"__name__": "numerics"})
+@pytest.mark.parametrize("document", ["numerics.md", "operators.md"])
+def test_the_example_runs(document: str) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTS[document], re.DOTALL)
+    exec(compile(example, document, "exec"), {"__name__": document})
 
 
 def test_every_claim_of_equality_names_its_test() -> None:

@@ -124,8 +124,7 @@ class Placing:
 
     def _fitted(self, source: fx.Node, spec: QuantSpec, uses: list[Operand]) -> QuantSpec:
         """A format as the target takes it for some uses of a tensor."""
-        signs = {"is_positive": is_positive(source), "is_even": is_even(source)}
-        return self.profile.fit(spec, self._named(uses), **signs)
+        return self.profile.fit(spec, self._named(uses), is_positive=is_positive(source), is_even=is_even(source))
 
     def _named(self, edges: list[Operand]) -> set[str]:
         """Operands as profiles name them; a matmul with a weight is a linear."""

@@ -15,6 +15,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.onnx.verify_report import VerifyReport
 from fxquant.report.coverage import HEADER
 from fxquant.report.explanation import Explanation, explain
+from fxquant.report.site_rows import Row
 from fxquant.report.sqnr import sqnr
 from fxquant.support.table import short
 
@@ -43,8 +44,7 @@ tr:last-child td { border-bottom: 0 } td:first-child { font-family: ui-monospace
 .good { color: var(--good) } .bad { color: var(--bad) }
 """
 
-Cell = str
-Row = Sequence[Cell]
+Cell = str  # HTML
 
 
 def html(
@@ -102,7 +102,7 @@ def _page(found: Explanation, noise: Mapping[str, float], verified: VerifyReport
 _SITES = ("site", "format", "range", "SQNR", "expected kernel", "why", "source")
 
 
-def _site(row: Any, noise: Mapping[str, float]) -> Row:
+def _site(row: Row, noise: Mapping[str, float]) -> Sequence[Cell]:
     kernels = "; ".join(dict.fromkeys(row.kernels))
     return [
         *map(escape, (row.key, row.spec, row.range)),

@@ -20,7 +20,9 @@ def test_every_public_name_is_documented(module: str) -> None:
     assert names(module)
     for name in names(module):
         value = getattr(held, name)
-        assert not callable(value) or first_paragraph(value), f"{module}.{name} has no docstring"
+        said = first_paragraph(value)
+        # A dataclass without one gets its own signature.
+        assert not callable(value) or (said and not said.startswith(f"{name}(")), f"{module}.{name} has no docstring"
 
 
 def test_experimental_names_are_there() -> None:

