@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A prepared model, inputs for it, and the file that is held to what it makes of them."""
+    """A prepared model, inputs for it, and the file that is held to what it makes of them.
+
+    ``keys`` are those of the plan's sites.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     path: ModelPath
+    keys: tuple[str, ...]
 
     @cached_property
     def feeds(self) -> Feeds:
@@ -63,16 +67,16 @@ class Codes:
     not_compared: set[str] = field(default_factory=set)
 
 
-def compare_codes(case: Case, keys: Collection[str]) -> tuple[Codes, Codes, list[np.ndarray]]:
+def compare_codes(case: Case) -> tuple[Codes, Codes, list[np.ndarray]]:
     """Every site of the model against its QuantizeLinear: each from the file's codes before it, and each from its own.
 
-    The model's own outputs come third: what training sees. ``keys`` are those of the plan's sites. Raises
-    InvalidArgument for a file that lacks some of them, ExportError where the file quantizes activations and none was
-    compared: two sides that quantize nothing agree on nothing.
+    The model's own outputs come third: what training sees. Raises InvalidArgument for a file that lacks some of them,
+    ExportError where the file quantizes activations and none was compared: two sides that quantize nothing agree on
+    nothing.
     """
     feeds, absorbed = case.feeds, _absorbed_codes(case.path)
-    theirs = run_codes(case.path, feeds, also=keys)
-    quantized = {label.partition("@")[0] for label in theirs} & {*keys}
+    theirs = run_codes(case.path, feeds, also=case.keys)
+    quantized = {label.partition("@")[0] for label in theirs} & {*case.keys}
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
     with _as_trained(case), visiting(case.model, "verify_onnx") as run:
         cascaded, outputs = _compare(case, run, theirs, follow=False)
@@ -93,6 +97,11 @@ def compare_found(case: Case, found: Mapping[str, np.ndarray]) -> Codes:
     theirs = {**found, **{key: codes for key, codes in _absorbed_codes(case.path).items() if codes is not None}}
     with _as_trained(case), visiting(case.model, "verify_onnx") as run:
         return _compare(case, run, theirs, follow=True)[0]
+
+
+def compare_parts(case: Case, parts: Iterable[Mapping[str, np.ndarray]]) -> list[CodeRow]:
+    """A row for each of the codes, which are of several runs of the file: each site from those before it of its run."""
+    return [row for found in parts for row in compare_found(case, found).rows if row.key in found]
 
 
 def _as_trained(case: Case) -> contextlib.AbstractContextManager[Any]:

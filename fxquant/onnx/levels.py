@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LARGE = 256 * 2**20  # bytes, with external data: beyond, a level is loaded once and its outputs are compared
 
 
-def compare_levels(case: Case, keys: Collection[str], unoptimized: list[np.ndarray]) -> tuple[LevelRow, ...]:
+def compare_levels(case: Case, unoptimized: list[np.ndarray]) -> tuple[LevelRow, ...]:
     """The file at each level; none where onnxruntime has no kernels for it as it is.
 
     A level's codes are read from a copy of the graph that gives them as outputs too: of what a fusion swallowed there
@@ -31,11 +31,11 @@ def compare_levels(case: Case, keys: Collection[str], unoptimized: list[np.ndarr
     rows: list[LevelRow] = []
     known: dict[str, np.ndarray] | None = None
     codes: list[CodeRow] = []
-    large = _bytes(case.path) > LARGE
+    large = is_large(case.path)
     for level in levels():
         try:
             outputs = run_outputs(case.path, case.feeds, optimize=True, level=level)
-            found = None if large else run_codes(case.path, case.feeds, also=keys, level=level)
+            found = None if large else run_codes(case.path, case.feeds, also=case.keys, level=level)
         except ExportError as error:
             rows.append(LevelRow(level=level, error=next(iter(str(error).splitlines()), "")))
             continue
@@ -65,8 +65,8 @@ def _equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
-def _bytes(path: ModelPath) -> int:
-    """Of the file, and of the external data that it names."""
+def is_large(path: ModelPath) -> bool:
+    """Whether the file, and the external data that it names, are more than `LARGE`."""
     folder = Path(path).parent
     held = {
         entry.value
@@ -75,4 +75,4 @@ def _bytes(path: ModelPath) -> int:
         if entry.key == "location"
     }
     files = [Path(path), *(folder / name for name in held)]
-    return sum(os.path.getsize(each) for each in files if each.is_file())
+    return sum(os.path.getsize(each) for each in files if each.is_file()) > LARGE

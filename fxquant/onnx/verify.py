@@ -19,11 +19,11 @@ from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
 from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import InvalidArgument, MissingDependency
-from fxquant.onnx.compare import Case, compare_codes, largest_difference, within_code
+from fxquant.onnx.compare import Case, compare_codes, compare_parts, largest_difference, within_code
 from fxquant.onnx.edges import Edges
-from fxquant.onnx.levels import compare_levels
+from fxquant.onnx.levels import compare_levels, is_large
 from fxquant.onnx.lint import LintReport, lint_onnx
-from fxquant.onnx.verify_report import VerifyReport
+from fxquant.onnx.verify_report import CodeRow, VerifyReport
 from fxquant.onnx.write import save, to_onnx
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import unset_as_deployed
@@ -54,9 +54,9 @@ def verify_onnx(
     QuantizeLinear and outputs against `fxquant_eager`), at each of its graph optimization levels (the same), then as
     the model's target does: in onnxruntime with all optimizations (outputs, kernels, and ``rounds`` timed runs against
     an export of the float model, on one thread, interleaved, medians; 0 times nothing, and exports no float model), in
-    OpenVINO (outputs, kernels), or parsed and built by TensorRT for RTX, which needs no GPU (kernels, and the target's
-    rules). Where tensorrt_rtx is not installed, and for generic, it checks the rules alone. Changes neither model nor
-    file.
+    OpenVINO (outputs, kernels, codes), or parsed and built by TensorRT for RTX, which needs no GPU (kernels, and the
+    target's rules). Where tensorrt_rtx is not installed, and for generic, it checks the rules alone. Changes neither
+    model nor file.
 
     Args:
         runtime: a target's name, to run the file in another runtime than its own's; named, it must be installed.
@@ -72,12 +72,13 @@ def verify_onnx(
     target = get_target(plan.target if runtime is None else runtime)
     asked = configured(target, capability=capability, timeout=timeout)
     run = _runtime(target, asked, path, named=runtime is not None)
-    case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path)
+    keys = tuple(site.key for site in plan.sites)
+    case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path, keys=keys)
     with unset_as_deployed(case.model), scaled_tables(case.model):
-        keys = [site.key for site in plan.sites]
-        compared, cascaded, trained = compare_codes(case, keys)
+        compared, cascaded, trained = compare_codes(case)
         unoptimized = run_outputs(path, case.feeds, optimize=False)
-        rows = compare_levels(case, keys, unoptimized)
+        rows = compare_levels(case, unoptimized)
+        measured = _in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)
     return VerifyReport(
         path=os.fspath(path),
         target=plan.target,
@@ -89,7 +90,7 @@ def verify_onnx(
         output_spread=float(max((value.std() for value in trained), default=0.0)),
         levels=rows,
         roundings=tuple(sorted({str(s.local.spec.rounding) for s in plan.sites if s.local.role != "weight"})),
-        **vars(_in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)),
+        **vars(measured),
     )
 
 
@@ -125,6 +126,7 @@ class _Measured:
     integer_dot: str | None = None
     exact_output_difference: float = math.nan
     exact_by: str | None = None
+    runtime_codes: tuple[CodeRow, ...] = ()
 
 
 def _in_target(
@@ -145,6 +147,8 @@ def _in_target(
     ran = runtime.run(case.path, case.feeds)
     if ran.outputs is None:
         return _Measured(runtime=ran.runtime, rows=ran.rows, lint=lint_onnx(case.path, target.name))
+    codes = None if is_large(case.path) else runtime.codes
+    parts = () if codes is None else codes(case.path, case.feeds, also=case.keys)
     # The codes that another runtime starts from are the reference's.
     expected = trained if ran.runtime == REFERENCE else unoptimized
     return _Measured(
@@ -157,6 +161,7 @@ def _in_target(
         integer_dot=ran.integer_dot,
         exact_output_difference=largest_difference(ran.exact_outputs, expected) if ran.exact_outputs else math.nan,
         exact_by=ran.exact_by,
+        runtime_codes=tuple(compare_parts(case, parts)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,9 @@ class VerifyReport:
         integer_dot: None, or why integer speed is not to be expected on this CPU.
         exact_output_difference: on a CPU whose 8-bit sums saturate, `optimized_output_difference` with the setting
             ``exact_by`` of the runtime, which sums exactly; NaN on others, and where the file does not load so.
+        runtime_codes: as ``codes``, in the runtime, where it is OpenVINO: read in runs of the file with outputs more,
+            no neighbours in one, so that all fusions are seen. Empty for other runtimes, and for files of more than
+            256 MiB.
         levels: the file at every graph optimization level that the installed onnxruntime has; empty where it has no
             kernels for the file as it is.
         roundings: how training rounds activations, ``"divide"`` or ``"reciprocal"``; by the plan, of any version.
@@ -117,6 +121,7 @@ class VerifyReport:
     exact_output_difference: float = math.nan
     exact_by: str | None = None
     levels: tuple[LevelRow, ...] = ()
+    runtime_codes: tuple[CodeRow, ...] = ()
 
     @property
     def integer_share(self) -> float:
@@ -154,6 +159,7 @@ class VerifyReport:
             **measured,
             "rows": [vars(row) for row in self.rows],
             "codes": [vars(row) for row in self.codes],
+            "runtime_codes": [vars(row) for row in self.runtime_codes],
             "levels": [{**vars(row), "holds": row.holds} for row in self.levels],
             "lint": None if self.lint is None else self.lint.to_dict(),
         }
@@ -171,11 +177,11 @@ class VerifyReport:
             if "divide" in self.roundings:
                 trained = ", where training and onnxruntime divide: it may differ by a code"
             codes += f"; {self.target} multiplies by 1 / scale{trained}"
-        off = [(c.key, c.differing, c.compared, c.largest) for c in self.codes if c.differing]
         lines = [
             *self._kernel_lines(),
             codes if self.runtime == REFERENCE else f"in {PLAIN}, {codes}",
-            *([table(("site", "differ", "of", "largest"), off)] if off else []),
+            *_differing(self.codes),
+            *self._runtime_code_lines(),
             *self._not_compared_lines(),
             self._output_line(),
             *self._saturation_lines(),
@@ -202,6 +208,14 @@ class VerifyReport:
             f"{share} ({100 * self.integer_share:.1f} %)",
             *([str(self.lint)] if self.lint is not None else []),
         ]
+
+    def _runtime_code_lines(self) -> list[str]:
+        if not self.runtime_codes:
+            return []
+        count, compared = (sum(getattr(row, n) for row in self.runtime_codes) for n in ("differing", "compared"))
+        largest = max(row.largest for row in self.runtime_codes)
+        told = f"{count} of {compared} codes differ from fxquant_eager (by {largest} at most)"
+        return [f"in {self.runtime} itself, {told}", *_differing(self.runtime_codes)]
 
     def _not_compared_lines(self) -> list[str]:
         names, count = ", ".join(self.not_compared), len(self.not_compared)
@@ -239,3 +253,9 @@ class VerifyReport:
             f"latency {1e3 * self.latency:.3f} ms, float {1e3 * self.float_latency:.3f} ms: "
             f"ratio {self.latency_ratio:.2f} (below 1 is faster)"
         )
+
+
+def _differing(rows: Collection[CodeRow]) -> list[str]:
+    """A table of the sites where codes differ; nothing where none do."""
+    off = [(row.key, row.differing, row.compared, row.largest) for row in rows if row.differing]
+    return [table(("site", "differ", "of", "largest"), off)] if off else []

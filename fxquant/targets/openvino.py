@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fxquant.errors import ExportError
 from fxquant.support.require import require
 from fxquant.targets.cpu import integer_dot_support
-from fxquant.targets.document import Feeds, ModelPath
+from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
 from fxquant.targets.expected import FLOAT_PROBABILITIES, FLOAT_RECURRENT, ExpectedKernel, Forecast, WeightOnly
 from fxquant.targets.in_turns import in_turns
 from fxquant.targets.lint_reader import Breaches, Lint, LintReader, Rules, attribute
 from fxquant.targets.openvino_rows import kernel_rows
 from fxquant.targets.profile import FLOAT_CELLS, FLOAT_VALUE, PRODUCT_KINDS, Profile
+from fxquant.targets.shown_codes import apart, code_values, show
 from fxquant.targets.target import KernelRow, Package, Ran, Runtime, Target
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 # Integer convolutions and products need no quantized result there; table lookups gain nothing, nor do adds but those
@@ -154,6 +156,22 @@ def run(path: ModelPath, feeds: Feeds) -> Ran:
     )
 
 
+def codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> list[dict[str, np.ndarray]]:
+    """What the file's quantizers of activations give in OpenVINO, no neighbours in one run. Raises as `run`."""
+    found = []
+    file = Wiring(model=load_model(path), folder=folder_of(path))
+    for part in apart(file, code_values(file, also)):
+        wiring = Wiring(model=load_model(path), folder=folder_of(path))
+        names = show(wiring, part)
+        require("onnx").load_external_data_for_model(wiring.model, wiring.folder)
+        with _loading(path):
+            compiled = _compiled(_require().Core().read_model(wiring.model.SerializeToString()))
+            given = compiled(dict(feeds))
+        arrays = {name: given[output] for output in compiled.outputs for name in output.get_names()}
+        found.append({label: arrays[name] for label, name in names.items()})
+    return found
+
+
 def kernels(path: ModelPath) -> tuple[KernelRow, ...]:
     """A row per product of the file, compiled and not run. Raises as `run`."""
     with _loading(path):
@@ -181,9 +199,11 @@ def samples(cases: Mapping[str, tuple[ModelPath, Feeds]], *, rounds: int, thread
     return in_turns(runs, rounds=rounds, threads=threads)
 
 
-def _compiled(path: ModelPath, **config: object) -> Any:
+def _compiled(model: Any, **config: object) -> Any:
+    """A file, by its path, or what `Core.read_model` made of one."""
     hint = {"INFERENCE_PRECISION_HINT": "f32", **config}  # else bfloat16 where the CPU has it
-    return _require().Core().compile_model(os.fspath(path), "CPU", hint)
+    source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model
+    return _require().Core().compile_model(source, "CPU", hint)
 
 
 TARGET = Target(
@@ -195,6 +215,7 @@ TARGET = Target(
         run=run,
         kernels=kernels,
         samples=samples,
+        codes=codes,
         package=Package(module="openvino", extra="openvino", oldest="2025.3", newest="2026.4"),
     ),
 )

@@ -18,7 +18,8 @@ from fxquant.support.require import require
 from fxquant.targets.document import Feeds, ModelPath, Wiring, folder_of, load_model
 from fxquant.targets.in_turns import in_turns
 from fxquant.targets.rounded import is_beyond_onnxruntime, rounded
-from fxquant.targets.standard import TRT, bits, needs_standard, run_standard
+from fxquant.targets.shown_codes import code_values, show
+from fxquant.targets.standard import bits, needs_standard, run_standard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,10 +39,6 @@ _LEVELS = {
     "layout": "ORT_ENABLE_LAYOUT",
     "all": "ORT_ENABLE_ALL",
 }
-
-# numpy has no 2- or 4-bit integers, so onnxruntime cannot hand them out: a Cast to the name on the right can.
-_WIDER = {"INT4": "INT8", "UINT4": "UINT8", "INT2": "INT8", "UINT2": "UINT8"}
-
 
 def session(
     model: ModelPath | bytes,
@@ -160,44 +157,24 @@ def run_outputs(
 def run_codes(
     path: ModelPath, feeds: Feeds, *, also: Collection[str] = (), level: str | None = None
 ) -> dict[str, np.ndarray]:
-    """What every activation QuantizeLinear of the graph gives, by the keys of ``quantize_outputs``.
+    """What every activation QuantizeLinear of the graph gives, by the labels of `code_values`.
 
     ``also`` names those that are known to be activations though no input reaches them, as position embeddings.
     Runs without optimizations, so that each Q is one node and its arithmetic the standard's, or at a ``level`` of
     `levels`: a kernel that a Q became a part of gives the codes then. Integers of 2 or
     4 bits come widened to 8; float8 codes come as their bits in uint8. Raises as ``run_outputs``.
     """
-    onnx = require("onnx")
     model = load_model(path)
     model = rounded(model, folder_of(path)) if is_beyond_onnxruntime(model) else model
     wiring = Wiring(model=model, folder=folder_of(path))
-    shown = {output.name for output in model.graph.output}
-    names: dict[str, str] = {}
-    for label, value in _quantize_outputs(wiring, also).items():
-        made = wiring.producer[value]
-        wider = _WIDER.get(wiring.code_type(made) or "") if made.op_type == "QuantizeLinear" else None
-        names[label] = f"{value}::codes" if wider else value
-        if wider:
-            to = onnx.TensorProto.DataType.Value(wider)
-            model.graph.node.append(onnx.helper.make_node("Cast", [value], [names[label]], to=to))
-        if names[label] not in shown:  # onnxruntime infers the type of an output that states none
-            model.graph.output.append(onnx.ValueInfoProto(name=names[label]))
+    names = show(wiring, code_values(wiring, also))
     if not names:
         return {}
     if needs_standard(model):
-        onnx.load_external_data_for_model(model, folder_of(path))
+        require("onnx").load_external_data_for_model(model, folder_of(path))
         return {k: bits(v) for k, v in zip(names, run_standard(model, list(names.values()), feeds), strict=True)}
     built = session(model.SerializeToString(), optimize=False, level=level, config=data_folder(path))
     return dict(zip(names, run_session(built, list(names.values()), feeds), strict=True))
-
-
-def quantize_outputs(path: ModelPath) -> dict[str, str]:
-    """Label → value name of each activation QuantizeLinear's output, in graph order: the label is that name, less "@0".
-
-    A Q whose input hangs on constants alone belongs to a weight and is left out; so is one inside a branch or
-    a loop body, whose values nobody outside can read.
-    """
-    return _quantize_outputs(Wiring(model=load_model(path), folder=folder_of(path)), ())
 
 
 def values_of(path: ModelPath, feeds: Feeds, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -236,15 +213,6 @@ def samples(
         rounds=rounds,
         threads=threads,
     )
-
-
-def _quantize_outputs(wiring: Wiring, also: Collection[str]) -> dict[str, str]:
-    made: dict[str, str] = {}  # what a QuantizeLinear gives → the same clipped as codes, where it is
-    for node in wiring.model.graph.node:
-        source = node if node.domain == TRT and len(node.output) > 1 else wiring.quantizer_of(node.output[0])
-        if source is not None and (source.input[0] not in wiring.constants or node.output[0].partition("@")[0] in also):
-            made[source.output[0]] = node.output[0]
-    return {name.removesuffix("@0"): name for name in made.values()}  # where an input of the graph has the site's name
 
 
 def _as_declared(built: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
@@ -63,6 +63,15 @@ class Latency(Protocol):
     def __call__(self, paths: Mapping[str, ModelPath], feeds: Feeds, *, rounds: int) -> dict[str, float]: ...
 
 
+class CodesOf(Protocol):
+    """Codes of each activation QuantizeLinear of a file, as `shown_codes.code_values` labels them.
+
+    In several parts, each of a run that shows some of them: what is shown is fused with nothing after it.
+    """
+
+    def __call__(self, path: ModelPath, feeds: Feeds, *, also: Collection[str]) -> list[dict[str, np.ndarray]]: ...
+
+
 class Samples(Protocol):
     """Seconds of each round's run of each file on its own inputs, interleaved."""
 
@@ -97,6 +106,7 @@ class Runtime:
         kernels: a file → the rows of ``run``, without inputs.
         latency: how runs are timed; None where they are not.
         samples: the same with the times of all rounds, which say how much of a difference is noise; None likewise.
+        codes: how its own codes are read; None where they are not, as in the reference, which is read anyway.
         rules_do: where the package is not installed, the target's rules are verified by instead, unless the runtime
             was asked for by name.
         capabilities: of devices that a file can be compiled for: ``run`` and ``kernels`` then take ``capability``.
@@ -109,6 +119,7 @@ class Runtime:
     kernels: Callable[..., tuple[KernelRow, ...]]
     latency: Latency | None = None
     samples: Samples | None = None
+    codes: CodesOf | None = None
     rules_do: bool = False
     capabilities: tuple[str, ...] = ()
     has_timeout: bool = False

@@ -68,7 +68,7 @@ def test_outputs_of_a_model_in_order() -> None:
 def case(folder: Path, *args: torch.Tensor, **kwargs: torch.Tensor) -> Case:
     g = Graph()
     path = g.save(folder, g.op("Add", g.input(2, name="left"), g.input(2, name="right")))
-    return Case(model=nn.Identity(), args=args, kwargs=kwargs, path=path)
+    return Case(model=nn.Identity(), args=args, kwargs=kwargs, path=path, keys=())
 
 
 def test_inputs_are_named_in_order(tmp_path: Path) -> None:

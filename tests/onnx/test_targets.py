@@ -194,4 +194,20 @@ def test_openvino_has_the_codes_of_a_sum_that_it_takes_into_a_convolution(tmp_pa
     report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0)
     assert report.differing_codes == 0 and report.compared_codes > 0
     assert report.optimized_output_difference < 1e-5  # one code of the sum is 0.015
+    assert {row.key: row.differing for row in report.runtime_codes} == {row.key: 0 for row in report.codes}
     assert [site.key for site in fxquant.explain(model).rows if "add" in site.key] == ["add0_rhs"]
+
+
+@pytest.mark.skipif(sums_saturate(), reason="this CPU's 8-bit sums saturate")
+def test_verify_sees_codes_that_openvino_does_not_round_to(tmp_path: Path) -> None:
+    """onnxruntime's file has codes of the convolution's result, which OpenVINO swallows: those of the sum are off."""
+    pytest.importorskip("openvino")
+    x = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = calibrated(Sum(), x, target="onnxruntime")
+    fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+    report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0, runtime="openvino")
+    off = {row.key: row.differing / row.compared for row in report.runtime_codes}
+    assert off.keys() == {row.key for row in report.codes} and off.pop("show.input") > 0.05
+    assert {*off.values()} == {0.0} and report.differing_codes == 0
+    assert "in OpenVINO 20" in str(report) and " itself, " in str(report) and "show.input" in str(report)
+    assert [row["key"] for row in report.to_dict()["runtime_codes"]] == [row.key for row in report.runtime_codes]

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +17,7 @@ from fxquant.onnx import lint_onnx
 from fxquant.targets import openvino
 from fxquant.targets.cpu import sums_saturate
 from fxquant.targets.openvino_rows import kernel_rows
+from fxquant.targets.session import run_codes
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.graphs import Graph
 from tests.onnx.nets import EXACT, NETS, exported
@@ -71,6 +73,22 @@ def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match=r"broken\.onnx must load and run in OpenVINO"):
         openvino.run(tmp_path / "broken.onnx", {})
+
+
+def test_codes_of_neighbours_come_from_runs_of_their_own(tmp_path: Path) -> None:
+    """Those of 4 bits too, which no runtime hands out as they are."""
+    pytest.importorskip("openvino")
+    g = Graph()
+    x = g.qdq(g.input(2, 4, 6, 6), 0.5, 0, name="first")
+    y = g.qdq(g.op("Relu", x), 0.5, 0, ml_dtypes.uint4, name="second")
+    z = g.qdq(g.op("Add", y, x), 0.25, 128, name="third")
+    path = g.save(tmp_path, z)
+    feeds = {"x": np.random.default_rng(0).uniform(0, 7, (2, 4, 6, 6)).astype(np.float32)}
+    parts = openvino.codes(path, feeds)
+    assert [{*part} for part in parts] == [{"first"}, {"second"}, {"third"}]
+    wanted = run_codes(path, feeds)
+    for label, found in (pair for part in parts for pair in part.items()):
+        np.testing.assert_array_equal(found, wanted[label], label)
 
 
 # ---------------------------------------------------------------- its runtime graph, written by hand

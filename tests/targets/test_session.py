@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.targets import session as runtime
 from fxquant.targets.in_turns import clock_of, in_turns
+from fxquant.targets.shown_codes import quantize_outputs
 from tests.onnx.graphs import BOOL, Graph, image, rows
 
 
@@ -135,12 +136,12 @@ class TestCodes:
         folded = graph.op("Transpose", graph.floats(6, 8), perm=[1, 0])
         weight = graph.qdq(folded, 0.01, 0, np.int8, name="of_weight")
         path = graph.save(tmp_path, graph.op("MatMul", x, weight))
-        assert runtime.quantize_outputs(path) == {"quantizelinear_3": "quantizelinear_3"}
+        assert quantize_outputs(path) == {"quantizelinear_3": "quantizelinear_3"}
 
     def test_a_model_without_quantizers_has_none(self, tmp_path: Path) -> None:
         graph = Graph()
         path = graph.save(tmp_path, graph.op("Relu", graph.input(2)))
-        assert runtime.quantize_outputs(path) == runtime.run_codes(path, {"x": np.zeros(2, np.float32)}) == {}
+        assert quantize_outputs(path) == runtime.run_codes(path, {"x": np.zeros(2, np.float32)}) == {}
 
     def test_inside_a_function_of_the_model(self, tmp_path: Path) -> None:
         path = with_function(tmp_path)
@@ -191,7 +192,7 @@ class TestOutputs:
         with pytest.raises(InvalidArgument, match=r"feeds must name the model's inputs \['x'\]: got \['y'\]"):
             runtime.run_outputs(path, {"y": pixels()["x"]}, optimize=True)
 
-    @pytest.mark.parametrize("read", [runtime.quantize_outputs, lambda path: runtime.session(path, optimize=True)])
+    @pytest.mark.parametrize("read", [quantize_outputs, lambda path: runtime.session(path, optimize=True)])
     def test_files_that_are_no_models(self, tmp_path: Path, read: Callable[[Path], object]) -> None:
         with pytest.raises(ExportError, match=r"absent\.onnx must"):
             read(tmp_path / "absent.onnx")
@@ -308,4 +309,4 @@ def test_branches_keep_their_quantizers_to_themselves(tmp_path: Path) -> None:
         end = onnx.helper.make_tensor_value_info(value, 1, [2])
         bodies[name] = onnx.helper.make_graph(inner.nodes, name, [], [end])
     path = graph.save(tmp_path, graph.op("If", choice, **bodies))
-    assert runtime.quantize_outputs(path) == {}
+    assert quantize_outputs(path) == {}
