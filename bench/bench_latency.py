@@ -3,10 +3,10 @@
     python bench/bench_latency.py [--nets resnet18,minilm,…] [--runtimes onnxruntime,openvino,torch] [--rounds 30]
                                   [--threads 1] [--keep folder] [--out bench/results/latency.jsonl]
 
-Nets of torchvision, timm and transformers with random weights, for one picture of 224×224 or one sentence of 128
-tokens. Each is prepared for the runtime, calibrated on its input and exported; that file and the float model's export
-then run in turns, and the medians of CPU time are compared. A JSON line per net and runtime. ``off``: the largest
-distance of the outputs from those of onnxruntime without optimizations, as a part of their spread. OpenVINO runs with
+The nets of `latency_nets`, for one picture of 224×224 (yolov8n: 320×320) or one sentence of 128 tokens. Each is
+prepared for the runtime, calibrated on its input and exported; that file and the float model's export then run in
+turns, and the medians of CPU time are compared. A JSON line per net and runtime. ``off``: the largest distance of the
+outputs from those of onnxruntime without optimizations, as a part of their spread. OpenVINO runs with
 ``INFERENCE_PRECISION_HINT`` f32. ``skip_slow_ms``: of the file of ``prepare(skip_slow=True)``, where there is a table
 of costs. ``nncf_ms``: in OpenVINO, of the file that NNCF makes of the float export with the same input, where nncf is
 installed. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float model under the same, and
@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from latency_nets import NETS, build
 from machine import emit, environment
 from nets import Unavailable
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fxquant
 from fxquant.errors import InvalidArgument
@@ -41,140 +41,6 @@ from fxquant.targets.session import input_names, run_outputs, session
 
 Feeds = Mapping[Any, np.ndarray]  # by name, or by number
 Run = Callable[[], Any]
-
-
-class Same(nn.Conv2d):
-    """A convolution padded as TensorFlow does it, by a Pad of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, size = self.kernel_size[0], self.stride[0], x.shape[-1]
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        padded = F.pad(x, [total // 2, total - total // 2] * 2) if total else x
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
-    parts: list[nn.Module] = [Same(inputs, outputs, kernel, stride, groups=groups, bias=False)]
-    parts += [nn.BatchNorm2d(outputs), *([nn.ReLU6()] if act else [])]
-    return nn.Sequential(*parts)
-
-
-class Inverted(nn.Module):
-    """MBConv without squeeze and excitation."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, factor: int) -> None:
-        super().__init__()
-        wide = inputs * factor
-        parts = [_unit(inputs, wide, 1)] if factor > 1 else []
-        parts += [_unit(wide, wide, kernel, stride, groups=wide), _unit(wide, outputs, 1, act=False)]
-        self.body, self.adds = nn.Sequential(*parts), stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) if self.adds else self.body(x)
-
-
-def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 (Liu, 2020), with the Pads of TensorFlow's convolutions."""
-    stages = [(1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6)]
-    stages += [(3, 112, 5, 1, 6), (4, 192, 5, 2, 6), (1, 320, 3, 1, 6)]
-    parts, width = [_unit(3, 32, 3, 2)], 32
-    for count, outputs, kernel, stride, factor in stages:
-        for number in range(count):
-            parts.append(Inverted(width, outputs, kernel, 1 if number else stride, factor))
-            width = outputs
-    return nn.Sequential(*parts, _unit(320, 1280, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000))
-
-
-class Sentence(nn.Module):
-    """A transformers encoder that gives its last hidden states."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.inner(ids).last_hidden_state
-
-
-def _bert(layers: int, width: int) -> nn.Module:
-    import transformers
-
-    config = transformers.BertConfig(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=12
-    )
-    return Sentence(transformers.BertModel(config, add_pooling_layer=False))
-
-
-def _torchvision(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import torchvision
-
-        return torchvision.models.get_model(name, weights=None)
-
-    return make
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, pretrained=False)
-
-    return make
-
-
-class Face(nn.Module):
-    """MTCNN's O-Net (Zhang et al., 2016): convolutions with PReLU, for pictures of 48×48."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(3, 32, 3), nn.PReLU(32), nn.MaxPool2d(3, 2, ceil_mode=True)),
-            *(nn.Conv2d(32, 64, 3), nn.PReLU(64), nn.MaxPool2d(3, 2, ceil_mode=True)),
-            *(nn.Conv2d(64, 64, 3), nn.PReLU(64), nn.MaxPool2d(2, 2, ceil_mode=True)),
-            *(nn.Conv2d(64, 128, 2), nn.PReLU(128), nn.Flatten()),
-            *(nn.Linear(1152, 256), nn.PReLU(256), nn.Linear(256, 16)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
-def _picture(size: int = 224, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 3, size, size)
-
-
-def _tokens() -> Tensor:
-    return torch.randint(0, 30000, (1, 128))
-
-
-NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    **{n: (_torchvision(n), _picture) for n in ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")},
-    "efficientnet_b0": (_torchvision("efficientnet_b0"), _picture),
-    "convnext_tiny": (_torchvision("convnext_tiny"), _picture),
-    "efficientnet_lite0": (efficientnet_lite0, _picture),
-    "onet": (Face, lambda: _picture(48, 8)),
-    "vit_tiny": (_timm("vit_tiny_patch16_224"), _picture),
-    "deit_small": (_timm("deit_small_patch16_224"), _picture),
-    "minilm": (lambda: _bert(6, 384), _tokens),
-    "bert_base": (lambda: _bert(12, 768), _tokens),
-}
-
-
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The float net in evaluation, with statistics of its input in every BatchNorm; and that input."""
-    torch.manual_seed(0)
-    make, data = NETS[name]
-    try:
-        model, x = make(), data()
-    except ImportError as error:
-        raise Unavailable(f"{name} needs {error.name}: pip install {error.name}") from error
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = None  # the average over what it sees
-        model.train()(torch.cat([x, x]))
-    return model.eval(), x
 
 
 def quantized(model: nn.Module, x: Tensor, target: str, path: Path, *, skip_slow: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,20 @@ class Codes:
     not_compared: set[str] = field(default_factory=set)
 
 
-def compare_codes(case: Case) -> tuple[Codes, Codes, list[np.ndarray]]:
+@contextlib.contextmanager
+def running(case: Case) -> Iterator[Run]:
+    """Runs of the model for the functions below, which compile it once; under the autocast that it was trained under,
+    where that is what the file's float parts are.
+    """
+    found = next((p.value for p in load_model(case.path).metadata_props if p.key == FLOAT_DTYPE), "")
+    trained = trained_autocast(case.model)
+    with contextlib.ExitStack() as stack:
+        if trained is not None and str(trained) == f"torch.{found}":
+            stack.enter_context(torch.autocast(next(case.model.parameters()).device.type, trained))
+        yield stack.enter_context(visiting(case.model, "verify_onnx"))
+
+
+def compare_codes(case: Case, run: Run) -> tuple[Codes, Codes, list[np.ndarray]]:
     """Every site of the model against its QuantizeLinear: each from the file's codes before it, and each from its own.
 
     The model's own outputs come third: what training sees. Raises InvalidArgument for a file that lacks some of them,
@@ -78,10 +91,9 @@ def compare_codes(case: Case) -> tuple[Codes, Codes, list[np.ndarray]]:
     theirs = run_codes(case.path, feeds, also=case.keys)
     quantized = {label.partition("@")[0] for label in theirs} & {*case.keys}
     theirs |= {key: codes for key, codes in absorbed.items() if codes is not None}
-    with _as_trained(case), visiting(case.model, "verify_onnx") as run:
-        cascaded, outputs = _compare(case, run, theirs, follow=False)
-        _check_sites(case.path, cascaded.unknown - absorbed.keys())
-        compared, _ = _compare(case, run, theirs, follow=True)
+    cascaded, outputs = _compare(case, run, theirs, follow=False)
+    _check_sites(case.path, cascaded.unknown - absorbed.keys())
+    compared, _ = _compare(case, run, theirs, follow=True)
     compared.not_compared |= quantized - {row.key.partition("@")[0] for row in compared.rows}
     if quantized and not any(row.compared for row in compared.rows):
         raise ExportError(
@@ -92,25 +104,15 @@ def compare_codes(case: Case) -> tuple[Codes, Codes, list[np.ndarray]]:
     return compared, cascaded, arrays(outputs)
 
 
-def compare_found(case: Case, found: Mapping[str, np.ndarray]) -> Codes:
+def compare_found(case: Case, run: Run, found: Mapping[str, np.ndarray]) -> Codes:
     """Every site of the model against codes of the file, each from those codes before it."""
     theirs = {**found, **{key: codes for key, codes in _absorbed_codes(case.path).items() if codes is not None}}
-    with _as_trained(case), visiting(case.model, "verify_onnx") as run:
-        return _compare(case, run, theirs, follow=True)[0]
+    return _compare(case, run, theirs, follow=True)[0]
 
 
-def compare_parts(case: Case, parts: Iterable[Mapping[str, np.ndarray]]) -> list[CodeRow]:
+def compare_parts(case: Case, run: Run, parts: Iterable[Mapping[str, np.ndarray]]) -> list[CodeRow]:
     """A row for each of the codes, which are of several runs of the file: each site from those before it of its run."""
-    return [row for found in parts for row in compare_found(case, found).rows if row.key in found]
-
-
-def _as_trained(case: Case) -> contextlib.AbstractContextManager[Any]:
-    """The autocast that the model was trained under, where that is what the file's float parts are."""
-    found = next((p.value for p in load_model(case.path).metadata_props if p.key == FLOAT_DTYPE), "")
-    trained = trained_autocast(case.model)
-    if trained is None or str(trained) != f"torch.{found}":
-        return contextlib.nullcontext()
-    return torch.autocast(next(case.model.parameters()).device.type, trained)
+    return [row for found in parts for row in compare_found(case, run, found).rows if row.key in found]
 
 
 def _absorbed_codes(path: ModelPath) -> dict[str, np.ndarray | None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fxquant.errors import ExportError
 from fxquant.onnx.compare import Case, compare_found, within_code
 from fxquant.onnx.verify_report import CodeRow, LevelRow
+from fxquant.probe.visitor import Run
 from fxquant.targets.document import ModelPath, load_model
 from fxquant.targets.session import levels, run_codes, run_outputs, runs_as_written
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 LARGE = 256 * 2**20  # bytes, with external data: beyond, a level is loaded once and its outputs are compared
 
 
-def compare_levels(case: Case, unoptimized: list[np.ndarray]) -> tuple[LevelRow, ...]:
+def compare_levels(case: Case, run: Run, unoptimized: list[np.ndarray]) -> tuple[LevelRow, ...]:
     """The file at each level; none where onnxruntime has no kernels for it as it is.
 
     A level's codes are read from a copy of the graph that gives them as outputs too: of what a fusion swallowed there
@@ -44,7 +45,7 @@ def compare_levels(case: Case, unoptimized: list[np.ndarray]) -> tuple[LevelRow,
             rows.append(LevelRow(level=level, outputs_within_code=share))
             continue
         if known is None or not _equal(found, known):
-            known, codes = found, compare_found(case, found).rows
+            known, codes = found, compare_found(case, run, found).rows
         rows.append(_row(level, codes, share))
     return tuple(rows)
 

@@ -19,7 +19,7 @@ from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
 from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import InvalidArgument, MissingDependency
-from fxquant.onnx.compare import Case, compare_codes, compare_parts, largest_difference, within_code
+from fxquant.onnx.compare import Case, compare_codes, compare_parts, largest_difference, running, within_code
 from fxquant.onnx.edges import Edges
 from fxquant.onnx.levels import compare_levels, is_large
 from fxquant.onnx.lint import LintReport, lint_onnx
@@ -27,6 +27,7 @@ from fxquant.onnx.verify_report import CodeRow, VerifyReport
 from fxquant.onnx.write import save, to_onnx
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import unset_as_deployed
+from fxquant.probe.visitor import Run
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath
 from fxquant.targets.registry import configured, get_target
@@ -75,9 +76,11 @@ def verify_onnx(
     keys = tuple(site.key for site in plan.sites)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path, keys=keys)
     with unset_as_deployed(case.model), scaled_tables(case.model):
-        compared, cascaded, trained = compare_codes(case)
-        unoptimized = run_outputs(path, case.feeds, optimize=False)
-        rows = compare_levels(case, unoptimized)
+        with running(case) as model_run:
+            compared, cascaded, trained = compare_codes(case, model_run)
+            unoptimized = run_outputs(path, case.feeds, optimize=False)
+            rows = compare_levels(case, model_run, unoptimized)
+            own = _own_codes(run, case, model_run)
         measured = _in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)
     return VerifyReport(
         path=os.fspath(path),
@@ -90,6 +93,7 @@ def verify_onnx(
         output_spread=float(max((value.std() for value in trained), default=0.0)),
         levels=rows,
         roundings=tuple(sorted({str(s.local.spec.rounding) for s in plan.sites if s.local.role != "weight"})),
+        runtime_codes=own,
         **vars(measured),
     )
 
@@ -112,6 +116,13 @@ def _runtime(target: Target, found: Runtime | None, path: ModelPath, *, named: b
     return found
 
 
+def _own_codes(runtime: Runtime | None, case: Case, model_run: Run) -> tuple[CodeRow, ...]:
+    """The codes that the runtime has by its own kernels; none where it does not show them, and of a large file."""
+    if runtime is None or runtime.codes is None or is_large(case.path):
+        return ()
+    return tuple(compare_parts(case, model_run, runtime.codes(case.path, case.feeds, also=case.keys)))
+
+
 @dataclass(kw_only=True)
 class _Measured:
     """The part of a report that depends on the target."""
@@ -126,7 +137,6 @@ class _Measured:
     integer_dot: str | None = None
     exact_output_difference: float = math.nan
     exact_by: str | None = None
-    runtime_codes: tuple[CodeRow, ...] = ()
 
 
 def _in_target(
@@ -147,8 +157,6 @@ def _in_target(
     ran = runtime.run(case.path, case.feeds)
     if ran.outputs is None:
         return _Measured(runtime=ran.runtime, rows=ran.rows, lint=lint_onnx(case.path, target.name))
-    codes = None if is_large(case.path) else runtime.codes
-    parts = () if codes is None else codes(case.path, case.feeds, also=case.keys)
     # The codes that another runtime starts from are the reference's.
     expected = trained if ran.runtime == REFERENCE else unoptimized
     return _Measured(
@@ -161,7 +169,6 @@ def _in_target(
         integer_dot=ran.integer_dot,
         exact_output_difference=largest_difference(ran.exact_outputs, expected) if ran.exact_outputs else math.nan,
         exact_by=ran.exact_by,
-        runtime_codes=tuple(compare_parts(case, parts)),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torch._dynamo.utils import counters
 
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument
@@ -43,6 +44,17 @@ def test_codes_are_training_s(verified):
     assert report.compared_codes == sum(row.compared for row in report.codes) > 10_000
     assert report.input_differing_codes == 0
     assert report.differing_codes <= report.compared_codes // 10_000
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_model_is_compiled_once(verified, runtime):
+    """Levels and the runtime's own codes are compared by the same compiled graph."""
+    pytest.importorskip(runtime)
+    model, path, _ = verified
+    before = counters["stats"]["unique_graphs"]
+    report = fxquant.verify_onnx(model, (torch.randn(16, 3, 8, 8),), path, rounds=0, runtime=runtime)
+    assert counters["stats"]["unique_graphs"] == before + 1
+    assert len(report.levels) > 1 and bool(report.runtime_codes) == (runtime == "openvino")
 
 
 def test_report_prints_and_serializes(verified):
@@ -103,7 +115,7 @@ def test_refusals(verified, tmp_path):
     with pytest.raises(InvalidArgument, match=r"must hold the file's 1 inputs \(x\): got 2 tensors"):
         fxquant.verify_onnx(model, (x, x), path)
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    with pytest.raises(ExportError, match="must load in onnxruntime"):
+    with pytest.raises(ExportError, match="must be an ONNX model"):
         fxquant.verify_onnx(model, (x,), tmp_path / "broken.onnx")
 
 
