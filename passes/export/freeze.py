@@ -30,6 +30,8 @@ from fxquant.passes.export.constants import constant, constant_value
 from fxquant.passes.export.pairs import Dequantized, Pair, named
 from fxquant.passes.stages import EXPORT
 
+_AT_ONCE = 1 << 18  # values of a weight whose codes are computed together
+
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
@@ -309,12 +311,30 @@ def _site(view: FakeQuant) -> Site:
 
 
 def _codes(view: FakeQuant, weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """The codes that a fake-quant node of a weight computes, in the type that they are stored in."""
-    low, high = view.quant_min, view.quant_max
+    """The codes that a fake-quant node of a weight computes, in the type that they are stored in.
+
+    A few rows at a time: values between, as large as the weight, leave holes in the heap among the codes that stay,
+    and a gigabyte of them after BERT-base.
+    """
     if axis is not None:
         scale, zero_point = (numerics.per_channel_view(v, weight.dim(), axis) for v in (scale, zero_point))
+    if weight.dim() == 0 or weight.numel() <= _AT_ONCE:
+        return _codes_of(view, weight, scale, zero_point)
+    step, codes = max(1, _AT_ONCE * len(weight) // weight.numel()), None
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        grid = (value[rows] if value.dim() and len(value) > 1 else value for value in (scale, zero_point))
+        part = _codes_of(view, weight[rows], *grid)
+        codes = torch.empty_like(weight, dtype=part.dtype) if codes is None else codes
+        codes[rows] = part
+    assert codes is not None
+    return codes
+
+
+def _codes_of(view: FakeQuant, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    low, high, rounding = view.quant_min, view.quant_max, argument(view.node, "rounding")
     if view.element is not None:
         found = float_format(view.element)
-        return elements.encode(elements.quantize(weight, scale, found, argument(view.node, "rounding")), found)
-    code = numerics.code_before_clamp(weight, scale, zero_point, argument(view.node, "rounding"))
+        return elements.encode(elements.quantize(weight, scale, found, rounding), found)
+    code = numerics.code_before_clamp(weight, scale, zero_point, rounding)
     return numerics.clamp_code(code, low, high).to(getattr(torch, storage(low, high)[0]))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.errors import ExportError
 from fxquant.graph.edit import item
 from fxquant.graph.nodes import call_nodes
+from fxquant.graph.views import FakeQuant
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.ops.fake_quantize import PER_CHANNEL, PER_TENSOR
 from fxquant.ops.qparams import AFFINE_QPARAMS
 from fxquant.passes.captured.insert_fake_quantize import Insertion
+from fxquant.passes.export import freeze
 from fxquant.passes.export.freeze import Freeze, Frozen
 from fxquant.plan.plan import Role
 from fxquant.spec.mode import Mode
@@ -90,6 +95,45 @@ def test_one_scale_for_a_weight_is_a_scalar() -> None:
     frozen(gm)
     assert gm.get_buffer("conv__weight__scale").dim() == 0
     assert "conv__weight__zero_point, None)" in show(gm)
+
+
+class Largest(TorchDispatchMode):
+    """The most values that an operator computed at once."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and func not in (aten.empty_like.default, aten.slice.Tensor, aten.copy_.default):
+            self.count = max(self.count, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("axis", [None, 0, 1, 3])
+@pytest.mark.parametrize("element", [None, "e4m3", "e2m1"])
+def test_codes_are_computed_a_few_rows_at_a_time(
+    axis: int | None, channels_last: bool, element: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same codes in the same strides; values between are no larger than a few rows."""
+    weight = torch.randn(10, 6, 4, 5, generator=torch.Generator().manual_seed(0))
+    weight = weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
+    scale = torch.linspace(0.01, 0.05, 1 if axis is None else weight.shape[axis])
+    point = torch.zeros_like(scale, dtype=torch.int32)
+    limits = {} if element is None else {"element": element}
+    g = Written()
+    g.input(1)
+    args = (g.held("weight", weight), g.held("s", scale), g.held("z", point))
+    made = g.call(PER_TENSOR, *args, -127, 127, rounding="divide", **limits) if axis is None else None
+    node = made or g.call(PER_CHANNEL, *args, axis, -127, 127, rounding="divide", **limits)
+    view = FakeQuant.of(node)
+    assert view is not None
+    whole = freeze._codes(view, weight, scale, point, axis)
+    monkeypatch.setattr(freeze, "_AT_ONCE", 3 * weight[0].numel())
+    with Largest() as largest:
+        found = freeze._codes(view, weight, scale, point, axis)
+    assert torch.equal(found, whole) and found.dtype == whole.dtype and len(found.unique()) > 4
+    assert found.stride() == weight.stride() and 0 < largest.count <= 3 * weight[0].numel()
 
 
 def test_a_scale_that_leaves_no_room_for_the_bias_is_raised() -> None:
