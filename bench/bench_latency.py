@@ -1,16 +1,17 @@
 """What a quantized file costs at run time: its time over that of the float export, in the same runtime, at real sizes.
 
     python bench/bench_latency.py [--nets resnet18,minilm,…] [--runtimes onnxruntime,openvino,torch] [--rounds 30]
-                                  [--threads 1] [--keep folder] [--out bench/results/latency.jsonl]
+                                  [--threads 1,2] [--keep folder] [--out bench/results/latency.jsonl]
 
 The nets of `latency_nets`, for one picture of 224×224 (yolov8n: 320×320) or one sentence of 128 tokens. Each is
 prepared for the runtime, calibrated on its input and exported; that file and the float model's export then run in
-turns, and the medians of CPU time are compared. A JSON line per net and runtime. ``off``: the largest distance of the
-outputs from those of onnxruntime without optimizations, as a part of their spread. OpenVINO runs with
-``INFERENCE_PRECISION_HINT`` f32. ``skip_slow_ms``: of the file of ``prepare(skip_slow=True)``, where there is a table
-of costs. ``nncf_ms``: in OpenVINO, of the file that NNCF makes of the float export with the same input, where nncf is
-installed. Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float model under the same, and
-beside both files in onnxruntime (``onnxruntime_int8_ms``, ``onnxruntime_float_ms``).
+turns, and medians are compared: of CPU time on one thread, of the time that is waited on more. A JSON line per net,
+runtime and number of threads. ``off``: the largest distance of the outputs from those of onnxruntime without
+optimizations, as a part of their spread. OpenVINO runs with ``INFERENCE_PRECISION_HINT`` f32. ``skip_slow_ms``: of the
+file of ``prepare(skip_slow=True)``, where there is a table of costs. ``static_ms``, ``nncf_ms``: of the files that
+onnxruntime's ``quantize_static`` and, where it is installed, NNCF make of the float export with the same input.
+Runtime ``torch`` is `fxquant.convert` under plain torch.compile, beside the float model under the same, and beside both
+files in onnxruntime (``onnxruntime_int8_ms``, ``onnxruntime_float_ms``).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import importlib.metadata
 import importlib.util
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import InvalidArgument
 from fxquant.targets.costs import shipped
+from fxquant.targets.in_turns import in_turns
 from fxquant.targets.session import input_names, run_outputs, session
 
 Feeds = Mapping[Any, np.ndarray]  # by name, or by number
 Run = Callable[[], Any]
+PEERS = ("static", "nncf")  # other tools' files
 
 
 def quantized(model: nn.Module, x: Tensor, target: str, path: Path, *, skip_slow: bool = False) -> None:
@@ -79,6 +82,23 @@ def by_nncf(model: Path, x: Tensor, path: Path) -> None:
     openvino.save_model(found, path, compress_to_fp16=False)
 
 
+def by_static(model: Path, x: Tensor, path: Path) -> None:
+    """The float export by onnxruntime's own quantizer: Q/DQ pairs, a scale for each channel of a weight."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Once(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
+        def __init__(self) -> None:
+            self.left = [dict(zip(input_names(model), [x.numpy()], strict=True))]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    ready = path.with_suffix(".ready.onnx")
+    quant_pre_process(str(model), str(ready))
+    quantization.quantize_static(str(ready), str(path), Once(), per_channel=True)
+
+
 def onnxruntime_run(path: Path, feeds: Feeds, threads: int) -> Run:
     """A run of a file in onnxruntime, with all optimizations."""
     built = session(path, optimize=True, threads=threads, config={"session.intra_op.allow_spinning": "0"})
@@ -103,16 +123,10 @@ def openvino_run(path: Path, feeds: Feeds, threads: int) -> Run:
 RUNTIMES: dict[str, Callable[[Path, Feeds, int], Run]] = {"onnxruntime": onnxruntime_run, "openvino": openvino_run}
 
 
-def timed(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of the process's CPU time of each, which take turns; after three runs that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 3):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if number >= 3:
-                seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+def timed(runs: Mapping[str, Run], rounds: int, threads: int) -> dict[str, float]:
+    """Median seconds of each, which take turns: CPU time of one thread, of several the time that is waited."""
+    found = in_turns(runs, rounds=rounds, threads=threads)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def off(path: Path, feeds: Feeds, outputs: list[np.ndarray]) -> float:
@@ -141,69 +155,60 @@ def torch_runs(model: nn.Module, x: Tensor) -> dict[str, Run]:
     return {"int8": run(torch.compile(converted)), "float": run(torch.compile(model))}
 
 
-def measure_torch(name: str, folder: Path, rounds: int, threads: int) -> dict[str, object]:
-    """The row of a net in torch itself, with onnxruntime's times of the same run beside it."""
-    torch.set_num_threads(threads)
+def torch_files(name: str, folder: Path) -> tuple[dict[str, Path], dict[str, Run], Tensor]:
+    """Files for onnxruntime, and runs in torch."""
     model, x = build(name)
-    paths = {"onnxruntime_int8": folder / f"{name}.onnx", "onnxruntime_float": folder / f"{name}_float.onnx"}
-    quantized(model, x, "onnxruntime", paths["onnxruntime_int8"])
-    plain(model, x, paths["onnxruntime_float"])
-    runs = torch_runs(model, x)
-    feeds = {key: dict(zip(input_names(path), [x.numpy()], strict=True)) for key, path in paths.items()}
-    runs |= {key: onnxruntime_run(path, feeds[key], threads) for key, path in paths.items()}
-    ours, theirs = paths["onnxruntime_int8"], feeds["onnxruntime_int8"]
-    distance = off(ours, theirs, list(runs["int8"]()))
-    found = timed(runs, rounds)
-    return {
-        "net": name,
-        "runtime": "torch",
-        "version": torch.__version__,
-        **{f"{key}_ms": round(1e3 * seconds, 2) for key, seconds in found.items()},
-        "ratio": round(found["int8"] / found["float"], 3),
-        **({"skip_slow_ms": round(1e3 * found["skip_slow"], 2)} if "skip_slow" in found else {}),
-        **({"skip_slow_ratio": round(found["skip_slow"] / found["float"], 3)} if "skip_slow" in found else {}),
-        "off": float(f"{distance:.2g}"),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "rounds": rounds,
-        **environment(),
-        "threads": threads,
-    }
+    files = {"onnxruntime_int8": folder / f"{name}.onnx", "onnxruntime_float": folder / f"{name}_float.onnx"}
+    quantized(model, x, "onnxruntime", files["onnxruntime_int8"])
+    plain(model, x, files["onnxruntime_float"])
+    return files, torch_runs(model, x), x
 
 
-def measure(name: str, runtime: str, folder: Path, rounds: int, threads: int) -> dict[str, object]:
-    """The row of a net in a runtime."""
+def files_for(name: str, runtime: str, folder: Path) -> tuple[dict[str, Path], dict[str, Run], Tensor]:
+    """Ours, the float model's, and the peer's where it is installed."""
     model, x = build(name)
-    ours, theirs = folder / f"{name}_{runtime}.onnx", folder / f"{name}_float.onnx"
-    quantized(model, x, runtime, ours)
-    plain(model, x, theirs)
-    files, runs = {"int8": ours, "float": theirs}, {}
+    files = {key: folder / f"{name}_{runtime}_{key}.onnx" for key in ("int8", "float")}
+    quantized(model, x, runtime, files["int8"])
+    plain(model, x, files["float"])
     if has_costs(runtime):
         files["skip_slow"] = folder / f"{name}_{runtime}_skip_slow.onnx"
         quantized(model, x, runtime, files["skip_slow"], skip_slow=True)
-    for key, path in files.items():
-        feeds = dict(zip(input_names(path), [x.numpy()], strict=True))
-        runs[key] = RUNTIMES[runtime](path, feeds, threads)
+    if runtime == "onnxruntime":
+        files["static"] = folder / f"{name}_static.onnx"
+        by_static(files["float"], x, files["static"])
     if runtime == "openvino" and importlib.util.find_spec("nncf"):
-        by_nncf(theirs, x, folder / f"{name}_nncf.xml")
-        runs["nncf"] = openvino_run(folder / f"{name}_nncf.xml", dict.fromkeys([0], x.numpy()), threads)
-    found = timed(runs, rounds)
-    distance = off(ours, dict(zip(input_names(ours), [x.numpy()], strict=True)), list(runs["int8"]()))
-    return {
-        "net": name,
-        "runtime": runtime,
-        "version": importlib.metadata.version(runtime),
-        "int8_ms": round(1e3 * found["int8"], 2),
-        "float_ms": round(1e3 * found["float"], 2),
-        "ratio": round(found["int8"] / found["float"], 3),
-        **({"skip_slow_ms": round(1e3 * found["skip_slow"], 2)} if "skip_slow" in found else {}),
-        **({"skip_slow_ratio": round(found["skip_slow"] / found["float"], 3)} if "skip_slow" in found else {}),
-        **({"nncf_ms": round(1e3 * found["nncf"], 2)} if "nncf" in found else {}),
-        **({"nncf_ratio": round(found["nncf"] / found["float"], 3)} if "nncf" in found else {}),
-        "off": float(f"{distance:.2g}"),
-        "rounds": rounds,
-        **environment(),
-        "threads": threads,
-    }
+        files["nncf"] = folder / f"{name}_nncf.xml"
+        by_nncf(files["float"], x, files["nncf"])
+    return files, {}, x
+
+
+def measure(name: str, runtime: str, folder: Path, rounds: int, threads: Sequence[int]) -> Iterator[dict[str, object]]:
+    """The row of a net in a runtime for each number of threads."""
+    files, runs, x = (torch_files if runtime == "torch" else partial(files_for, runtime=runtime))(name, folder=folder)
+    ours = files["onnxruntime_int8" if runtime == "torch" else "int8"]
+    feeds = {k: {0: x.numpy()} if p.suffix == ".xml" else _named(p, x) for k, p in files.items()}
+    for count in threads:
+        torch.set_num_threads(count)
+        start = onnxruntime_run if runtime == "torch" else RUNTIMES[runtime]
+        runs |= {key: start(path, feeds[key], count) for key, path in files.items()}
+        distance = off(ours, _named(ours, x), list(runs["int8"]()))
+        found = timed(runs, rounds, count)
+        yield {
+            "net": name,
+            "runtime": runtime,
+            "version": importlib.metadata.version(runtime),
+            **{f"{key}_ms": round(1e3 * seconds, 2) for key, seconds in found.items()},
+            "ratio": round(found["int8"] / found["float"], 3),
+            **{f"{k}_ratio": round(v / found["float"], 3) for k, v in found.items() if k in ("skip_slow", *PEERS)},
+            "off": float(f"{distance:.2g}"),
+            "rounds": rounds,
+            **environment(),
+            "threads": count,
+        }
+
+
+def _named(path: Path, x: Tensor) -> Feeds:
+    return dict(zip(input_names(path), [x.numpy()], strict=True))
 
 
 def main() -> None:
@@ -212,22 +217,19 @@ def main() -> None:
     parser.add_argument("--nets", default=",".join(NETS))
     parser.add_argument("--runtimes", default=",".join(RUNTIMES))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", default="1", help="one or more numbers, with a row for each")
     parser.add_argument("--keep", type=Path, help="a folder for the files")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    threads = [int(count) for count in options.threads.split(",")]
     for name in options.nets.split(","):
         for runtime in options.runtimes.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 kept = options.keep or Path(folder)
                 try:
-                    if runtime == "torch":
-                        row = measure_torch(name, kept, options.rounds, options.threads)
-                    else:
-                        row = measure(name, runtime, kept, options.rounds, options.threads)
+                    emit(measure(name, runtime, kept, options.rounds, threads), options.out)
                 except Unavailable as error:
-                    row = {"net": name, "runtime": runtime, "unavailable": str(error), **environment()}
-            emit([row], options.out)
+                    emit([{"net": name, "runtime": runtime, "unavailable": str(error), **environment()}], options.out)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,6 @@ def test_pads_are_tensorflows(latency: ModuleType, size: int, kernel: int, pads:
     assert conv(x).shape[-1] == -(-size // 2)
 
 
-def test_runs_take_turns_after_three_that_do_not_count(latency: ModuleType) -> None:
-    calls: list[str] = []
-    found = latency.timed({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2)
-    assert calls == ["a", "b"] * 5 and found.keys() == {"a", "b"}
-
-
 def test_a_package_that_is_not_installed(latency: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(importlib.import_module("nets").Unavailable, match="vit_tiny needs timm: pip install timm"):
