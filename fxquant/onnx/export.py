@@ -37,6 +37,7 @@ from fxquant.plan.plan import Plan
 from fxquant.prepared.deployed import opened, quantized_graph
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import check_ranges, unset_as_deployed
+from fxquant.support.progress import counting
 from fxquant.support.require import require
 from fxquant.support.table import megabytes
 from fxquant.targets.profiles import Profile, get_profile
@@ -153,10 +154,12 @@ def export_onnx(
     told += check_ranges(plain)
     args, named, sizes = opened(plain, args, kwargs, dynamic_batch, dynamic_shapes)
     edges = Edges.of(plain, args, named)
-    with in_float32(plain), unset_as_deployed(plain):
+    with counting("export_onnx") as step, in_float32(plain), unset_as_deployed(plain):
         wide: Inputs = widened((args, named))
         passes = export_passes(profile, float_pools=precision.name in profile.float_pools)
+        step("tracing the model")
         gm, evaluated, frozen = quantized_graph(plain, *wide, sizes, plan, passes)
+        step("translating it to ONNX")
         program = to_onnx(gm, *wide, sizes, precision.opset)
         int4 = weight_storage == "int4"
         notes = [*told, *frozen.notes, *_finish(program.model, gm.graph, frozen, profile, precision, int4=int4)]
@@ -168,6 +171,7 @@ def export_onnx(
             check = FileCheck(
                 evaluated, (args, named), wide, frozen.labels, half, precision.io, plan.target == REFERENCE
             )
+        step("holding the file to the model" if verify else "writing")
         size = save(program, destination, check)
     notes += [] if check is None else check.notes
     return ExportReport(

@@ -28,6 +28,7 @@ from fxquant.onnx.write import save, to_onnx
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import unset_as_deployed
 from fxquant.probe.visitor import Run
+from fxquant.support.progress import counting
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath
 from fxquant.targets.registry import configured, get_target
@@ -75,12 +76,15 @@ def verify_onnx(
     run = _runtime(target, asked, path, named=runtime is not None)
     keys = tuple(site.key for site in plan.sites)
     case = Case(model=unwrap(model), args=args, kwargs=dict(kwargs or {}), path=path, keys=keys)
-    with unset_as_deployed(case.model), scaled_tables(case.model):
+    with counting("verify_onnx") as step, unset_as_deployed(case.model), scaled_tables(case.model):
+        step("comparing codes")
         with running(case) as model_run:
             compared, cascaded, trained = compare_codes(case, model_run)
             unoptimized = run_outputs(path, case.feeds, optimize=False)
+            step("comparing levels and runtimes")
             rows = compare_levels(case, model_run, unoptimized)
             own = _own_codes(run, case, model_run)
+        step(f"running it for {target.name}")
         measured = _in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)
     return VerifyReport(
         path=os.fspath(path),

@@ -26,6 +26,7 @@ from fxquant.prepared.deployed import opened, quantized_graph
 from fxquant.prepared.program import on_its_own
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import check_ranges, unset_as_deployed
+from fxquant.support.progress import counting
 from fxquant.support.table import megabytes
 
 _SHARE = 1e-3  # of codes that may be the neighbour, by sums and products in another order
@@ -123,7 +124,7 @@ def convert(
     _check_device(plain)
     notes = check_ranges(plain)
     args, named, sizes = opened(plain, args, kwargs, dynamic_batch, dynamic_shapes)
-    with in_float32(plain), unset_as_deployed(plain), torch.no_grad():
+    with counting("convert"), in_float32(plain), unset_as_deployed(plain), torch.no_grad():
         inputs = widened((args, named))
         passes = converted_passes(_of_four_bits(plan))
         gm, evaluated, frozen = quantized_graph(plain, inputs[0], inputs[1], sizes, plan, passes)

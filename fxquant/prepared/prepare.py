@@ -20,6 +20,7 @@ from fxquant.prepared.trainable import make_trainable
 from fxquant.spec.ranges import Range
 from fxquant.spec.recipes import Recipe, get_recipe
 from fxquant.spec.rules import Rule
+from fxquant.support.progress import counting
 from fxquant.targets.costs import CostTable, shipped
 from fxquant.targets.document import ModelPath
 from fxquant.targets.profiles import get_profile
@@ -81,7 +82,9 @@ def prepare(
         chosen = chosen.with_range(ranges)
     _check(model, args, kwargs)
     make_trainable(model)
-    plan = make_plan(model, args, dict(kwargs or {}), chosen, profile, costs)
+    with counting("prepare") as step:
+        step("running the model once")
+        plan = make_plan(model, args, dict(kwargs or {}), chosen, profile, costs)
     try:
         attach(model, plan)
         if isinstance(recipe, Measured):

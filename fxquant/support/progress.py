@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 import threading
 import time
@@ -41,47 +42,47 @@ def _plain(items: Iterable[T], description: str) -> Iterator[T]:
 def counting(description: str, *, show: bool = True) -> Iterator[Callable[[str], None]]:
     """Inside, a function that says what is being done, for work whose steps are not known before.
 
-    It draws a line on a terminal, from two seconds on.
+    A terminal reads it in one line, from two seconds on and anew each second, until it is done; of two that are nested,
+    the outer's.
     """
-    start, drawn = time.monotonic(), False
-
-    def step(text: str) -> None:
-        nonlocal drawn
-        passed = time.monotonic() - start
-        if show and passed > _QUIET and sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[K{description}, {passed:.0f} s: {text}")
-            sys.stderr.flush()
-            drawn = True
-
-    try:
-        yield step
-    finally:
-        if drawn:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def waiting(doing: str, *, show: bool = True) -> Iterator[None]:
-    """Inside, work of one step: a terminal reads what it is, from two seconds on, until it is done."""
-    if not show or not sys.stderr.isatty():
-        yield
+    if not show or _is_drawn.get() or not sys.stderr.isatty():
+        yield lambda text: None
         return
-    drawn = threading.Event()
-
-    def draw() -> None:
-        drawn.set()
-        sys.stderr.write(f"\r\033[K{doing} …")
-        sys.stderr.flush()
-
-    timer = threading.Timer(_QUIET, draw)
-    timer.daemon = True
-    timer.start()
+    line = _Line(description)
+    thread = threading.Thread(target=line.draw_each_second, name="fxquant-progress", daemon=True)
+    thread.start()
+    token = _is_drawn.set(True)
     try:
-        yield
+        yield line.say
     finally:
-        timer.cancel()
-        timer.join()
-        if drawn.is_set():
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+        _is_drawn.reset(token)
+        line.over.set()
+        thread.join()
+        line.clear()
+
+
+_is_drawn: contextvars.ContextVar[bool] = contextvars.ContextVar("is_drawn", default=False)
+
+
+class _Line:
+    """What is being done, in the last line of a terminal."""
+
+    def __init__(self, description: str) -> None:
+        self.description, self.text, self.drawn = description, "", False
+        self.start, self.over, self.stream = time.monotonic(), threading.Event(), sys.stderr
+
+    def say(self, text: str) -> None:
+        self.text = text
+
+    def draw_each_second(self) -> None:
+        wait = float(_QUIET)
+        while not self.over.wait(wait):
+            passed = f"{self.description}, {time.monotonic() - self.start:.0f} s"
+            self.stream.write(f"\r\033[K{passed}: {self.text}" if self.text else f"\r\033[K{passed}")
+            self.stream.flush()
+            self.drawn, wait = True, 1.0
+
+    def clear(self) -> None:
+        if self.drawn:
+            self.stream.write("\r\033[K")
+            self.stream.flush()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import onnx
@@ -16,6 +18,7 @@ from torch._dynamo.utils import counters
 import fxquant
 from fxquant.errors import ExportError, InvalidArgument
 from fxquant.prepared.root import plan_of
+from fxquant.support import progress
 from tests.onnx.agreement import assert_codes_agree
 from tests.onnx.models import ConvNet, calibrated, snapshot
 
@@ -55,6 +58,25 @@ def test_the_model_is_compiled_once(verified, runtime):
     report = fxquant.verify_onnx(model, (torch.randn(16, 3, 8, 8),), path, rounds=0, runtime=runtime)
     assert counters["stats"]["unique_graphs"] == before + 1
     assert len(report.levels) > 1 and bool(report.runtime_codes) == (runtime == "openvino")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_reads_what_takes_long(tmp_path, monkeypatch):
+    terminal, x = Terminal(), torch.randn(4, 3, 8, 8)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_QUIET", 0.01)
+    model = calibrated(ConvNet(), x)
+    fxquant.export_onnx(model, (x,), tmp_path / "net.onnx")
+    fxquant.verify_onnx(model, (x,), tmp_path / "net.onnx", rounds=0)
+    fxquant.convert(model, (x,))
+    said = terminal.getvalue()
+    for line in ("prepare, 0 s", "export_onnx, 0 s: tracing the model", "verify_onnx, 0 s: comparing codes", "convert"):
+        assert f"\r\033[K{line}" in said, said
+    assert said.endswith("\r\033[K")
 
 
 def test_report_prints_and_serializes(verified):

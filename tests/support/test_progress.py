@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from fxquant.support import progress
-from fxquant.support.progress import counting, track, waiting
+from fxquant.support.progress import counting, track
 
 
 class Terminal(io.StringIO):
@@ -85,64 +86,64 @@ def test_an_interrupt_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- steps that are not known before
 
 
-def test_steps_are_drawn_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal, now = on_terminal(monkeypatch), [10.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def threads() -> list[str]:
+    """Ours, that still run."""
+    return [each.name for each in threading.enumerate() if each.name == "fxquant-progress"]
+
+
+def drawn(terminal: Terminal, end: str) -> str:
+    """What is there once ``end`` is, or after ten seconds."""
+    last = time.monotonic() + 10
+    while not terminal.getvalue().endswith(end) and time.monotonic() < last:
+        time.sleep(0.001)
+    return terminal.getvalue()
+
+
+def test_a_long_step_is_said_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "_QUIET", 0.05)
     with counting("tuning") as step:
-        now[0] = 11.9
         step("a file")
         assert terminal.getvalue() == ""
-        now[0] = 13.0
+        assert drawn(terminal, "a file") == "\r\033[Ktuning, 0 s: a file"
         step("another")
-        assert terminal.getvalue() == "\r\033[Ktuning, 3 s: another"
-    assert terminal.getvalue().endswith("\r\033[K"), "the line is cleared"
+        assert drawn(terminal, "another").endswith("\r\033[Ktuning, 1 s: another"), "each second anew"
+    assert terminal.getvalue().endswith("another\r\033[K") and not threads()
 
 
-@pytest.mark.parametrize("show", [True, False])
-def test_steps_without_a_terminal_or_a_wish(show: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO() if show else Terminal()
+def test_work_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "_QUIET", 0.0)
+    with counting("compiling a kernel"):
+        assert drawn(terminal, " s") == "\r\033[Kcompiling a kernel, 0 s"
+
+
+def test_a_short_one_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    start = time.monotonic()
+    with counting("compiling a kernel") as step:
+        step("it")
+    assert terminal.getvalue() == "" and not threads() and time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("why", ["no terminal", "no wish", "inside another"])
+def test_steps_that_nobody_is_to_see(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO() if why == "no terminal" else Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "_QUIET", -1)
-    with counting("tuning", show=show) as step:
-        step("a file")
+    monkeypatch.setattr(progress, "_QUIET", 0.0 if why != "inside another" else 1000.0)
+    with counting("the other") if why == "inside another" else contextlib.nullcontext():
+        monkeypatch.setattr(progress, "_QUIET", 0.0)
+        with counting("tuning", show=why != "no wish") as step:
+            step("a file")
+            time.sleep(0.02)
     assert stream.getvalue() == ""
 
 
 def test_the_line_is_cleared_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_terminal(monkeypatch)
-    monkeypatch.setattr(progress, "_QUIET", -1)
+    monkeypatch.setattr(progress, "_QUIET", 0.0)
     with pytest.raises(ValueError, match="broken"), counting("tuning") as step:
         step("a file")
+        drawn(terminal, "a file")
         raise ValueError("broken")
     assert terminal.getvalue().endswith("a file\r\033[K")
-
-
-# ---------------------------------------------------------------- one step
-
-
-def test_a_long_step_is_said_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on_terminal(monkeypatch)
-    monkeypatch.setattr(progress, "_QUIET", 0.0)
-    with waiting("compiling a kernel"):
-        end = time.monotonic() + 10
-        while not terminal.getvalue() and time.monotonic() < end:
-            time.sleep(0.001)
-        assert terminal.getvalue() == "\r\033[Kcompiling a kernel …"
-    assert terminal.getvalue().endswith("…\r\033[K")
-
-
-def test_a_short_step_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal, threads = on_terminal(monkeypatch), threading.active_count()
-    with waiting("compiling a kernel"):
-        pass
-    assert terminal.getvalue() == "" and threading.active_count() == threads
-
-
-@pytest.mark.parametrize("show", [True, False])
-def test_a_step_without_a_terminal_or_a_wish(show: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO() if show else Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "_QUIET", 0.0)
-    with waiting("compiling a kernel", show=show):
-        time.sleep(0.02)
-    assert stream.getvalue() == ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxquant.shell.failures import first_line, place
-from fxquant.support.progress import waiting
+from fxquant.support.progress import counting
 
 OK, NOTE, MISSING, LEFT_OUT, BROKEN = "ok", "note", "missing", "left out", "broken"
 
@@ -65,7 +65,7 @@ def found_by(check: Check) -> Finding:
     """The answer, whatever happens: no exception comes out but an interrupt, nothing is printed by what is asked."""
     start = time.perf_counter()
     try:
-        with waiting(check.doing), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with counting(check.doing), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lacking = [each for each in check.needs if not is_there(each)]
             found = Finding(status=LEFT_OUT, found=f"without {' and '.join(lacking)}") if lacking else check.ask()
