@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,14 @@ def test_the_cost_guide_s_examples_run(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_example_runs(document: str) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTS[document], re.DOTALL)
     exec(compile(example, document, "exec"), {"__name__": document})
+
+
+@pytest.mark.parametrize("document", ["from-other-tools.md", "troubleshooting.md"])
+def test_a_guide_s_example_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder; blocks in lists are indented."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTS[document], re.DOTALL)
+    exec(compile(textwrap.dedent(example), document, "exec"), {"__name__": document})
 
 
 def test_every_claim_of_equality_names_its_test() -> None:
