@@ -11,6 +11,7 @@ from torch import fx
 
 from fxquant.capture.aside import uncompiled
 from fxquant.capture.open_sizes import OpenSizes, by_parameter, keywords_named
+from fxquant.capture.reexported import remember
 from fxquant.graph.edit import without_dead_nodes
 from fxquant.passes.base import run_all
 from fxquant.passes.captured.silence_bodies import SilenceBodies
@@ -33,6 +34,7 @@ def exported_graph(
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
+    remember(gm, program)
     run_all(dynamo_passes(), gm, DYNAMO)
     SilenceBodies().run(gm, CAPTURED)
     _call_by_first_path(gm, model)

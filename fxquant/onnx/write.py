@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.capture.open_sizes import OpenSizes, by_parameter
+from fxquant.capture.open_sizes import OpenSizes
+from fxquant.capture.reexported import program_of
 from fxquant.errors import ExportError, FxquantError
 from fxquant.onnx.translate import translation_table
 from fxquant.support.require import require
@@ -27,19 +28,15 @@ _EXTERNAL_BYTES = 1_800_000_000
 def to_onnx(
     gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OpenSizes | None, opset: int
 ) -> Any:
-    """The graph through torch.onnx's dynamo exporter, fxquant's ops as native Q/DQ; an ONNXProgram."""
-    gm.training = False
+    """A graph of `exported_graph` through torch.onnx's exporter, fxquant's ops as native Q/DQ: an ONNXProgram."""
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnx_ir"), _quiet("onnxscript"):
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                gm,
-                args,
-                kwargs=kwargs,
+                program_of(gm, args, kwargs, sizes),
                 dynamo=True,
                 custom_translation_table=translation_table(opset),
                 opset_version=opset,
-                dynamic_shapes=by_parameter(gm.forward, sizes),
                 verbose=False,
             )
         except Exception as error:
