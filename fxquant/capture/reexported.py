@@ -98,7 +98,8 @@ class _Lifted:
         self.inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(made.name), name, persistent=True))
 
     def _output(self, node: fx.Node) -> None:
-        given = [self.copies[v] if isinstance(v, fx.Node) else v for v in _pytree.tree_leaves(node.args[0])]
+        (results,) = node.args
+        given = [self.copies[v] if isinstance(v, fx.Node) else v for v in _pytree.tree_leaves(results)]
         self.outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(value), None) for value in given]
         self.graph.output(tuple(given)).meta = dict(node.meta)
 
