@@ -39,6 +39,8 @@ FILES = {
     "resnet50": "ResNet-50",
     "mobilenet_v2": "MobileNetV2",
     "efficientnet_b0": "EfficientNet-B0",
+    "unet": "U-Net, half of its width",
+    "yolov8n": "YOLOv8n, 320×320",
     "vit_tiny": "ViT-tiny",
     "minilm": "MiniLM-like",
     "bert_base": "BERT-base",
@@ -95,13 +97,14 @@ def files() -> str:
     rows, used, lines = read("latency"), [], []
     columns: dict[str, tuple[str, Callable[[Row], object]]] = {
         "onnxruntime": ("onnxruntime", lambda row: row.get("skip_slow_ratio")),
+        "its `quantize_static`": ("onnxruntime", lambda row: row.get("static_ratio")),
         "OpenVINO": ("openvino", lambda row: row["ratio"]),
-        "NNCF's file, in OpenVINO": ("openvino", lambda row: row.get("nncf_ratio")),
+        "NNCF, in OpenVINO": ("openvino", lambda row: row.get("nncf_ratio")),
     }
     for net, name in FILES.items():
         cells = [name]
         for runtime, value in columns.values():
-            row = newest(rows, net=net, runtime=runtime)
+            row = newest(rows, net=net, runtime=runtime, threads=1)
             ratio = None if row is None else value(row)
             cells.append("" if ratio is None else f"{ratio:.2f}")
             used += [row] if row else []

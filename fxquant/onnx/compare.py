@@ -110,9 +110,9 @@ def compare_found(case: Case, run: Run, found: Mapping[str, np.ndarray]) -> Code
     return _compare(case, run, theirs, follow=True)[0]
 
 
-def compare_parts(case: Case, run: Run, parts: Iterable[Mapping[str, np.ndarray]]) -> list[CodeRow]:
-    """A row for each of the codes, which are of several runs of the file: each site from those before it of its run."""
-    return [row for found in parts for row in compare_found(case, run, found).rows if row.key in found]
+def compare_parts(case: Case, run: Run, parts: Iterable[tuple[Set[str], Mapping[str, np.ndarray]]]) -> list[CodeRow]:
+    """A row for each site that a part judges: from the codes before it that the part's run of the file showed."""
+    return [row for judged, found in parts for row in compare_found(case, run, found).rows if row.key in judged]
 
 
 def _absorbed_codes(path: ModelPath) -> dict[str, np.ndarray | None]:

@@ -156,19 +156,21 @@ def run(path: ModelPath, feeds: Feeds) -> Ran:
     )
 
 
-def codes(path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()) -> list[dict[str, np.ndarray]]:
-    """What the file's quantizers of activations give in OpenVINO, no neighbours in one run. Raises as `run`."""
+def codes(
+    path: ModelPath, feeds: Feeds, *, also: Collection[str] = ()
+) -> list[tuple[frozenset[str], dict[str, np.ndarray]]]:
+    """What the file's quantizers of activations give in OpenVINO, in a run for each `Part`. Raises as `run`."""
     found = []
     file = Wiring(model=load_model(path), folder=folder_of(path))
     for part in apart(file, code_values(file, also)):
         wiring = Wiring(model=load_model(path), folder=folder_of(path))
-        names = show(wiring, part)
+        names = show(wiring, part.shown)
         require("onnx").load_external_data_for_model(wiring.model, wiring.folder)
         with _loading(path):
             compiled = _compiled(_require().Core().read_model(wiring.model.SerializeToString()))
             given = compiled(dict(feeds))
         arrays = {name: given[output] for output in compiled.outputs for name in output.get_names()}
-        found.append({label: arrays[name] for label, name in names.items()})
+        found.append((part.judged, {label: arrays[name] for label, name in names.items()}))
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
 
 from fxquant.support.require import require
 from fxquant.targets.document import ModelPath, Wiring, folder_of, load_model
@@ -52,22 +53,49 @@ def show(wiring: Wiring, values: Mapping[str, str]) -> dict[str, str]:
     return names
 
 
-def apart(wiring: Wiring, values: Mapping[str, str]) -> list[dict[str, str]]:
-    """Values of `code_values` in parts, none of which has a quantizer beside one that it is computed from.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A run of a file that shows codes.
 
-    What is an output is not fused with what is after it. Between neighbours that are not shown, a quantizer has the
-    fusions of the file. Of a residual block there are three parts; of nets whose layers each read many others there are
-    no more than `_PARTS`, with some neighbours in one.
+    Attributes:
+        judged: labels of those that this run is for.
+        shown: label → value name, of all but what those are computed from.
     """
-    nearest: dict[str, frozenset[str]] = {}  # value → the quantizers from which it comes by no other
+
+    judged: frozenset[str]
+    shown: Mapping[str, str]
+
+
+def apart(wiring: Wiring, values: Mapping[str, str]) -> list[Part]:
+    """Runs in which each of `code_values` is judged once, and what it is computed from is not shown there.
+
+    What is an output is not fused with what is after it: where all are shown, no kernel can leave one out that it
+    should round to. All others are shown, so that differences do not run on from one to the next. Of a residual block
+    there are three parts; of nets whose layers each read many others no more than `_PARTS`, with some neighbours in
+    one.
+    """
+    before = _nearest(wiring, {*values.values()})
     part_of: dict[str, int] = {}
-    quantizers = {*values.values()}
+    for value, found in before.items():
+        taken = [part_of[each] for each in found]
+        part_of[value] = min(range(_PARTS), key=lambda part: (taken.count(part), part))
+    parts = []
+    for part in sorted({*part_of.values()}):
+        judged = {value for value in before if part_of[value] == part}
+        hidden = frozenset[str]().union(*(before[value] for value in judged)) - judged
+        shown = {label: value for label, value in values.items() if value not in hidden}
+        parts.append(Part(judged=frozenset(k for k, v in shown.items() if v in judged), shown=shown))
+    return parts
+
+
+def _nearest(wiring: Wiring, quantizers: Set[str]) -> dict[str, frozenset[str]]:
+    """Quantizer → those from which it is computed by no other, in the graph's order."""
+    nearest: dict[str, frozenset[str]] = {}
+    found = {}
     for node in wiring.model.graph.node:
         before = frozenset[str]().union(*(nearest.get(name, frozenset()) for name in node.input))
         for name in node.output:
             nearest[name] = frozenset([name]) if name in quantizers else before
             if name in quantizers:
-                taken = [part_of[each] for each in before]
-                part_of[name] = min(range(_PARTS), key=lambda part: (taken.count(part), part))
-    parts = [{label: value for label, value in values.items() if part_of[value] == part} for part in range(_PARTS)]
-    return [part for part in parts if part]
+                found[name] = before
+    return found

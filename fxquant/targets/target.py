@@ -64,12 +64,11 @@ class Latency(Protocol):
 
 
 class CodesOf(Protocol):
-    """Codes of each activation QuantizeLinear of a file, as `shown_codes.code_values` labels them.
+    """Codes of a file's activation QuantizeLinears, of one run for each `shown_codes.Part`: what it judges, and all."""
 
-    In several parts, each of a run that shows some of them: what is shown is fused with nothing after it.
-    """
-
-    def __call__(self, path: ModelPath, feeds: Feeds, *, also: Collection[str]) -> list[dict[str, np.ndarray]]: ...
+    def __call__(
+        self, path: ModelPath, feeds: Feeds, *, also: Collection[str]
+    ) -> list[tuple[frozenset[str], dict[str, np.ndarray]]]: ...
 
 
 class Samples(Protocol):
