@@ -62,7 +62,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "tests/capture/test_reexported.py",
         {
             "self.copies[node].name = str(node.target)": "pass",
-            "return SymIntArgument(value.name) if isinstance(fake, torch.SymInt)": "return TensorArgument('') if not value",
+            "return SymIntArgument(value.name) if isinstance(fake": "return TensorArgument('') if not isinstance(fake",
             "        if name in self.state:": "        if name in ():",
         },
     ),
