@@ -49,7 +49,7 @@ def program_of(
         gm.training = False
         return torch.export.export(gm, args, kwargs, dynamic_shapes=by_parameter(gm.forward, sizes), strict=False)
     (constraints, verifiers), lifted = gm.meta[_META], _Lifted(gm)
-    names = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # of every graph of program.module()
+    names = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # private; 2.13, read in 2.11 and 2.15
     calls = ModuleCallSignature([], [], names.in_spec, names.out_spec, names.orig_args)
     return ExportedProgram(
         gm,
