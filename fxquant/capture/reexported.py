@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch.export.graph_signature import (
     InputSpec,
     OutputKind,
     OutputSpec,
+    SymBoolArgument,
+    SymFloatArgument,
     SymIntArgument,
     TensorArgument,
 )
@@ -71,6 +74,8 @@ class _Lifted:
         self.inputs: list[InputSpec] = []
         self.outputs: list[OutputSpec] = []
         self.copies: dict[fx.Node, fx.Node] = {}
+        taken = {name for node in gm.graph.nodes for name in (node.name, str(node.target))}
+        self.names = (name for name in map("constant_{}".format, itertools.count()) if name not in taken)
         for node, value in _attributes(gm):
             if isinstance(value, Tensor):  # bodies of branches and loops stay where they are
                 self._constant(node, value)
@@ -92,7 +97,7 @@ class _Lifted:
             known = next(each for each in self.copies if each.target == name)
             self.copies[node] = self.copies[known]
             return
-        made = self.graph.placeholder(f"constant_{len(self.state)}")
+        made = self.graph.placeholder(next(self.names))
         made.meta = dict(node.meta)
         self.copies[node], self.state[name] = made, value
         self.inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(made.name), name, persistent=True))
@@ -116,6 +121,15 @@ def _argument(value: Any) -> Any:
     if not isinstance(value, fx.Node):
         return ConstantArgument("", value)
     fake = value.meta["val"]
-    if isinstance(fake, Tensor):
-        return TensorArgument(value.name)
-    return SymIntArgument(value.name) if isinstance(fake, torch.SymInt) else ConstantArgument(value.name, fake)
+    for kind, argument in _ARGUMENTS.items():
+        if isinstance(fake, kind):
+            return argument(value.name)
+    return ConstantArgument(value.name, fake)
+
+
+_ARGUMENTS = {
+    Tensor: TensorArgument,
+    torch.SymInt: SymIntArgument,
+    torch.SymFloat: SymFloatArgument,
+    torch.SymBool: SymBoolArgument,
+}

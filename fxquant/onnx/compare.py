@@ -18,7 +18,7 @@ from fxquant.errors import ExportError, InvalidArgument
 from fxquant.numerics import code_before_clamp, dequantize, elements, per_channel_view
 from fxquant.numerics.formats import float_format
 from fxquant.onnx.export import ABSORBED, FLOAT_DTYPE
-from fxquant.onnx.feeds import arrays, feeds_of, tensors_of
+from fxquant.onnx.feeds import feeds_of, results, tensors_of
 from fxquant.onnx.verify_report import CodeRow
 from fxquant.passes.export.constants import held_name
 from fxquant.prepared.root import trained_autocast
@@ -101,7 +101,7 @@ def compare_codes(case: Case, run: Run) -> tuple[Codes, Codes, list[np.ndarray]]
             f"({', '.join(sorted(quantized)[:5])}) to compare. Give inputs that are not empty; if they are not, the "
             "model takes another way than the one that was exported: see fxquant.explain."
         )
-    return compared, cascaded, arrays(outputs)
+    return compared, cascaded, results(outputs)
 
 
 def compare_found(case: Case, run: Run, found: Mapping[str, np.ndarray]) -> Codes:
@@ -198,7 +198,8 @@ def largest_difference(found: list[np.ndarray], reference: list[np.ndarray]) -> 
     """The largest distance of a value from the reference's."""
     import numpy as np
 
-    return max((float(np.abs(f - r).max(initial=0)) for f, r in zip(found, reference, strict=True)), default=0.0)
+    pairs = [(f.astype("float64"), r.astype("float64")) for f, r in zip(found, reference, strict=True)]
+    return max((float(np.abs(f - r).max(initial=0)) for f, r in pairs), default=0.0)
 
 
 def within_code(found: list[np.ndarray], reference: list[np.ndarray]) -> float:

@@ -40,9 +40,15 @@ def feeds_of(path: ModelPath, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return as_declared(load_model(path), {name: _array(found[name]) for name in names})
 
 
-def arrays(outputs: Any) -> list[np.ndarray]:
-    """A model's outputs in the order of the file's."""
-    return [_array(value) for value in tensors_of(outputs)]
+def arrays(values: Any) -> list[np.ndarray]:
+    """The tensors among a model's inputs or outputs in the order of the file's."""
+    return [_array(value) for value in tensors_of(values)]
+
+
+def results(outputs: Any) -> list[np.ndarray]:
+    """A model's outputs in the order of the file's, which has sizes as tensors too."""
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return [_array(torch.as_tensor(leaf)) for leaf in leaves if isinstance(leaf, (Tensor, int, float))]
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -29,6 +29,13 @@ def to_onnx(
     gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OpenSizes | None, opset: int
 ) -> Any:
     """A graph of `exported_graph` through torch.onnx's exporter, fxquant's ops as native Q/DQ: an ONNXProgram."""
+    (returned,) = gm.graph.output_node().args
+    for number, value in enumerate(torch.utils._pytree.tree_leaves(returned)):
+        if not isinstance(value, fx.Node) and value is not None:
+            raise ExportError(
+                f"outputs must be tensors or sizes: got the constant {value!r} as output {number}. "
+                "Return it as a tensor, or leave it out."
+            )
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnx_ir"), _quiet("onnxscript"):
         warnings.simplefilter("ignore")
         try:

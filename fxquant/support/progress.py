@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import shutil
 import sys
 import threading
 import time
@@ -78,7 +79,9 @@ class _Line:
         wait = float(_QUIET)
         while not self.over.wait(wait):
             passed = f"{self.description}, {time.monotonic() - self.start:.0f} s"
-            self.stream.write(f"\r\033[K{passed}: {self.text}" if self.text else f"\r\033[K{passed}")
+            line = f"{passed}: {self.text}" if self.text else passed
+            width = shutil.get_terminal_size().columns - 1  # what wraps into a second line stays there
+            self.stream.write(f"\r\033[K{line[:width]}")
             self.stream.flush()
             self.drawn, wait = True, 1.0
 

@@ -61,6 +61,17 @@ class Branching(nn.Module):
         return torch.cond(x.sum() > 0, yes, no, (x,))
 
 
+class Sizes(nn.Module):
+    """An input with the name that a lifted tensor could have; a size, a truth and a quotient of it as results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, constant_0: Tensor) -> tuple[Any, ...]:
+        return self.layer(x) + constant_0, x.shape[0], x.shape[0] > 2, x.shape[0] / 2
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -76,6 +87,7 @@ CASES = [
     Case("named", Named, (X, 3), {"mask": torch.ones(6, 1)}),
     Case("fixed", Named, (X, 3), {"mask": torch.ones(6, 1)}, False),
     Case("counting", Counting, (X,), {}),
+    Case("sizes", Sizes, (X, X), {}),
     Case("branching", Branching, (X,), {}, False),
 ]
 

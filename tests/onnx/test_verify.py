@@ -60,6 +60,41 @@ def test_the_model_is_compiled_once(verified, runtime):
     assert len(report.levels) > 1 and bool(report.runtime_codes) == (runtime == "openvino")
 
 
+class Sizes(nn.Module):
+    """Results that are no floats; an input that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x, unread):
+        y = self.layer(x)
+        return y, y > 0, x.shape[0]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_results_that_are_no_floats_and_an_input_that_is_not_read(target, tmp_path):
+    pytest.importorskip(target)
+    args = torch.randn(4, 8), torch.randn(4, 8)
+    model = fxquant.prepare(Sizes(), args, target=target)
+    fxquant.calibrate(model, [args], progress=False)
+    fxquant.export_onnx(model.eval(), args, tmp_path / "net.onnx")
+    report = fxquant.verify_onnx(model, args, tmp_path / "net.onnx", rounds=0)
+    assert report.compared_codes >= 32 and not report.differing_codes and report.outputs_within_code == 1
+    assert report.max_output_difference < 1e-5
+    assert [row.differing for row in report.runtime_codes] == [0] * len(report.runtime_codes)
+    assert bool(report.runtime_codes) == (target == "openvino")
+
+
+def test_a_constant_among_the_results_is_named(tmp_path):
+    args = torch.randn(4, 8), torch.randn(4, 8)
+    model = fxquant.prepare(Sizes(), args)
+    fxquant.calibrate(model, [args], progress=False)
+    told = r"outputs must be tensors or sizes: got the constant 4 as output 2\. Return it as a tensor, or leave it out"
+    with pytest.raises(ExportError, match=told):
+        fxquant.export_onnx(model.eval(), args, tmp_path / "net.onnx", dynamic_batch=False)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

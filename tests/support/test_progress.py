@@ -111,6 +111,15 @@ def test_a_long_step_is_said_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> 
     assert terminal.getvalue().endswith("another\r\033[K") and not threads()
 
 
+def test_a_narrow_terminal_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(progress, "_QUIET", 0.0)
+    with counting("tuning") as step:
+        step("a file")
+        assert drawn(terminal, " 0 s") == "\r\033[Ktuning, 0 s"
+
+
 def test_work_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_terminal(monkeypatch)
     monkeypatch.setattr(progress, "_QUIET", 0.0)
