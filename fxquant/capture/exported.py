@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree
 
 from fxquant.capture.aside import uncompiled
 from fxquant.capture.open_sizes import OpenSizes, by_parameter, keywords_named
@@ -29,6 +30,8 @@ def exported_graph(
     Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
     of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
+    # Of a view, torch.export would hold the sizes of the whole tensor too, which nobody passes later.
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, lambda given: given.detach().clone(), (args, kwargs))
     with _as_deployed(), uncompiled(model), keywords_named(model, kwargs):
         shapes = by_parameter(model.forward, sizes)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

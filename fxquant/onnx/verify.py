@@ -18,7 +18,7 @@ from fxquant.capture.exported import exported_graph
 from fxquant.capture.in_float32 import in_float32, widened
 from fxquant.capture.open_sizes import open_batch
 from fxquant.capture.scaled_tables import scaled_tables
-from fxquant.errors import InvalidArgument, MissingDependency
+from fxquant.errors import ExportError, InvalidArgument, MissingDependency
 from fxquant.onnx.compare import Case, compare_codes, compare_parts, largest_difference, running, within_code
 from fxquant.onnx.edges import Edges
 from fxquant.onnx.levels import compare_levels, is_large
@@ -83,7 +83,7 @@ def verify_onnx(
             unoptimized = run_outputs(path, case.feeds, optimize=False)
             step("comparing levels and runtimes")
             rows = compare_levels(case, model_run, unoptimized)
-            own = _own_codes(run, case, model_run)
+            own, unread = _own_codes(run, case, model_run)
         step(f"running it for {target.name}")
         measured = _in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)
     return VerifyReport(
@@ -98,6 +98,7 @@ def verify_onnx(
         levels=rows,
         roundings=tuple(sorted({str(s.local.spec.rounding) for s in plan.sites if s.local.role != "weight"})),
         runtime_codes=own,
+        runtime_codes_error=unread,
         **vars(measured),
     )
 
@@ -120,11 +121,17 @@ def _runtime(target: Target, found: Runtime | None, path: ModelPath, *, named: b
     return found
 
 
-def _own_codes(runtime: Runtime | None, case: Case, model_run: Run) -> tuple[CodeRow, ...]:
-    """The codes that the runtime has by its own kernels; none where it does not show them, and of a large file."""
+def _own_codes(runtime: Runtime | None, case: Case, model_run: Run) -> tuple[tuple[CodeRow, ...], str | None]:
+    """The codes that the runtime has by its own kernels, and why there are none: it runs the file, and not with codes
+    as outputs. Of a runtime that does not show them, and of a large file, neither.
+    """
     if runtime is None or runtime.codes is None or is_large(case.path):
-        return ()
-    return tuple(compare_parts(case, model_run, runtime.codes(case.path, case.feeds, also=case.keys)))
+        return (), None
+    try:
+        parts = runtime.codes(case.path, case.feeds, also=case.keys)
+    except ExportError as error:  # of the file itself, its run raises the same
+        return (), next(iter(str(error).splitlines()), "")
+    return tuple(compare_parts(case, model_run, parts)), None
 
 
 @dataclass(kw_only=True)

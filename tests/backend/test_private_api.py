@@ -138,6 +138,7 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
 # Private attributes of objects, by what has them.
 ATTRIBUTES: Mapping[str, Callable[[], object]] = {
     "_cdata": lambda: torch.ones(1).untyped_storage(),
+    "_codegen": torch.fx.Graph,
     "_compiled_call_impl": torch.nn.Module,
     "_flat_weights": lambda: torch.nn.GRU(1, 1),
     "_flat_weights_names": lambda: torch.nn.GRU(1, 1),

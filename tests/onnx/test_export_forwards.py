@@ -63,6 +63,23 @@ def test_variadic_inputs(tmp_path):
     assert_codes_agree(verified)
 
 
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(29, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.table(x.contiguous()))
+
+
+def test_an_example_that_is_a_view(tmp_path):
+    """The tensor that it is a part of is of another size, and is no input."""
+    tokens, path = torch.arange(32 * 17).reshape(32, 17) % 29, tmp_path / "net.onnx"
+    model = calibrated(Tokens(), tokens[:, :-1])
+    fxquant.export_onnx(model, (tokens[:, :-1],), path)
+    assert not fxquant.verify_onnx(model, (tokens[:, 1:],), path, rounds=0).differing_codes
+
+
 @pytest.mark.parametrize("mode", ["sum", "max"])
 def test_tables_of_embedding_bags_are_quantized(tmp_path, mode):
     torch.manual_seed(0)

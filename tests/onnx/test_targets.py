@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
+from fxquant.errors import ExportError
 from fxquant.onnx import lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
+from fxquant.targets import registry
 from fxquant.targets.cpu import sums_saturate
 from fxquant.targets.session import EXACT_SUMS, run_outputs
 from tests.onnx.agreement import assert_codes_agree
@@ -169,6 +172,26 @@ def test_forms_that_runtimes_run_faster(tmp_path: Path) -> None:
     assert all(row.integer for row in verified.rows)
     pytest.importorskip("openvino")  # which refuses a Pad of codes whose zero point is not 0
     assert fxquant.verify_onnx(model, (ids,), path, rounds=0, runtime="openvino").outputs_within_code == 1
+
+
+def test_codes_that_cannot_be_read_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file runs: a copy of it with more outputs may be refused."""
+    pytest.importorskip("openvino")
+    target = registry.TARGETS["openvino"]
+    assert target.runtime is not None
+    x = torch.randn(2, 8)
+    model = calibrated(nn.Sequential(nn.Linear(8, 4)), x, target="openvino")
+    fxquant.export_onnx(model, (x,), tmp_path / "m.onnx")
+
+    def refuse(*args: object, **kwargs: object) -> list[object]:
+        raise ExportError("m.onnx must load: no such output\nand more")
+
+    broken = dataclasses.replace(target.runtime, codes=refuse)
+    monkeypatch.setitem(registry.TARGETS, "openvino", dataclasses.replace(target, runtime=broken))
+    report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0)
+    assert report.runtime_codes == () and report.runtime_codes_error == "m.onnx must load: no such output"
+    assert f"the codes that {report.runtime} itself has could not be read: m.onnx must load: no such" in str(report)
+    assert report.outputs_within_code == 1
 
 
 class Sum(nn.Module):
