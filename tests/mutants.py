@@ -58,6 +58,11 @@ FAULTS: list[tuple[str, str, Changes]] = [
         },
     ),
     (
+        "fxquant/capture/in_float32.py",
+        "tests/onnx/test_export_forwards.py",
+        {"else value.detach().clone()": "else value"},
+    ),
+    (
         "fxquant/capture/reexported.py",
         "tests/capture/test_reexported.py",
         {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,19 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-BENCH = Path(__file__).parent.parent / "bench"
-MODULES = ("bench_latency", "latency_nets", "machine", "nets")
+from tests.bench_modules import bench_module
 
 
 @pytest.fixture
 def latency(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script, imported as it imports its neighbours, and forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("bench_latency")
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    yield from bench_module(monkeypatch, "bench_latency", "latency_nets", "machine", "nets")
 
 
 def test_efficientnet_lite0_has_the_published_parameters(latency: ModuleType) -> None:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
-BENCH = Path(__file__).parent.parent / "bench"
-MODULES = ("bench_tools", "latency_nets", "machine", "nets")
+from tests.bench_modules import bench_module
 
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script, imported as it imports its neighbours, and forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("bench_tools")
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    yield from bench_module(monkeypatch, "bench_tools", "bench_latency", "latency_nets", "machine", "nets")
 
 
 def test_a_row_has_every_step(tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,6 @@ def exported_graph(
     Parameters and buffers are get_attr nodes, all in front, named by their paths in the model; modules have the first
     of their paths. Autocast is a way to train: the graph computes in the precision of the parameters.
     """
-    args, kwargs = torch.utils._pytree.tree_map(_on_its_own, (args, kwargs))
     with _as_deployed(), uncompiled(model), keywords_named(model, kwargs):
         shapes = by_parameter(model.forward, sizes)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -45,11 +44,6 @@ def exported_graph(
         if node.op == "get_attr" and node is not first:
             first.prepend(node)
     return without_dead_nodes(gm)
-
-
-def _on_its_own(given: Any) -> Any:
-    """A copy of a tensor: of a view, torch.export would hold the sizes of the whole too, which nobody passes later."""
-    return given.detach().clone() if isinstance(given, torch.Tensor) else given
 
 
 @contextlib.contextmanager

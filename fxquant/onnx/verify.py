@@ -21,7 +21,7 @@ from fxquant.capture.scaled_tables import scaled_tables
 from fxquant.errors import ExportError, InvalidArgument, MissingDependency
 from fxquant.onnx.compare import Case, compare_codes, compare_parts, largest_difference, running, within_code
 from fxquant.onnx.edges import Edges
-from fxquant.onnx.levels import compare_levels, is_large
+from fxquant.onnx.levels import LARGE, compare_levels, is_large
 from fxquant.onnx.lint import LintReport, lint_onnx
 from fxquant.onnx.verify_report import CodeRow, VerifyReport
 from fxquant.onnx.write import save, to_onnx
@@ -123,10 +123,12 @@ def _runtime(target: Target, found: Runtime | None, path: ModelPath, *, named: b
 
 def _own_codes(runtime: Runtime | None, case: Case, model_run: Run) -> tuple[tuple[CodeRow, ...], str | None]:
     """The codes that the runtime has by its own kernels, and why there are none: it runs the file, and not with codes
-    as outputs. Of a runtime that does not show them, and of a large file, neither.
+    as outputs, or is large. Of a runtime that does not show them, neither.
     """
-    if runtime is None or runtime.codes is None or is_large(case.path):
+    if runtime is None or runtime.codes is None:
         return (), None
+    if is_large(case.path):
+        return (), f"files of more than {LARGE >> 20} MiB are not loaded again"
     try:
         parts = runtime.codes(case.path, case.feeds, also=case.keys)
     except ExportError as error:  # of the file itself, its run raises the same

@@ -95,9 +95,9 @@ class VerifyReport:
         exact_output_difference: on a CPU whose 8-bit sums saturate, `optimized_output_difference` with the setting
             ``exact_by`` of the runtime, which sums exactly; NaN on others, and where the file does not load so.
         runtime_codes: as ``codes``, in the runtime, where it is OpenVINO: each read in a run that does not show
-            what it is computed from, so that no fusion hides. Empty for other runtimes, and for files of more than
-            256 MiB.
-        runtime_codes_error: why they could not be read of a file that runs; None where they were.
+            what it is computed from, so that no fusion hides, but for nets whose layers each read more than three
+            others. Empty for other runtimes, and for files of more than 256 MiB.
+        runtime_codes_error: why they were not read of a file that runs; None where they were.
         levels: the file at every graph optimization level that the installed onnxruntime has; empty where it has no
             kernels for the file as it is.
         roundings: how training rounds activations, ``"divide"`` or ``"reciprocal"``; by the plan, of any version.
@@ -214,7 +214,7 @@ class VerifyReport:
 
     def _runtime_code_lines(self) -> list[str]:
         if self.runtime_codes_error is not None:
-            return [f"the codes that {self.runtime} itself has could not be read: {self.runtime_codes_error}"]
+            return [f"the codes that {self.runtime} itself has were not read: {self.runtime_codes_error}"]
         if not self.runtime_codes:
             return []
         count, compared = (sum(getattr(row, n) for row in self.runtime_codes) for n in ("differing", "compared"))

@@ -168,7 +168,7 @@ def codes(
         require("onnx").load_external_data_for_model(wiring.model, wiring.folder)
         with _loading(path):
             compiled = _compiled(_require().Core().read_model(wiring.model.SerializeToString()))
-            read = {name for each in compiled.inputs for name in each.get_names()}  # none that nothing reads
+            read = {name for each in compiled.inputs for name in each.get_names()}  # of bytes, none that nothing reads
             given = compiled({name: array for name, array in feeds.items() if name in read})
         arrays = {name: given[output] for output in compiled.outputs for name in output.get_names()}
         found.append((part.judged, {label: arrays[name] for label, name in names.items()}))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant.errors import ExportError
-from fxquant.onnx import lint_onnx
+from fxquant.onnx import levels, lint_onnx
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.ranges import CurrentTensor
 from fxquant.spec.recipes import Recipe
@@ -190,8 +190,11 @@ def test_codes_that_cannot_be_read_are_no_failure(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(registry.TARGETS, "openvino", dataclasses.replace(target, runtime=broken))
     report = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0)
     assert report.runtime_codes == () and report.runtime_codes_error == "m.onnx must load: no such output"
-    assert f"the codes that {report.runtime} itself has could not be read: m.onnx must load: no such" in str(report)
+    assert f"the codes that {report.runtime} itself has were not read: m.onnx must load: no such" in str(report)
     assert report.outputs_within_code == 1
+    monkeypatch.setattr(levels, "LARGE", 100)
+    large = fxquant.verify_onnx(model, (x,), tmp_path / "m.onnx", rounds=0)
+    assert "itself has were not read: files of more than 256 MiB are not loaded again" in str(large)
 
 
 class Sum(nn.Module):

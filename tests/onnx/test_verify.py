@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -104,6 +105,7 @@ def test_a_terminal_reads_what_takes_long(tmp_path, monkeypatch):
     terminal, x = Terminal(), torch.randn(4, 3, 8, 8)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_QUIET", 0.01)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0))
     model = calibrated(ConvNet(), x)
     fxquant.export_onnx(model, (x,), tmp_path / "net.onnx")
     fxquant.verify_onnx(model, (x,), tmp_path / "net.onnx", rounds=0)

@@ -8,6 +8,7 @@ import io
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,20 +100,28 @@ def drawn(terminal: Terminal, end: str) -> str:
     return terminal.getvalue()
 
 
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the line takes for the time, to be set."""
+    now = [10.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
 def test_a_long_step_is_said_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on_terminal(monkeypatch)
+    terminal, now = on_terminal(monkeypatch), clock(monkeypatch)
     monkeypatch.setattr(progress, "_QUIET", 0.05)
     with counting("tuning") as step:
         step("a file")
-        assert terminal.getvalue() == ""
-        assert drawn(terminal, "a file") == "\r\033[Ktuning, 0 s: a file"
+        now[0] = 12.0
+        assert drawn(terminal, "a file") == "\r\033[Ktuning, 2 s: a file"
+        now[0] = 13.0
         step("another")
-        assert drawn(terminal, "another").endswith("\r\033[Ktuning, 1 s: another"), "each second anew"
+        assert drawn(terminal, "another").endswith("\r\033[Ktuning, 3 s: another"), "each second anew"
     assert terminal.getvalue().endswith("another\r\033[K") and not threads()
 
 
 def test_a_narrow_terminal_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on_terminal(monkeypatch)
+    terminal, _ = on_terminal(monkeypatch), clock(monkeypatch)
     monkeypatch.setenv("COLUMNS", "12")
     monkeypatch.setattr(progress, "_QUIET", 0.0)
     with counting("tuning") as step:
@@ -121,7 +130,7 @@ def test_a_narrow_terminal_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_work_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on_terminal(monkeypatch)
+    terminal, _ = on_terminal(monkeypatch), clock(monkeypatch)
     monkeypatch.setattr(progress, "_QUIET", 0.0)
     with counting("compiling a kernel"):
         assert drawn(terminal, " s") == "\r\033[Kcompiling a kernel, 0 s"
