@@ -15,7 +15,7 @@ PY := $(LINK)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples demo test examples lint types bench gpu runtimes clean
+.PHONY: help venv venv-examples demo test examples docs lint types bench gpu runtimes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,11 @@ test: venv ## Run the tests, e.g. make test ARGS="tests/passes -k fold"
 
 examples: venv-examples ## Run all examples, and hold them to what docs/stacks.md shows
 	@"$(PY)" -m pytest tests/test_examples.py $(ARGS)
+
+docs: venv ## Build the site of docs/ into build/site; what it warns of is an error
+	@"$(PY)" -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 "$(PY)" -m mkdocs build --quiet --strict
+	@echo "The site is build/site; python3 -m http.server -d build/site 8000 serves it on port 8000"
 
 lint: venv ## Check the style with ruff
 	@"$(PY)" -m ruff check .

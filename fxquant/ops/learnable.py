@@ -221,8 +221,8 @@ def fake_quantize_learnable_per_tensor_affine(
 
     Args:
         input: any floating dtype; the result has its shape and dtype.
-        scale, zero_point: one element each, float32 or the input's dtype, both the same. NaN in ``zero_point``
-            counts as ``quant_min``.
+        scale: one element, float32 or the input's dtype.
+        zero_point: one element, of ``scale``'s dtype. NaN counts as ``quant_min``.
         grad_factor: scales the gradients of both parameters; see `lsq_grad_factor`.
         rounding: ``"reciprocal"`` multiplies by 1/scale as torch does, ``"divide"`` divides as ONNX does.
 
@@ -288,8 +288,8 @@ def fake_quantize_lsq_plus(
 
     Args:
         input: any floating dtype; the result has its shape and dtype.
-        scale, offset: one element each, or 1-D with one for each slice of ``axis``; float32 or the input's dtype,
-            both the same.
+        scale: one element, or 1-D with one for each slice of ``axis``; float32 or the input's dtype.
+        offset: of ``scale``'s shape and dtype.
 
     Zero has no code of its own unless ``offset / scale`` is an integer. Raises RuntimeError for other dtypes, shapes
     or devices and for an empty range. Source: Bhalgat et al., LSQ+, 2020.

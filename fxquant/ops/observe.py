@@ -224,10 +224,13 @@ def fused_moving_avg_obs_fake_quant(
         input: any floating dtype (torch: float32); the range is float32. If empty, nothing changes.
         observer_on: one element; 0 leaves the range as it is. Not read on the host.
         fake_quant_on: one element; 0 leaves scale and zero point as they are, and returns the input's values.
-        running_min, running_max, scale: float32 of one element, or 1-D with one for each slice of ``ch_axis``.
+        running_min: float32 of one element, or 1-D with one for each slice of ``ch_axis``.
+        running_max: likewise.
+        scale: likewise.
         zero_point: int32 or int64, of that shape.
         averaging_const: the weight of the batch.
-        quant_min, quant_max: at least two codes, three with ``symmetric_quant``.
+        quant_min: the least code.
+        quant_max: the largest; at least two codes in all, three with ``symmetric_quant``.
         ch_axis: any axis (torch: 0); ignored without ``per_row_fake_quant``.
         symmetric_quant: a range on both sides of 0 is widened to mirror, its zero point is the middle code.
         delayed: quantize with the scale of the range at entry, so that the output does not wait for the batch's

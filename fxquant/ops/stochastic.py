@@ -106,7 +106,8 @@ def fake_quantize_stochastic(
 
     Args:
         input: any floating dtype and shape; y has both. Arithmetic in float32, in float64 for float64.
-        scale, zero_point: numbers, tensors of one element, or vectors as long as ``axis``.
+        scale: a number, a tensor of one element, or a vector as long as ``axis``.
+        zero_point: likewise.
         seed: a number, or an int64 tensor ``[seed, offset]``. The same seed gives the same result; see `as_seed`.
         axis: the channel axis, counted from the front.
 

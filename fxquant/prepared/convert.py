@@ -113,7 +113,9 @@ def convert(
     NotQuantizedWarning. The model, its modes and its compiled graphs stay as they were.
 
     Args:
-        kwargs, dynamic_batch, dynamic_shapes: as in `export_onnx`. Sizes that are left open may change.
+        kwargs: keyword example inputs.
+        dynamic_batch: as in `export_onnx`; a size that is left open may change.
+        dynamic_shapes: as in `export_onnx`.
         verify: hold each quantized tensor and each output to the evaluated graph on the given inputs.
 
     Raises InvalidArgument (not prepared, not on the CPU), RangeNotSet, ExportError (torch.export failed; a format that

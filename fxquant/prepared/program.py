@@ -49,7 +49,9 @@ def export_program(
     the middle between two codes may get the other one: 34 of 50 million, measured.
 
     Args:
-        kwargs, dynamic_batch, dynamic_shapes: as in `export_onnx`.
+        kwargs: keyword example inputs.
+        dynamic_batch: as in `export_onnx`; a size that is left open may change.
+        dynamic_shapes: as in `export_onnx`.
         runtime: ``"xnnpack"`` (ExecuTorch): codes of activations are int8, unsigned ones moved by 128 with their zero
             points, which changes no value; and weights of products whose result nobody quantizes are float, with the
             same values, since its integer kernels give integers. ``"x86"`` (Inductor with oneDNN), or None: as planned.

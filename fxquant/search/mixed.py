@@ -72,12 +72,14 @@ def mixed(
     """The formats of a prepared model's weights that keep the result close to float within one budget.
 
     Args:
-        data, loss, progress: as for `fxquant.sensitivity`.
+        data: as for `fxquant.sensitivity`.
+        loss: as for `fxquant.sensitivity`.
         weight_bytes: the weights may take this share of their bytes in int8; each gets one of ``bits``.
         integer_share: at least this part of the products' multiply-adds must have all operands quantized; each
             operator with a weight keeps its formats or becomes float.
         bits: widths to choose from under ``weight_bytes``, None for float; those that the target lacks are left out.
             Leave out what it runs too slowly: a width is chosen for its error and its bytes alone.
+        progress: as for `fxquant.sensitivity`.
 
     Each weight is measured alone in each format, the rest in float: a run for each format and batch, no compile. The
     squared output errors, or the increases of the loss, are taken to add up; their least sum within the budget is
