@@ -102,7 +102,7 @@ def none_kept(cold: None) -> Iterator[None]:
 
 @pytest.fixture
 def no_earlier_compiles() -> Iterator[None]:
-    """Reports of other tests' compiles are put aside: models with equal site lists share them."""
+    """Reports of other tests' compiles are put aside: models with equal plans share them."""
     with reports.unreported():
         reports.LOGS.clear()
         yield

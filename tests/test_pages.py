@@ -57,7 +57,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @pytest.fixture
-def page(no_earlier_compiles: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module that a page's blocks are run in, which Dynamo can import; in an empty folder."""
     held = ModuleType("page_of_the_docs")
     monkeypatch.setitem(sys.modules, held.__name__, held)

@@ -23,7 +23,7 @@ from fxquant.passes.pipelines import training_passes
 from fxquant.passes.stages import DYNAMO, enter, operators
 from fxquant.plan.site_lists import target_of
 from fxquant.prepared.live import of_prepared_model
-from fxquant.prepared.root import note_autocast, warn_of_replaced
+from fxquant.prepared.root import note_autocast, roots_of, warn_of_replaced
 from fxquant.targets.profiles import get_profile
 
 
@@ -62,7 +62,8 @@ def quantize_graph(
         if not digests and not stateless:
             result.declines.append(left_alone(captured))
     result.seconds = time.perf_counter() - started
-    report(captured, digests, result)
+    plans = tuple(root.plan.digest() for root in roots_of(example_inputs)) if prepared else ()
+    report(captured, digests, result, plans)
     return captured
 
 

@@ -26,7 +26,8 @@ class CompileReport:
     """What one call of a backend did to one graph.
 
     Attributes:
-        digests: site lists bound in the graph; empty for an unprepared model.
+        digests: site lists bound in the graph; empty for an unprepared model. Layers of other models have the same.
+        plans: of the prepared models of whose parameters some are inputs of the graph, by their digests.
         quantized: fake-quant nodes inserted.
         declines: what passes left alone and why.
         integer: products that are taken of integer codes; not counted where the compiled graph came from a cache.
@@ -42,6 +43,7 @@ class CompileReport:
     integer: int = 0
     integer_backward: int = 0
     reused: int = 0
+    plans: tuple[str, ...] = ()
 
 
 @dataclass
@@ -93,11 +95,12 @@ def unreported() -> Iterator[None]:
         LOGS.extend(before)
 
 
-def report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult) -> None:
+def report(gm: fx.GraphModule, digests: tuple[str, ...], result: PassResult, plans: tuple[str, ...] = ()) -> None:
     count = sum(1 for node in execution_order(gm) if site_of(node) is not None)
     # A graph that only observes (calibration) has nothing for the later passes: what they say of it means nothing.
     declines = tuple(result.declines) if count or not digests else ()
-    told = gm.meta[LOG] = Log(CompileReport(digests=digests, quantized=count, declines=(), seconds=result.seconds))
+    found = CompileReport(digests=digests, quantized=count, declines=(), seconds=result.seconds, plans=plans)
+    told = gm.meta[LOG] = Log(found)
     told.add(declines)
     LOGS.append(told)
 

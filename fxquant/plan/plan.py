@@ -7,6 +7,7 @@ compile unit that sees only a part of the model still does its part the same way
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -137,6 +138,10 @@ class Plan:
         for site in self.sites:
             found.setdefault(site.owner, []).append(site)
         return {owner: tuple(sites) for owner, sites in found.items()}
+
+    def digest(self) -> str:
+        """Tells plans apart: what differs in anything that is saved has another."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         """For checkpoints."""

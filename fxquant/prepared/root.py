@@ -228,12 +228,17 @@ def warn_of_replaced(inputs: Iterable[object]) -> None:
             )
 
 
+def roots_of(inputs: Iterable[object]) -> list[Root]:
+    """The prepared models of whose parameters some are inputs of a graph."""
+    given = set(map(id, inputs))
+    roots = [part for part in LIVE if isinstance(part, Root)]
+    return [root for root in roots if not given.isdisjoint(map(id, root.module.parameters()))]
+
+
 def note_autocast(inputs: Iterable[object], dtype: torch.dtype) -> None:
     """Remembers, on each model of whose parameters some are inputs of a graph, the autocast that it trains under."""
-    given = set(map(id, inputs))
-    for root in [part for part in LIVE if isinstance(part, Root)]:
-        if not given.isdisjoint(map(id, root.module.parameters())):
-            root.autocast = dtype
+    for root in roots_of(inputs):
+        root.autocast = dtype
 
 
 def trained_autocast(model: nn.Module) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.backend.reports import compile_reports
+from fxquant.backend.reports import CompileReport, compile_reports
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import FloatPlace, Plan
 from fxquant.prepared.bound_forward import bound_forwards
@@ -142,9 +142,7 @@ def explain(
     given = args is not None or kwargs is not None
     captured = run_on_examples(model, plan, () if args is None else args, kwargs) if given else None
     planned = operations(plan, captured.results, captured.served) if captured else operations(plan)
-    keys = {bound.key for bound in bound_forwards(model).values()}
-    reports = [report for report in compile_reports() if keys & set(report.digests)]
-    declines = dict.fromkeys(str(decline) for report in reports for decline in report.declines)
+    declines = dict.fromkeys(str(decline) for report in _compiles_of(model, plan) for decline in report.declines)
     return Explanation(
         plan=plan,
         rows=site_rows(model, plan, planned, captured.same_tensor if captured else {}),
@@ -155,6 +153,20 @@ def explain(
         eager_cuda=_eager_cuda(),
         stage=stage_of(model),
     )
+
+
+def _compiles_of(model: nn.Module, plan: Plan) -> list[CompileReport]:
+    """Reports of this model's compiles, and of those that others with its plan share with it.
+
+    A layer is known by its site list, which layers of other models have too: a graph that reads no parameter of a
+    prepared model counts if it holds no other layers than the model's.
+    """
+    own, keys = plan.digest(), {bound.key for bound in bound_forwards(model).values()}
+
+    def is_own(report: CompileReport) -> bool:
+        return own in report.plans if report.plans else bool(report.digests) and keys >= set(report.digests)
+
+    return list(filter(is_own, compile_reports()))
 
 
 def _eager_cuda() -> str | None:

@@ -140,6 +140,21 @@ def test_sqnr_is_the_ratio_of_its_definition():
     assert 30 < found["0.weight"] < 60
 
 
+def test_what_compiles_of_other_models_declined_is_not_told(cold, no_earlier_compiles):
+    """Their layers have the site lists of this one's."""
+    x = torch.randn(4, 16)
+    model, other = (fxquant.prepare(nn.Sequential(nn.Linear(16, width)), (x,)) for width in (16, 8))
+    options = {"integer_matmul": "auto", "integer_backward": "auto"}
+    torch.compile(model, backend="fxquant_eager", options=options)(x).sum().backward()
+    torch.compile(other, backend="fxquant_eager")(x).sum().backward()
+    assert [told for told in fxquant.explain(model).compile_declines if "last layer" in told]
+    assert fxquant.explain(other).compile_declines == ()
+    assert {row.status for row in fxquant.explain(other).rows} == {"compiled"}
+    # A model with the same plan may run the same graph.
+    twin = fxquant.prepare(nn.Sequential(nn.Linear(16, 16)), (x,))
+    assert fxquant.explain(twin).compile_declines == fxquant.explain(model).compile_declines
+
+
 def test_unprepared():
     for function in (fxquant.explain, lambda m: sqnr(m, ())):
         with pytest.raises(InvalidArgument, match="must be given a prepared model"):
