@@ -22,7 +22,8 @@ def translation_table(opset: int = 21) -> dict[Any, Callable[..., Any]]:
     ``opset`` is that of the export. `export_onnx` uses it; so can a model that calls ``fxquant.ops`` or
     ``fxquant.tensor_quant`` itself and was never prepared.
     """
-    require("onnxscript")
+    for package in ("onnx", "onnx_ir", "onnxscript"):
+        require(package)
     import numpy as np
     from onnxscript import opset21 as op
 

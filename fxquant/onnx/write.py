@@ -36,13 +36,14 @@ def to_onnx(
                 f"outputs must be tensors or sizes: got the constant {value!r} as output {number}. "
                 "Return it as a tensor, or leave it out."
             )
+    table = translation_table(opset)
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnx_ir"), _quiet("onnxscript"):
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
                 program_of(gm, args, kwargs, sizes),
                 dynamo=True,
-                custom_translation_table=translation_table(opset),
+                custom_translation_table=table,
                 opset_version=opset,
                 verbose=False,
             )

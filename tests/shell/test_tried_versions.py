@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fxquant.shell.doctor import machine, packages
+from fxquant.support.require import OLDEST
 from fxquant.targets.registry import TARGETS
 from fxquant.targets.target import Package
 from tests.house.sources import ROOT, python_files
@@ -59,11 +60,21 @@ def test_the_onnx_side() -> None:
         assert numbers(pinned) <= numbers(newest)
 
 
+def test_the_oldest_of_the_onnx_side() -> None:
+    """In the extra, in the message, and in what OLDEST=1 .ci/package installs, which is what was tried."""
+    given = dict(each.split(">=") for each in extra("onnx"))
+    assert {name.replace("-", "_"): version for name, version in given.items()}.items() >= OLDEST.items()
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
+    assert given.keys() == pinned.keys()
+    for name, oldest in given.items():
+        assert f"{pinned[name]}.".startswith(f"{oldest}."), name
+
+
 def test_extras_are_those_for_users() -> None:
     (section,) = re.findall(r"\[project.optional-dependencies\]\n(.*?)\n\n", PYPROJECT, re.DOTALL)
     names = [line.split(" = ")[0] for line in section.splitlines()]
     runtimes = {package.extra for package in PACKAGES}
-    assert [each.name for each in packages.EXTRAS] == [n for n in names if n not in runtimes | {"test", "dev"}]
+    assert [each.name for each in packages.EXTRAS] == [n for n in names if n not in runtimes | {"test", "docs", "dev"}]
     for each in packages.EXTRAS:
         assert tuple(re.split(r"[>=<;]", name)[0] for name in extra(each.name)) == each.packages
 

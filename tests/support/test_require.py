@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxquant.errors import MissingDependency
-from fxquant.support.require import require
+from fxquant.support.require import _refuse_older, require
 
 
 def test_gives_the_module() -> None:
@@ -42,3 +42,19 @@ def test_passes_on_what_an_installed_package_misses(tmp_path: Path, monkeypatch:
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all") as caught:
         require("half_installed", "half_installed must be there.")
     assert not isinstance(caught.value, MissingDependency)
+
+
+def test_an_older_package_is_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed beside a newer torch, it fails deep inside of torch's exporter or of onnx itself."""
+    monkeypatch.setattr("importlib.metadata.version", {"onnx_ir": "0.1.9", "onnx": "1.19.0", "onnxscript": "0.10"}.get)
+    _refuse_older.cache_clear()
+    try:
+        assert require("onnx") is sys.modules["onnx"] and require("onnxscript")
+        with pytest.raises(MissingDependency) as caught:
+            require("onnx_ir")
+    finally:
+        _refuse_older.cache_clear()
+    assert str(caught.value) == (
+        "onnx_ir must be 0.1.16 or newer for ONNX export and verification: got 0.1.9. "
+        'Run `pip install --upgrade "fxquant[onnx]" "onnx_ir>=0.1.16"`.'
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxquant.shell.doctor.checks import BROKEN, LEFT_OUT, MISSING, OK, Check, Finding, in_range, is_there, pip
+from fxquant.support.require import OLDEST
 
 if TYPE_CHECKING:
     from fxquant.targets.target import Target
@@ -70,6 +71,10 @@ def _again(extra: str) -> str:
     return f"pip install --force-reinstall {_extra_name(extra)}"
 
 
+def _upgrade(extra: str) -> str:
+    return f"pip install --upgrade {_extra_name(extra)}"
+
+
 def _extra_name(extra: str) -> str:
     return f'"fxquant[{extra}]"'
 
@@ -87,7 +92,9 @@ def _onnx() -> Finding:
 
     from fxquant.shell.doctor.tiny_file import check, inputs, model
 
-    told = in_range(onnx.__version__, "", ONNX_NEWEST, "")
+    told = in_range(onnx.__version__, OLDEST["onnx"], ONNX_NEWEST, _upgrade(_EXTRA_OF_FILES))
+    if told is not None and told.status == BROKEN:
+        return told
     outputs: Any = ReferenceEvaluator(model()).run(None, inputs())
     check(outputs)
     return told or Finding(status=OK, found=f"{onnx.__version__}; its evaluator runs a Q/DQ file right")
@@ -97,7 +104,8 @@ def _onnxscript() -> Finding:
     if not is_there("onnxscript"):
         return _missing(_EXTRA_OF_FILES, "not installed: no export")
     version = str(importlib.import_module("onnxscript").__version__)
-    return in_range(version, "", ONNXSCRIPT_NEWEST, "") or Finding(status=OK, found=version)
+    told = in_range(version, OLDEST["onnxscript"], ONNXSCRIPT_NEWEST, _upgrade(_EXTRA_OF_FILES))
+    return told or Finding(status=OK, found=version)
 
 
 def _runtime(target: Target, quick: bool) -> Finding:
@@ -108,7 +116,7 @@ def _runtime(target: Target, quick: bool) -> Finding:
     if not is_there(package.module):
         return _missing(package.extra)
     version = str(importlib.import_module(package.module).__version__).partition("-")[0]
-    told = in_range(version, package.oldest, package.newest, f"pip install --upgrade {_extra_name(package.extra)}")
+    told = in_range(version, package.oldest, package.newest, _upgrade(package.extra))
     if told is not None and told.status == BROKEN:
         return told
     runtime.require()
