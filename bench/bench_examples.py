@@ -3,7 +3,8 @@
     python bench/bench_examples.py [--only distill,generate] [--out bench/results/examples.jsonl]
 
 Each command that docs/ shows is run once, in a process of its own with empty caches of Inductor: seconds from its start
-to its end, torch's import and g++ among them. A script that lacks a package is a row that says so.
+to its end, torch's import and g++ among them. A script that lacks a package is a row that says so; one that fails
+ends the run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def versions(script: Path) -> dict[str, str]:
     """Of the packages that a script names."""
     source = script.read_text(encoding="utf-8")
     named = [name for name in PACKAGES if re.search(rf"^(import|from) {name}\b", source, re.MULTILINE)]
+    named += ["onnxruntime"] * ("verify_onnx" in source and "onnxruntime" not in named)
     found = {}
     for name in named:
         try:
@@ -55,8 +57,11 @@ def run(command: str) -> dict[str, object]:
         )
         seconds = time.perf_counter() - started
     row: dict[str, object] = {"example": command, **versions(ROOT / "examples" / script), **environment()}
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if done.returncode and not last.startswith("ModuleNotFoundError"):
+        raise RuntimeError(f"examples/{command} failed: {done.stderr or last}")
     if done.returncode:
-        return {**row, "unavailable": done.stderr.strip().splitlines()[-1]}
+        return {**row, "unavailable": last}
     printed = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", done.stdout.rstrip("\n"))
     return {**row, "seconds": round(seconds, 1), "printed": printed}
 

@@ -1,4 +1,7 @@
-"""Every block of Python in docs/ runs, one after the other on a page; docs/getting-started.md prints what it shows."""
+"""Every block of Python in docs/ runs, one after the other on a page.
+
+docs/getting-started.md prints what it shows; numbers, which depend on the CPU's sums, are only held to their order.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ def test_every_page_with_a_block_is_run() -> None:
     assert len(with_blocks) > 15 and with_blocks >= ELSEWHERE.keys() | GIVEN.keys() | NEEDS.keys()
     assert sum(map(len, BLOCKS.values())) == sum(text.count("```python") for text in PAGES.values())
     for name, test in ELSEWHERE.items():
-        assert name.removesuffix(".md") in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not run {name}"
+        assert name in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not run {name}"
 
 
 @pytest.mark.parametrize("name", [name for name, blocks in BLOCKS.items() if blocks and name not in ELSEWHERE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.errors import ExportError, InvalidArgument
+from fxquant.errors import ExportError, InvalidArgument, MissingDependency
 from fxquant.graph.nodes import results
 from fxquant.graph.steps import is_random, is_step
 from fxquant.graph.views import FakeQuant
@@ -20,6 +21,7 @@ from fxquant.numerics.formats import FLOAT_FORMATS
 from fxquant.onnx.feeds import arrays
 from fxquant.onnx.rounding import Copying, Overflow, Rounding
 from fxquant.targets.evaluation import Evaluated, evaluate
+from fxquant.targets.session import runs_as_written, session
 
 # What sums in another order and other libraries' functions may make of a value, as a part of the tensor's largest; of
 # half types, in last places.
@@ -70,6 +72,9 @@ class FileCheck:
             found = evaluate(path, arrays(self.given), set(self.labels.values()))
             if found.too_new:
                 self.notes.append(f"{found.too_new}: checked in onnx's own evaluator")
+            if self.must_run and not found.too_new and runs_as_written(path):
+                with contextlib.suppress(MissingDependency):
+                    session(path, optimize=True, threads=1)  # its optimizations may refuse what it runs as written
             rounding = None
             if self.half is not None:
                 rounding = Rounding(self.evaluated, self.labels, found, self.half)

@@ -187,6 +187,7 @@ class VerifyReport:
             *self._runtime_code_lines(),
             *self._not_compared_lines(),
             self._output_line(),
+            *self._other_model_lines(),
             *self._saturation_lines(),
             *self._level_lines(),
             *([self._latency_line()] if not math.isnan(self.latency) else []),
@@ -244,6 +245,12 @@ class VerifyReport:
             apart = f"{self.runtime}'s from those by {self.optimized_output_difference:.3g}"
             both = f"{plain} in {PLAIN}, {apart} {spread}"
         return f"{both}; {100 * self.outputs_within_code:.4g} % of them by an 8-bit code at most"
+
+    def _other_model_lines(self) -> list[str]:
+        """Codes are compared from the file's own on: those of another model with the same sites can all be right."""
+        if not self.max_output_difference > self.output_spread / 2:
+            return []
+        return ["the outputs are far from the model's: was the file exported from it, as it is now? Export it again"]
 
     def _saturation_lines(self) -> list[str]:
         exact = self.exact_output_difference

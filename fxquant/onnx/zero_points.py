@@ -39,6 +39,24 @@ def imply_zero_points(graph: Any) -> int:
     return done + sum(_quantize_again(graph, node) for node in list(graph) if node.op_type == "Transpose")
 
 
+def imply_zeros_of_tables(graph: Any) -> int:
+    """``DQ(Gather(codes, i), s, int8 0)``  →  ``DQ(Gather(codes, i), s)``: rows of a table, and what is cut out of one.
+
+    The same codes, whose type is the table's. onnxruntime (1.31 and 1.32) moves a DequantizeLinear with a zero point
+    over a Transpose, and then refuses the file, as in `imply_zero_points`: T5's table of relative positions is
+    looked up and transposed. Nothing reads these codes as integers. Returns how many it changed.
+    """
+    import onnx_ir as ir
+
+    found = [node for node in graph if _is_dequantize(node) and len(node.inputs) > 2]
+    found = [node for node in found if _is_int8_zero(node.inputs[2], ir)]
+    makers = [(node, node.inputs[0].producer()) for node in found]
+    done = [node for node, maker in makers if maker is not None and maker.op_type != "QuantizeLinear"]
+    for node in done:
+        node.resize_inputs(2)
+    return len(done)
+
+
 def own_zero_points(graph: Any) -> int:
     """``DQ(codes, s, z)`` of two int8 weights with one initializer ``z``  →  a copy of ``z`` for each.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.capture.arguments import check_args
 from fxquant.capture.aside import evaluating
 from fxquant.capture.exported import exported_graph
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
@@ -72,6 +73,7 @@ def opened(
 ) -> tuple[tuple[Any, ...], dict[str, Any], OpenSizes | None]:
     """The inputs that an export traces with, and which of their sizes stay open, as the user asked."""
     named: dict[str, Any] = dict(kwargs or {})
+    check_args(args)
     if dynamic_shapes is not None:
         return args, named, open_as_asked(model, args, named, dynamic_shapes)
     if not dynamic_batch:

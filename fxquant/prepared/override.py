@@ -18,6 +18,7 @@ from fxquant.prepared.quantizer import Quantizer, quantizers
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.spec.quant_spec import QuantSpec
 from fxquant.spec.recipes import check_spec
+from fxquant.spec.rules import some
 from fxquant.targets.profiles import Profile, get_profile
 
 
@@ -124,10 +125,10 @@ def _check_used(plan: Plan, changes: Mapping[str, QuantSpec | None], used: set[s
     keys = [site.key for site in plan.sites]
     for pattern in changes:
         if pattern not in used:
-            near = difflib.get_close_matches(pattern, keys, n=3, cutoff=0.5) or keys[:6]
+            near = difflib.get_close_matches(pattern, keys, n=3, cutoff=0.5)
             raise InvalidArgument(
                 f"changes must each match a site: got none for {pattern!r} (or an earlier pattern took all it matches)."
-                f" Sites: {', '.join(near)}."
+                f" Sites: {', '.join(near) if near else some(keys)}."
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fxquant.capture.arguments import check_args
 from fxquant.capture.aside import is_compiled
 from fxquant.errors import InvalidArgument, UnsupportedModel
 from fxquant.prepared.attach import attach, detach
@@ -144,10 +145,7 @@ def _check(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | 
         raise InvalidArgument(
             f"model must be a plain nn.Module: got {type(model).__name__}. Prepare first, torch.compile afterwards."
         )
-    if not isinstance(args, tuple):
-        raise InvalidArgument(
-            f"args must be a tuple of example inputs: got {type(args).__name__}. Write (x,) for a single input."
-        )
+    check_args(args)
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InvalidArgument(
             f"kwargs must be a mapping of names to example inputs: got {type(kwargs).__name__}. "

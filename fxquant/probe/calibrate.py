@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -65,11 +66,12 @@ def calibrate(
         if why is not None:
             raise InvalidArgument(f"method must be 'max' or 'moving_average' for {key}: got {method!r}, but {why}.")
     kept = [({name: value.detach().clone() for name, value in q.state.items()}, q.resolved) for _, q in ranged]
+    odd: list[int] = []
     try:
         if method in _HISTOGRAMS:
             batches = _collect(plain, data, method, percentile, progress)
         else:
-            batches = _observe(plain, data, _MODES[method], progress)
+            batches = _observe(plain, data, _MODES[method], progress, odd=odd)
         if not batches:
             raise InvalidArgument("data must hold at least one batch: got none.")
     except BaseException:
@@ -83,9 +85,12 @@ def calibrate(
     holding = sum(q.settle() for _, q, _ in unseen)
     if unseen:
         keep = f" {holding} of them keep the ranges that they had." if holding else ""
+        why = "The batches did not run them."
+        if odd:
+            why = f"Batch {odd[0]} of data holds values that are not finite, and no range does: leave them out."
+        named = ", ".join(key for key, _, _ in unseen[:5])
         warnings.warn(
-            f"{len(unseen)} sites saw no data in calibration: {', '.join(key for key, _, _ in unseen[:5])}. "
-            f"The batches did not run them.{keep}",
+            f"{len(unseen)} sites saw no data in calibration: {named}. {why}{keep}",
             NotQuantizedWarning,
             stacklevel=2,
         )
@@ -107,8 +112,14 @@ def observe_weights(model: nn.Module, batch: Any) -> None:
 
 
 def _observe(
-    model: nn.Module, data: Iterable[Any], mode: Mode, progress: bool, chosen: list[Quantizer] | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    mode: Mode,
+    progress: bool,
+    chosen: list[Quantizer] | None = None,
+    odd: list[int] | None = None,
 ) -> int:
+    """Runs the batches and returns how many; ``odd`` gets the numbers of those that are not finite."""
     every = [q for _, q in quantizers(model)] if chosen is None else chosen
     for quantizer in every:
         _start(quantizer, mode)
@@ -116,8 +127,10 @@ def _observe(
     try:
         with evaluating(model), torch.no_grad(), compiled_aside(model, fxquant_eager) as step:
             for batch in track(data, "calibrating", show=progress):
-                args, kwargs = batch_arguments(batch)
+                args, kwargs = arguments_for(model, batch)
                 step(*args, **kwargs)
+                if odd is not None and not all(map(_is_finite, torch.utils._pytree.tree_leaves((args, kwargs)))):
+                    odd.append(count)
                 count += 1
     finally:
         for quantizer in every:
@@ -149,7 +162,7 @@ def _collect(
     with all_quantized(model), visiting(model, "calibrate") as run:
         for batch in track(data, "calibrating", show=progress):
             first = batch if first is None else first
-            run(*batch_arguments(batch), visit)
+            run(*arguments_for(model, batch), visit)
             count += 1
     if first is not None:
         observe_weights(model, first)
@@ -173,6 +186,29 @@ def _start(quantizer: Quantizer, mode: Mode) -> None:
 def _write(quantizer: Quantizer, state: dict[str, Tensor]) -> None:
     for name, value in quantizer.state.items():
         value.copy_(state[name])
+
+
+def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model is called with for a batch. Raises InvalidArgument where its forward does not take it."""
+    args, kwargs = batch_arguments(batch)
+    try:
+        taken = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return args, kwargs
+    try:
+        taken.bind(*args, **kwargs)
+    except TypeError as error:
+        given = f"the names {', '.join(kwargs)}" if kwargs else f"{len(args)} values"
+        raise InvalidArgument(
+            f"each batch of data must be what the model is called with: got {given}, and "
+            f"{type(model).__name__}.forward takes {taken} ({error}). Leave labels out: `((x,) for x, y in loader)`."
+        ) from error
+    return args, kwargs
+
+
+def _is_finite(value: Any) -> bool:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return not is_float or bool(value.isfinite().all())
 
 
 def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,7 +16,7 @@ from fxquant.graph.nodes import is_state
 from fxquant.graph.views import FakeQuant
 from fxquant.ops.bias import FAKE_QUANTIZE_BIAS
 from fxquant.prepared.root import require_plan, unwrap
-from fxquant.probe.calibrate import batch_arguments
+from fxquant.probe.calibrate import arguments_for
 from fxquant.probe.site_keys import GraphSite, SiteKeys
 from fxquant.ptq.bound_graph import BoundGraph
 from fxquant.support.progress import track
@@ -50,7 +50,7 @@ class Running:
 
     def run(self, batch: Any, watch: Watch, *, quantized: bool) -> None:
         """Runs a batch, ``quantized`` or with every site in float; the same random numbers each time."""
-        args, kwargs = batch_arguments(batch)
+        args, kwargs = arguments_for(self.model, batch)
         self._quantized, self._watch = quantized, watch
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.backend.inductor.step import Step, trace_step
+from fxquant.capture.arguments import check_args
 from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import Plan
 from fxquant.prepared.root import require_plan, unwrap
@@ -137,10 +138,7 @@ def cost(
     """
     plan = require_plan(model, "cost")
     model, named = unwrap(model), dict(kwargs or {})
-    if not isinstance(args, tuple):
-        raise InvalidArgument(
-            f"args must be a tuple of example inputs: got {type(args).__name__}. Write (x,) for a single input."
-        )
+    check_args(args)
     batch = _batch(args, named) if dynamic_batch else None
     plain = trace_step(model, args, named, quantized=False, batch=batch)
     _refuse_kept_weights(options or {})

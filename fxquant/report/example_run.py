@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxquant.capture.arguments import check_args
 from fxquant.capture.aside import untouched
 from fxquant.capture.dynamo import dynamo_graphs
 from fxquant.errors import FxquantError, InvalidArgument
@@ -88,10 +89,7 @@ def _all_true(results: Iterable[tuple[Place, bool]]) -> dict[Place, bool]:
 
 def _graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.GraphModule]:
     """The graphs as `fxquant.prepare` saw them: without sites, every module's frame marked with its path."""
-    if not isinstance(args, tuple):
-        raise InvalidArgument(
-            f"args must be a tuple of example inputs: got {type(args).__name__}. Write (x,) for a single input."
-        )
+    check_args(args)
     try:
         with untouched(model), inactive(model, BoundForward):
             for module in model.modules():

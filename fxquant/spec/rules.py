@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -71,6 +72,8 @@ class Rule:
     def __post_init__(self) -> None:
         if all(getattr(self, name) is None for name in _MATCHED):
             raise InvalidArgument(f"Rule must say what it matches: got none of {', '.join(_MATCHED)}.")
+        if not isinstance(self.path, str | None):
+            raise InvalidArgument(f"Rule.path must be a str: got {self.path!r}. For a class write module=….")
         if self.position not in (None, "first", "last"):
             raise InvalidArgument(f"Rule.position must be 'first' or 'last': got {self.position!r}.")
         if self.spec is not None and not isinstance(self.spec, QuantSpec):
@@ -163,11 +166,13 @@ class Rulebook:
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
         self.used: set[Rule] = set()
-        self.seen: dict[str, None] = {}  # module paths, for the message about a rule that matched nothing
+        # What there is, for the message about a rule that matched nothing.
+        self.seen: dict[str, dict[str, None]] = {"path": {}, "kind": {}, "operand": {"activation": None}}
 
     def decide(self, where: Where) -> Rule | None:
         """The first rule that matches."""
-        self.seen.update((path, None) for path, _ in where.modules)
+        self.seen["path"].update((path, None) for path, _ in where.modules if path)
+        self.seen["kind"][where.kind] = self.seen["operand"][where.operand] = None
         for rule in self.rules:
             if rule.matches(where):
                 self.used.add(rule)
@@ -187,14 +192,25 @@ class Rulebook:
             )
 
     def _hint(self, rule: Rule) -> str:
-        if rule.path is None:
-            return ""
-        near = difflib.get_close_matches(rule.path, self.seen, n=3, cutoff=0.5)
-        return f" Modules with operators: {', '.join(near or list(self.seen)[:6])}."
+        hints = []
+        for field, label in (("path", "Modules with operators"), ("kind", "Kinds"), ("operand", "Operands")):
+            given, seen = getattr(rule, field), self.seen[field]
+            if given is not None and given not in seen:
+                near = difflib.get_close_matches(given, seen, n=3, cutoff=0.5)
+                hints.append(f" {label}: {', '.join(near) if near else some(seen)}.")
+        return "".join(hints)
+
+
+def some(names: Iterable[str], most: int = 12) -> str:
+    """Names for a message, numbered ones as one (``layers.*``), and how many are left out."""
+    found = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
-    """A user's list of rules; InvalidArgument for anything else in it."""
+    """A user's list of rules; InvalidArgument for anything else, in it or in its place."""
+    if isinstance(rules, Rule):
+        raise InvalidArgument(f"rules must be a list: got {rules}. Write rules=[…] around it.")
     found = tuple(rules or ())
     for rule in found:
         if not isinstance(rule, Rule):

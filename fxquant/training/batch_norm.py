@@ -13,7 +13,7 @@ from fxquant.capture.aside import compiled_aside, evaluating
 from fxquant.errors import InvalidArgument
 from fxquant.prepared.frozen import batch_norms
 from fxquant.prepared.root import require_plan, unwrap
-from fxquant.probe.calibrate import batch_arguments
+from fxquant.probe.calibrate import arguments_for
 from fxquant.support.progress import track
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,7 +71,7 @@ def _measured(
             for norm in norms:
                 vars(norm).update(training=True, momentum=1.0)  # past `train`, which one that is frozen has of its own
             for batch in track(data, "re-estimating BatchNorm", show=progress):
-                args, kwargs = batch_arguments(batch)
+                args, kwargs = arguments_for(model, batch)
                 step(*args, **kwargs)
                 for norm, those in zip(norms, sums, strict=True):
                     for total, value in zip(those, _mean_and_variance(norm), strict=True):

@@ -192,3 +192,20 @@ def test_the_option_is_checked() -> None:
         torch.compile(model, backend="fxquant", options={"save_quantized": "yes"})(x)
     assert isinstance(caught.value.inner_exception, InvalidArgument)
     assert "options['save_quantized'] must be True or False: got 'yes'" in str(caught.value)
+
+
+def test_pictures_of_any_size_keep_the_same_gradients(cold: None) -> None:
+    """What is kept of them has open strides, which Inductor orders only where it is no view."""
+    model, _ = made("convs")
+    sizes = (16, 24, 20)
+    pictures = [torch.randn(2, 3, size, size) for size in sizes]
+    fxquant.prepare(model, (pictures[0],))
+    fxquant.calibrate(model, pictures, progress=False)
+    fxquant.freeze_ranges(model)
+    found = []
+    for save in (True, False):
+        torch._dynamo.reset()
+        own = copy.deepcopy(model)
+        run = torch.compile(own, backend="fxquant", options={"save_quantized": save})
+        found.append([gradient for x in pictures for gradient in two_steps(own, run, x)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

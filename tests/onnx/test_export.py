@@ -360,3 +360,44 @@ def test_a_weight_that_training_left_in_float_stays_so(tmp_path, name):
     kept = [numpy_helper.to_array(tensor) for tensor in held.values() if tensor.data_type == onnx.TensorProto.FLOAT]
     assert any(np.isin(weight.detach().numpy(), value).all() for value in kept)  # maybe in another layout
     assert_codes_agree(fxquant.verify_onnx(model, (x,), path, rounds=0))
+
+
+class Positions(nn.Module):
+    """Rows of a table, turned, as T5's attention looks up relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(32, 4), nn.Linear(8, 8)
+
+    def forward(self, rows: Tensor, x: Tensor) -> Tensor:
+        return self.head(x).mean() + self.table(rows).transpose(0, 1)
+
+
+POSITIONS = (torch.arange(6), torch.ones(3, 8))
+
+
+def positions(target: str) -> nn.Module:
+    model = fxquant.prepare(Positions().eval(), POSITIONS, target=target)
+    return fxquant.calibrate(model, [POSITIONS], progress=False)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "generic", "openvino"])
+def test_a_table_that_is_turned_loads_optimized(target: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    fxquant.export_onnx(positions(target), POSITIONS, path, dynamic_batch=False)
+    assert runtime.session(path, optimize=True).get_outputs()
+
+
+def test_a_file_that_only_onnxruntime_s_optimizer_refuses_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.onnx.export.imply_zeros_of_tables", lambda graph: 0)
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ExportError, match=r"must load in onnxruntime .* export_onnx\(…, verify=False\) writes"):
+        fxquant.export_onnx(positions("onnxruntime"), POSITIONS, path, dynamic_batch=False)
+    assert not path.exists()
+
+
+def test_an_example_that_is_no_tuple_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"args must be a tuple of example inputs: got Tensor\. Write \(x,\)"):
+        fxquant.export_onnx(positions("onnxruntime"), POSITIONS[1], tmp_path / "model.onnx")  # type: ignore[arg-type]

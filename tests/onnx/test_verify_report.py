@@ -164,3 +164,10 @@ def test_plain_values(report: VerifyReport) -> None:
         value = getattr(report, name)
         assert fields[name] == (None if math.isnan(value) else value)
     assert (fields["lint"] is None) is (report.lint is None)
+
+
+def test_a_file_of_another_model_is_told_by_its_outputs() -> None:
+    """Its codes can all be right: each is compared from the file's own before it."""
+    said = "the outputs are far from the model's: was the file exported from it, as it is now?"
+    assert said not in str(HERE)
+    assert said in str(dataclasses.replace(HERE, max_output_difference=0.8))

@@ -114,3 +114,25 @@ def test_sites_that_saw_nothing_are_named():
     extremes = (alone.min().item(), alone.max().item())
     assert _ranges(model) == {"first.input": extremes, "second.input": before["second.input"]}
     assert all(q.resolved for _, q in quantizers(model) if q.stateful)
+
+
+def test_labels_beside_the_inputs_are_named():
+    model, x = fxquant.prepare(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),)), torch.randn(8, 4)
+    for method in ("max", "mse"):
+        with pytest.raises(InvalidArgument) as caught:
+            fxquant.calibrate(model, [(x, x)], method=method, progress=False)
+        assert str(caught.value) == (
+            "each batch of data must be what the model is called with: got 2 values, and Sequential.forward takes "
+            "(input) (too many positional arguments). Leave labels out: `((x,) for x, y in loader)`."
+        )
+    with pytest.raises(InvalidArgument, match=r"got the names input, labels, and Sequential\.forward takes \(input\)"):
+        fxquant.calibrate(model, [{"input": x, "labels": x}], progress=False)
+    fxquant.calibrate(model, [{"input": x}], progress=False)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(odd):
+    model, x = fxquant.prepare(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),)), torch.randn(8, 4)
+    x[3, 2] = odd
+    with pytest.warns(NotQuantizedWarning, match=r"0\.input\. Batch 0 of data holds values that are not finite"):
+        fxquant.calibrate(model, [x], progress=False)

@@ -14,7 +14,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.plan.plan import Plan
 from fxquant.prepared.root import plan_of
 from fxquant.spec.recipes import RECIPES
-from fxquant.spec.rules import Where
+from fxquant.spec.rules import Where, some
 
 W4 = QuantSpec(bits=4, narrow=True, axis=0, range=CurrentTensor())
 A16 = QuantSpec(bits=16, signed=False, symmetric=False)
@@ -152,6 +152,11 @@ def test_rules_of_a_recipe_come_after_those_of_the_call() -> None:
     [
         ([skip("haed")], r"rules must each match an operand: got none for Rule\(path='haed', spec=None\)\. .*: head\."),
         ([skip(module=nn.LSTM)], r"got none for Rule\(module=LSTM, spec=None\)\. Mark it optional=True"),
+        ([skip("xyzzy")], r"Modules with operators: stem, layer1, layer1\.\*, head\. Mark it optional=True"),
+        ([skip(kind="lin")], r"got none for Rule\(kind='lin', spec=None\)\. Kinds: linear\. Mark it"),
+        ([skip(kind="xyzzy")], r"Kinds: conv, matmul, linear\. Mark it"),
+        ([skip(operand="weights")], r"Operands: weight\. Mark it"),
+        (skip("head"), r"rules must be a list: got Rule\(path='head', spec=None\)\. Write rules=\[…\] around it"),
         ([skip("head"), skip("head")], None),
         ([skip("head"), skip("head", kind="linear")], r"got none for Rule\(path='head', kind='linear', spec=None\)"),
         (["head"], r"rules must be fxquant\.Rule objects: got 'head'\. Write fxquant\.skip\('path'\)"),
@@ -159,7 +164,7 @@ def test_rules_of_a_recipe_come_after_those_of_the_call() -> None:
         ([Rule(path="head", operand="input", spec=W4)], r"axis must be None: got 0"),
     ],
 )
-def test_errors(rules: list[Any], message: str | None) -> None:
+def test_errors(rules: Any, message: str | None) -> None:
     model = Net()
     if message is None:
         fxquant.prepare(model, (X,), rules=rules)
@@ -167,6 +172,12 @@ def test_errors(rules: list[Any], message: str | None) -> None:
     with pytest.raises(InvalidArgument, match=message):
         fxquant.prepare(model, (X,), rules=rules)
     assert plan_of(model) is None and not any("quantizers" in name for name, _ in model.named_modules())
+
+
+def test_many_names_are_shortened() -> None:
+    numbered = [f"blocks.{n}.attn" for n in range(12)]
+    assert some(["embed", *numbered, "head"]) == "embed, blocks.*.attn, head"
+    assert some(map(str, "abcdefghijklmn")) == "a, b, c, d, e, f, g, h, i, j, k, l and 2 more"
 
 
 def test_an_optional_rule_may_match_nothing() -> None:
@@ -179,6 +190,7 @@ def test_an_optional_rule_may_match_nothing() -> None:
         ({"spec": None}, "Rule must say what it matches"),
         ({"spec": W4, "path": "head"}, "Rule.operand must say what gets the spec"),
         ({"spec": "int4", "path": "head"}, "Rule.spec must be a QuantSpec, or None for float: got 'int4'"),
+        ({"spec": None, "path": nn.Conv2d}, r"Rule.path must be a str: got <class .*>. For a class write module=…"),
         ({"spec": None, "position": "middle"}, "Rule.position must be 'first' or 'last': got 'middle'"),
     ],
 )
