@@ -248,9 +248,9 @@ class VerifyReport:
 
     def _other_model_lines(self) -> list[str]:
         """Codes are compared from the file's own on: those of another model with the same sites can all be right."""
-        if not self.max_output_difference > self.output_spread / 2:
+        if not self.max_output_difference > self.output_spread > 0:
             return []
-        return ["the outputs are far from the model's: was the file exported from it, as it is now? Export it again"]
+        return ["the outputs are further from the model's than they vary: was the file exported from it, as it is now?"]
 
     def _saturation_lines(self) -> list[str]:
         exact = self.exact_output_difference

@@ -49,12 +49,18 @@ def imply_zeros_of_tables(graph: Any) -> int:
     import onnx_ir as ir
 
     found = [node for node in graph if _is_dequantize(node) and len(node.inputs) > 2]
-    found = [node for node in found if _is_int8_zero(node.inputs[2], ir)]
-    makers = [(node, node.inputs[0].producer()) for node in found]
-    done = [node for node, maker in makers if maker is not None and maker.op_type != "QuantizeLinear"]
+    done = [node for node in found if _is_int8_zero(node.inputs[2], ir) and _is_cut_out(node.inputs[0])]
     for node in done:
         node.resize_inputs(2)
     return len(done)
+
+
+def _is_cut_out(codes: Any) -> bool:
+    """Whether codes are a part of an initializer, chosen as the file runs."""
+    whole = codes
+    while whole.producer() is not None and whole.producer().op_type in {"Gather", "Slice", *_MOVES}:
+        whole = whole.producer().inputs[0]
+    return whole is not codes and whole.const_value is not None
 
 
 def own_zero_points(graph: Any) -> int:

@@ -123,7 +123,7 @@ def test_labels_beside_the_inputs_are_named():
             fxquant.calibrate(model, [(x, x)], method=method, progress=False)
         assert str(caught.value) == (
             "each batch of data must be what the model is called with: got 2 values, and Sequential.forward takes "
-            "(input) (too many positional arguments). Leave labels out: `((x,) for x, y in loader)`."
+            "(input): too many positional arguments. Leave labels out: `((x,) for x, y in loader)`."
         )
     with pytest.raises(InvalidArgument, match=r"got the names input, labels, and Sequential\.forward takes \(input\)"):
         fxquant.calibrate(model, [{"input": x, "labels": x}], progress=False)

@@ -231,7 +231,7 @@ def _packed(values: Any, bits: int, dim: int) -> Any:
     packed.realize()
     _loop_apart(packed.data.data, lambda: _merged(total.data.data))
     back = lowerings[aten.permute.default](packed, [order.index(d) for d in range(len(order))])
-    # What is kept for backward leaves the graph, and Inductor (2.11 to 2.15) cannot order the open strides of a view.
+    # What is kept for backward leaves the graph, and Inductor (2.13) cannot order the open strides of a view.
     is_open = any(not sympy.sympify(stride).is_number for stride in back.get_stride())
     return lowerings[aten.clone.default](back) if is_open else back
 
