@@ -200,8 +200,9 @@ def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[s
     except TypeError as error:
         given = f"the names {', '.join(kwargs)}" if kwargs else f"{len(args)} values"
         raise InvalidArgument(
-            f"each batch of data must be what the model is called with: got {given}, and {type(model).__name__}"
-            f".forward takes ({', '.join(signature.parameters)}): {error}. Leave labels out: `((x,) for x, y in loader)`."
+            f"each batch of data must be what the model is called with: got {given}, and "
+            f"{type(model).__name__}.forward takes ({', '.join(signature.parameters)}): {error}. "
+            "Leave labels out: `((x,) for x, y in loader)`."
         ) from error
     return args, kwargs
 
