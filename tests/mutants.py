@@ -50,6 +50,34 @@ FAULTS: list[tuple[str, str, Changes]] = [
         },
     ),
     (
+        "fxquant/onnx/zero_points.py",
+        "tests/onnx/test_zero_points.py",
+        {
+            "return whole is not codes and whole.const_value is not None": "return whole is not codes",
+            '.op_type in {"Gather", "Slice", *_MOVES}': ".op_type in _MOVES",
+        },
+    ),
+    (
+        "fxquant/report/explanation.py",
+        "tests/report/test_report.py",
+        {"return own in report.plans if report.plans else": "return True if report.plans else"},
+    ),
+    (
+        "fxquant/backend/inductor/lowerings.py",
+        "tests/backend/test_saved_activations.py::test_pictures_of_any_size_keep_the_same_gradients",
+        {"return lowerings[aten.clone.default](back) if is_open else back": "return back"},
+    ),
+    (
+        "fxquant/onnx/file_check.py",
+        "tests/onnx/test_export.py",
+        {"session(path, optimize=True, threads=1)": "session(path, optimize=False, threads=1)"},
+    ),
+    (
+        "fxquant/probe/calibrate.py",
+        "tests/probe/test_calibrate.py",
+        {"return not is_float or bool(value.isfinite().all())": "return True"},
+    ),
+    (
         "fxquant/passes/export/freeze.py",
         "tests/passes/export/test_freeze.py",
         {
@@ -67,7 +95,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
         "tests/capture/test_reexported.py",
         {
             "self.copies[node].name = str(node.target)": "pass",
-            "return SymIntArgument(value.name) if isinstance(fake": "return TensorArgument('') if not isinstance(fake",
+            "torch.SymInt: SymIntArgument": "torch.SymInt: TensorArgument",
             "        if name in self.state:": "        if name in ():",
         },
     ),
