@@ -44,9 +44,9 @@ def quantized_graph(
         with evaluating(model), scaled_tables(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, sizes)
     except Exception as error:
-        hint = "" if sizes is None else " With sizes left open it may be those: try dynamic_batch=False."
         raise ExportError(
-            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}{hint}"
+            f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}"
+            f"{_hint(model, sizes)}"
         ) from error
     profile, written = get_profile(plan.target), written_attributes(gm.graph)
     trained = run_all(training_passes(get_recipe("int8"), profile, stateless=False), gm)
@@ -66,6 +66,20 @@ def quantized_graph(
             stacklevel=3,
         )
     return gm, evaluated, frozen
+
+
+# An exported program is a module that has these itself, and then loses a layer of the name (torch 2.13).
+_TAKEN = ("meta",)
+
+
+def _hint(model: nn.Module, sizes: OpenSizes | None) -> str:
+    """What an export that failed may be due to."""
+    taken = [name for name, _ in model.named_children() if name in _TAKEN]
+    if taken:
+        return f" torch.export cannot hold a layer that is named {taken[0]!r}: give it another name."
+    if sizes is None:
+        return ""
+    return " With sizes left open it may be those: try dynamic_batch=False, or fewer of them in dynamic_shapes."
 
 
 def opened(

@@ -401,3 +401,11 @@ def test_a_file_that_only_onnxruntime_s_optimizer_refuses_is_an_error(
 def test_an_example_that_is_no_tuple_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"args must be a tuple of example inputs: got Tensor\. Write \(x,\)"):
         fxquant.export_onnx(positions("onnxruntime"), POSITIONS[1], tmp_path / "model.onnx")  # type: ignore[arg-type]
+
+
+def test_a_layer_that_torch_export_cannot_hold_is_named(tmp_path: Path) -> None:
+    model, x = nn.Sequential(), torch.ones(2, 4)
+    model.add_module("meta", nn.Linear(4, 3))
+    fxquant.calibrate(fxquant.prepare(model.eval(), (x,)), [x], progress=False)
+    with pytest.raises(ExportError, match=r"torch\.export cannot hold a layer that is named 'meta': give it another"):
+        fxquant.export_onnx(model, (x,), tmp_path / "model.onnx")
