@@ -5,8 +5,8 @@
 # CPU plugin takes KV_CACHE_PRECISION and DYNAMIC_QUANTIZATION_GROUP_SIZE from there. INFERENCE_PRECISION_HINT and
 # EXECUTION_MODE_HINT, which say whether a float32 model is computed in bfloat16 on a CPU that has it, have no effect
 # there, nor has PERFORMANCE_HINT: nothing is said, and the defaults hold. The same properties given to compile_model are
-# taken. So an exporter cannot make a file run in the precision that it was checked in; the
-# program that loads it has to ask. What an ONNX file has in metadata_props arrives under "framework", where nobody looks.
+# taken. So an exporter cannot make a file run in the precision that it was checked in; the program that loads it has to
+# ask. What an ONNX file has in metadata_props arrives under "framework", where nobody looks.
 #
 # Exits 0 while that is so, non-zero when it changes. Needs Python 3.11 to 3.13 and pip; installs into a folder of its own.
 set -euo pipefail

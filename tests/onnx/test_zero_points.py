@@ -94,3 +94,12 @@ def test_weights_have_zero_points_of_their_own() -> None:
     assert read == {"a": "z", "b": "z", "e": "z", "f": "z__1"}
     (copy,) = (onnx.numpy_helper.to_array(held) for held in after.graph.initializer if held.name == "z__1")
     assert copy.dtype == np.int8 and copy == 0
+
+
+def test_codes_that_are_cut_out_of_an_activation_s_keep_theirs() -> None:
+    """Kernels that read them as integers want it."""
+    held = f"{CONSTANTS}, int64[1] i = {{0}}, int64[1] j = {{2}}, int64[1] n = {{3}}"
+    body = "a = QuantizeLinear(x, s, z) b = Slice(a, i, j, n) d = DequantizeLinear(b, s, z) y = MatMul(d, w)"
+    model = onnx.parser.parse_model(f"{HEAD} <{held}> {{ {body} }}")
+    found = ir.serde.deserialize_model(model)
+    assert imply_zeros_of_tables(found.graph) == 0
