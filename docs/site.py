@@ -23,7 +23,7 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 MEASURED = ROOT / "bench" / "results" / "examples.jsonl"
-PACKAGES = ("transformers", "accelerate", "peft", "lightning", "timm", "torchvision", "ultralytics", "onnxruntime")
+NO_PACKAGES = {"example", "date", "cpu", "threads", "seconds", "printed"}  # what a row says besides versions
 FINDINGS = sorted((ROOT / "findings").glob("*.sh"))
 LINK = re.compile(r'(\]\(|src=")((?:\.\./)?[\w./-]+?)(?=[)#"])')
 
@@ -57,7 +57,7 @@ def measured(script: str) -> list[dict[str, Any]]:
 
 def shown(row: dict[str, Any]) -> str:
     """A command with what it printed, how long it took, and where."""
-    versions = [f"{name} {row[name]}" for name in ("torch", *PACKAGES) if name in row]
+    versions = [f"{name} {version}" for name, version in row.items() if name not in NO_PACKAGES]
     taken = f"{row['seconds']:.0f} s, compile included; {', '.join(versions)}; {row['cpu']}; {row['date']}"
     return f"```console\n$ python examples/{row['example']}\n{row['printed']}\n```\n\n{taken}"
 

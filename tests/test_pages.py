@@ -123,6 +123,8 @@ def test_getting_started_prints_what_it_shows(page: ModuleType, capsys: pytest.C
     calibrated, trained = map(float, re.findall(r"w4a8, \w+: (\S+)", printed[-2]))
     assert trained > calibrated
     assert "3 of 3 conv/gemm/matmul nodes run on integers (100.0 %)" in printed[-3]
+    (differing,) = re.findall(r"^(\d+) of 399360 codes differ", printed[-3], re.MULTILINE)
+    assert int(differing) <= 4, "one of 100,000, where a CPU sums in another order"
 
 
 def test_the_notebook_is_that_of_the_page() -> None:

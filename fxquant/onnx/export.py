@@ -29,7 +29,7 @@ from fxquant.onnx.typed import type_floats
 from fxquant.onnx.unpacked import unpack_recurrent_weights
 from fxquant.onnx.whole_products import keep_products_whole
 from fxquant.onnx.write import pack_int4, save, to_onnx
-from fxquant.onnx.zero_points import imply_zero_points, imply_zeros_of_tables, own_zero_points
+from fxquant.onnx.zero_points import imply_zero_points, move_codes_of_tables, own_zero_points
 from fxquant.passes.export.freeze import Frozen
 from fxquant.passes.export.pairs import elements_of
 from fxquant.passes.pipelines import export_passes
@@ -204,7 +204,7 @@ def _finish(
         clip_codes(model.graph)
         pool_floats(model.graph)
         means_by_axis(model.graph)
-    imply_zeros_of_tables(model.graph)
+    move_codes_of_tables(model.graph)
     if profile.implied_zero:
         imply_zero_points(model.graph)
     if profile.splits_weights:

@@ -8,6 +8,7 @@ from typing import Any
 # kernels of those want one.
 _READERS = frozenset({"Reshape", "Slice", "Transpose", "Squeeze", "Unsqueeze", "MatMul", "Gemm", "Mul"})
 _MOVES = frozenset({"Reshape", "Squeeze", "Unsqueeze"})
+_TABLE_MOVES = frozenset({"Transpose", "Slice", "Expand", "Flatten", *_MOVES})
 _MAKERS = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "ReduceMean", "Conv", "ConvTranspose"})
 
 
@@ -39,28 +40,51 @@ def imply_zero_points(graph: Any) -> int:
     return done + sum(_quantize_again(graph, node) for node in list(graph) if node.op_type == "Transpose")
 
 
-def imply_zeros_of_tables(graph: Any) -> int:
-    """``DQ(Gather(codes, i), s, int8 0)``  →  ``DQ(Gather(codes, i), s)``: rows of a table, and what is cut out of one.
+def move_codes_of_tables(graph: Any) -> int:
+    """``move(DQ(Gather(codes, i), s, z))``  →  ``DQ(move(Gather(codes, i)), s, z)``, for each move that follows.
 
-    The same codes, whose type is the table's. onnxruntime (1.31 and 1.32) moves a DequantizeLinear with a zero point
-    over a Transpose, and then refuses the file, as in `imply_zero_points`: T5's table of relative positions is
-    looked up and transposed. Nothing reads these codes as integers. Returns how many it changed.
+    The same numbers: rows of a table, or what is cut out of one, are turned, cut and reshaped as codes. Onnxruntime's
+    optimizer would put a pair of its own after a DequantizeLinear in front of a Reshape, Transpose, Slice or Unsqueeze,
+    and from 1.27 on refuse what it wrote (`imply_zero_points`); without the zero point it is 1.26 and older that take
+    those codes for uint8. T5's relative positions are such a table. Of codes with one scale; returns how many moves.
     """
     import onnx_ir as ir
 
-    found = [node for node in graph if _is_dequantize(node) and len(node.inputs) > 2]
-    done = [node for node in found if _is_int8_zero(node.inputs[2], ir) and _is_cut_out(node.inputs[0])]
-    for node in done:
-        node.resize_inputs(2)
-    return len(done)
+    done = 0
+    waiting = [node for node in graph if _is_of_a_table(node, ir)]
+    while waiting:
+        node = waiting.pop()
+        (value,) = node.outputs
+        moves = [user for user, place in value.uses() if user.op_type in _TABLE_MOVES and place == 0]
+        waiting += [_move_codes(graph, node, move, ir) for move in moves]
+        done += len(moves)
+        if moves and not value.uses() and not value.is_graph_output():
+            graph.remove(node, safe=True)
+    return done
 
 
-def _is_cut_out(codes: Any) -> bool:
-    """Whether codes are a part of an initializer, chosen as the file runs."""
-    whole = codes
-    while whole.producer() is not None and whole.producer().op_type in {"Gather", "Slice", *_MOVES}:
-        whole = whole.producer().inputs[0]
-    return whole is not codes and whole.const_value is not None
+def _is_of_a_table(node: Any, ir: Any) -> bool:
+    """Whether a node dequantizes a part of an initializer, int8 with one scale, that is chosen as the file runs."""
+    if not _is_dequantize(node) or len(node.inputs) < 3 or not _is_int8_zero(node.inputs[2], ir):
+        return False
+    codes, scale = node.inputs[0], node.inputs[1].const_value
+    while codes.producer() is not None and codes.producer().op_type in {"Gather", *_TABLE_MOVES}:
+        codes = codes.producer().inputs[0]
+    return codes is not node.inputs[0] and codes.const_value is not None and scale is not None and scale.size == 1
+
+
+def _move_codes(graph: Any, dequantize: Any, move: Any, ir: Any) -> Any:
+    """Puts a move in front of a DequantizeLinear; the new one, of what it moved, is returned."""
+    (old,) = move.outputs
+    codes = ir.node(move.op_type, [dequantize.inputs[0], *move.inputs[1:]], attributes=dict(move.attributes))
+    again = ir.node("DequantizeLinear", [codes.outputs[0], *dequantize.inputs[1:]])
+    codes.outputs[0].name, again.outputs[0].name, old.name = f"{old.name}__codes", old.name, f"{old.name}__float"
+    codes.outputs[0].type, again.outputs[0].type = ir.TensorType(ir.DataType.INT8), old.type
+    codes.outputs[0].shape = again.outputs[0].shape = old.shape
+    ir.convenience.replace_all_uses_with(old, again.outputs[0], replace_graph_outputs=True)
+    graph.insert_after(move, [codes, again])
+    graph.remove(move, safe=True)
+    return again
 
 
 def own_zero_points(graph: Any) -> int:

@@ -68,13 +68,11 @@ def quantized_graph(
     return gm, evaluated, frozen
 
 
-# An exported program is a module that has these itself, and then loses a layer of the name (torch 2.13).
-_TAKEN = ("meta",)
-
-
 def _hint(model: nn.Module, sizes: OpenSizes | None) -> str:
     """What an export that failed may be due to."""
-    taken = [name for name, _ in model.named_children() if name in _TAKEN]
+    # An exported program is a GraphModule, and loses layers that are named as what that has itself (torch 2.13).
+    own = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+    taken = [name for name, _ in model.named_children() if name in own]
     if taken:
         return f" torch.export cannot hold a layer that is named {taken[0]!r}: give it another name."
     if sizes is None:

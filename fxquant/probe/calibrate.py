@@ -66,7 +66,7 @@ def calibrate(
         if why is not None:
             raise InvalidArgument(f"method must be 'max' or 'moving_average' for {key}: got {method!r}, but {why}.")
     kept = [({name: value.detach().clone() for name, value in q.state.items()}, q.resolved) for _, q in ranged]
-    odd: list[int] = []
+    odd: dict[int, bool] = {}
     try:
         if method in _HISTOGRAMS:
             batches = _collect(plain, data, method, percentile, progress)
@@ -83,18 +83,29 @@ def calibrate(
     for _, q, (state, _) in unseen:
         _write(q, state)
     holding = sum(q.settle() for _, q, _ in unseen)
-    if unseen:
-        keep = f" {holding} of them keep the ranges that they had." if holding else ""
-        why = "The batches did not run them."
-        if odd:
-            why = f"Batch {odd[0]} of data holds values that are not finite, and no range does: leave them out."
-        named = ", ".join(key for key, _, _ in unseen[:5])
-        warnings.warn(
-            f"{len(unseen)} sites saw no data in calibration: {named}. {why}{keep}",
-            NotQuantizedWarning,
-            stacklevel=2,
-        )
+    if told := _not_seen([key for key, _, _ in unseen], holding, odd) if unseen else _lost(odd, batches):
+        warnings.warn(told, NotQuantizedWarning if unseen else UserWarning, stacklevel=2)
     return model
+
+
+def _not_seen(keys: list[str], holding: int, odd: Mapping[int, bool]) -> str:
+    """That sites have no range of these data, and why."""
+    keep = f" {holding} of them keep the ranges that they had." if holding else ""
+    why = "The batches did not run them."
+    if odd:
+        why = f"Batch {min(odd)} of data holds values that are not finite, and no range does: leave them out."
+    return f"{len(keys)} sites saw no data in calibration: {', '.join(keys[:5])}. {why}{keep}"
+
+
+def _lost(odd: Mapping[int, bool], batches: int) -> str:
+    """That some batches counted for less than all of it; empty where none did."""
+    lost = [number for number, is_lost in odd.items() if is_lost]
+    if not lost:
+        return ""
+    return (
+        f"{len(lost)} of {batches} batches of data hold NaN or +inf, the first of them batch {lost[0]}: tensors that "
+        "are not finite with it have their ranges from the other batches."
+    )
 
 
 def observe_weights(model: nn.Module, batch: Any) -> None:
@@ -117,9 +128,12 @@ def _observe(
     mode: Mode,
     progress: bool,
     chosen: list[Quantizer] | None = None,
-    odd: list[int] | None = None,
+    odd: dict[int, bool] | None = None,
 ) -> int:
-    """Runs the batches and returns how many; ``odd`` gets the numbers of those that are not finite."""
+    """Runs the batches and returns how many.
+
+    ``odd`` gets the numbers of those that are not finite, and whether by more than the −inf of masks.
+    """
     every = [q for _, q in quantizers(model)] if chosen is None else chosen
     for quantizer in every:
         _start(quantizer, mode)
@@ -129,8 +143,9 @@ def _observe(
             for batch in track(data, "calibrating", show=progress):
                 args, kwargs = arguments_for(model, batch)
                 step(*args, **kwargs)
-                if odd is not None and not all(map(_is_finite, torch.utils._pytree.tree_leaves((args, kwargs)))):
-                    odd.append(count)
+                given = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
+                if odd is not None and not all(bool(leaf.isfinite().all()) for leaf in given):
+                    odd[count] = not all(bool((leaf.isfinite() | leaf.isneginf()).all()) for leaf in given)
                 count += 1
     finally:
         for quantizer in every:
@@ -207,9 +222,8 @@ def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[s
     return args, kwargs
 
 
-def _is_finite(value: Any) -> bool:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return not is_float or bool(value.isfinite().all())
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.house import consumer
 from tests.house.sources import ROOT, package_modules
 
 FOLDERS = ("fxquant", "passes")
@@ -87,3 +88,9 @@ assert "passes/captured/hoist_views.py" in {
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-c", code, str(site)]
     subprocess.run(command, check=True, cwd=built, env=environment, timeout=300)
+
+
+def test_a_project_that_uses_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its types are held by `make types`, and to what is installed by .ci/package."""
+    consumer.main(tmp_path / "model.onnx", "fxquant_eager")
+    assert capsys.readouterr().out.startswith("loss ")

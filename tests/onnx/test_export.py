@@ -391,7 +391,7 @@ def test_a_table_that_is_turned_loads_optimized(target: str, tmp_path: Path) -> 
 def test_a_file_that_only_onnxruntime_s_optimizer_refuses_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxquant.onnx.export.imply_zeros_of_tables", lambda graph: 0)
+    monkeypatch.setattr("fxquant.onnx.export.move_codes_of_tables", lambda graph: 0)
     path = tmp_path / "model.onnx"
     with pytest.raises(ExportError, match=r"must load in onnxruntime .* export_onnx\(…, verify=False\) writes"):
         fxquant.export_onnx(positions("onnxruntime"), POSITIONS, path, dynamic_batch=False)
@@ -403,9 +403,10 @@ def test_an_example_that_is_no_tuple_is_named(tmp_path: Path) -> None:
         fxquant.export_onnx(positions("onnxruntime"), POSITIONS[1], tmp_path / "model.onnx")  # type: ignore[arg-type]
 
 
-def test_a_layer_that_torch_export_cannot_hold_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+def test_a_layer_that_torch_export_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
     model, x = nn.Sequential(), torch.ones(2, 4)
-    model.add_module("meta", nn.Linear(4, 3))
+    model.add_module(name, nn.Linear(4, 3))
     fxquant.calibrate(fxquant.prepare(model.eval(), (x,)), [x], progress=False)
-    with pytest.raises(ExportError, match=r"torch\.export cannot hold a layer that is named 'meta': give it another"):
+    with pytest.raises(ExportError, match=rf"torch\.export cannot hold a layer that is named '{name}': give it"):
         fxquant.export_onnx(model, (x,), tmp_path / "model.onnx")

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from fxquant.onnx.zero_points import imply_zero_points, imply_zeros_of_tables, own_zero_points
+from fxquant.onnx.zero_points import imply_zero_points, move_codes_of_tables, own_zero_points
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]> net (float[1,2,4,8] x, float[1,2,4,8] w) => (float[?,?,?,?] y)'
 CONSTANTS = "float s = {0.05}, float t = {0.04}, int8 z = {0}"
@@ -55,26 +55,63 @@ def test_keys_load_at_every_level(maker: str, added: int) -> None:
         np.testing.assert_allclose(run(after, level), expected, atol=1e-5)
 
 
-def test_a_table_that_is_transposed_loads_at_every_level() -> None:
+TABLE = f"int8[8,8] codes = {{{', '.join(str(number % 200 - 100) for number in range(64))}}}"
+ROW = f"{LEFT} g = Gather(codes, i) d = DequantizeLinear(g, t, z)"
+SHAPES = "int64[4] four = {1, 2, 4, 8}, int64[1] l = {0}, int64[1] h = {4}, int64[1] zero = {0}"
+
+
+def of_table(body: str, more: str = "", head: str = HEAD) -> onnx.ModelProto:
+    """A net that looks up eight rows of eight codes, by hand."""
+    head = head.replace("float[1,2,4,8] w", "float[1,2,4,8] w, int64[8] i")
+    return onnx.parser.parse_model(f"{head} <{CONSTANTS}, {TABLE}, {SHAPES}{more}> {{ {ROW} {body} }}")
+
+
+@pytest.mark.parametrize(
+    ("body", "moves"),
+    [
+        ("e = Transpose <perm = [1, 0]> (d) f = Slice(e, l, h) y = Add(b, f)", 2),
+        ("e = Transpose <perm = [1, 0]> (d) u = Unsqueeze(e, zero) f = Slice(u, l, h, one) y = Add(b, f)", 3),
+        ("f = Slice(d, l, h) y = Add(b, f)", 1),
+        ("e = Transpose <perm = [1, 0]> (d) m = MatMul(d, e) f = Slice(m, l, h) y = Add(b, f)", 1),
+        ("f = Slice(d, l, h) m = Add(b, f) y = Transpose <perm = [0, 1, 3, 2]> (m)", 1),
+    ],
+    ids=["turned", "turned and widened", "cut", "read twice", "turned after a sum"],
+)
+def test_a_table_that_is_moved_loads_at_every_level(body: str, moves: int) -> None:
     """T5's relative positions: looked up in codes, turned, and added to what attention has."""
-    table = ", ".join(str(number % 200 - 100) for number in range(64))
-    held = f"{CONSTANTS}, int8[8,8] codes = {{{table}}}"
-    body = f"""{LEFT} g = Gather(codes, i) d = DequantizeLinear(g, t, z) e = Transpose <perm = [1, 0]> (d)
-        f = Slice(e, l, h) y = Add(b, f)"""
-    bounds = ", int64[1] l = {0}, int64[1] h = {4}"
-    head = HEAD.replace("float[1,2,4,8] w", "float[1,2,4,8] w, int64[8] i")
-    model = onnx.parser.parse_model(f"{head} <{held}{bounds}> {{ {body} }}")
+    model = of_table(body, ", int64[1] one = {1}")
     found = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
-    assert imply_zeros_of_tables(found.graph) == 1 and imply_zeros_of_tables(found.graph) == 0
+    assert move_codes_of_tables(found.graph) == moves and move_codes_of_tables(found.graph) == 0
     after = ir.serde.serialize_model(found)
     onnx.checker.check_model(after, full_check=True)
-    assert [len(n.input) for n in after.graph.node if n.op_type == "DequantizeLinear"] == [3, 2], "the table's alone"
+    assert {len(n.input) for n in after.graph.node if n.op_type == "DequantizeLinear"} == {3}, "1.26 reads uint8 else"
     rows = np.array([3, 1, 7, 0, 2, 2, 5, 4])
     expected = run(model, LEVELS[0], i=rows)
     for level in LEVELS:
         np.testing.assert_allclose(run(after, level, i=rows), expected, atol=1e-5)
     with pytest.raises(Exception, match="output_dtype INT8 does not match"):  # why the pass is there
         run(model, LEVELS[3], i=rows)
+
+
+@pytest.mark.parametrize("kind", ["an activation's codes", "a scale for each row", "no move"])
+def test_other_tables_and_codes_stay(kind: str) -> None:
+    more = ", float[8] rows = {1, 2, 3, 4, 5, 6, 7, 8}, int8[8] zeros = {0, 0, 0, 0, 0, 0, 0, 0}"
+    body = {
+        "an activation's codes": "k = Slice(a, l, h) e = DequantizeLinear(k, s, z) f = Slice(e, l, h) y = Add(b, f)",
+        "a scale for each row": "n = DequantizeLinear <axis = 0> (g, rows, zeros) f = Slice(n, l, h) y = Add(b, f)",
+        "no move": "m = Add(d, d) f = Slice(m, l, h) y = Add(b, f)",
+    }[kind]
+    found = ir.serde.deserialize_model(of_table(body, more))
+    before = str(found.graph)
+    assert move_codes_of_tables(found.graph) == 0 and str(found.graph) == before
+
+
+def test_a_table_that_is_an_output_too_stays_one() -> None:
+    head = HEAD.replace("(float[?,?,?,?] y)", "(float[?,?,?,?] y, float[8,8] d)")
+    found = ir.serde.deserialize_model(of_table("f = Slice(d, l, h) y = Add(b, f)", head=head))
+    assert move_codes_of_tables(found.graph) == 1
+    assert [value.name for value in found.graph.outputs] == ["y", "d"]
+    onnx.checker.check_model(ir.serde.serialize_model(found), full_check=True)
 
 
 def test_weights_have_zero_points_of_their_own() -> None:
@@ -94,12 +131,3 @@ def test_weights_have_zero_points_of_their_own() -> None:
     assert read == {"a": "z", "b": "z", "e": "z", "f": "z__1"}
     (copy,) = (onnx.numpy_helper.to_array(held) for held in after.graph.initializer if held.name == "z__1")
     assert copy.dtype == np.int8 and copy == 0
-
-
-def test_codes_that_are_cut_out_of_an_activation_s_keep_theirs() -> None:
-    """Kernels that read them as integers want it."""
-    held = f"{CONSTANTS}, int64[1] i = {{0}}, int64[1] j = {{2}}, int64[1] n = {{3}}"
-    body = "a = QuantizeLinear(x, s, z) b = Slice(a, i, j, n) d = DequantizeLinear(b, s, z) y = MatMul(d, w)"
-    model = onnx.parser.parse_model(f"{HEAD} <{held}> {{ {body} }}")
-    found = ir.serde.deserialize_model(model)
-    assert imply_zeros_of_tables(found.graph) == 0

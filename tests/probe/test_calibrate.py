@@ -136,3 +136,17 @@ def test_values_that_are_not_finite_are_named(odd):
     x[3, 2] = odd
     with pytest.warns(NotQuantizedWarning, match=r"0\.input\. Batch 0 of data holds values that are not finite"):
         fxquant.calibrate(model, [x], progress=False)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_a_batch_that_is_not_finite_among_others_is_told(odd, recwarn):
+    """Its tensors keep the ranges of the others; −inf is what masks hold."""
+    model, good = fxquant.prepare(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),)), torch.randn(8, 4)
+    bad = good.clone()
+    bad[3, 2] = odd
+    fxquant.calibrate(model, [good, 2 * bad], progress=False)
+    told = [str(each.message) for each in recwarn if "batches of data" in str(each.message)]
+    assert len(told) == (odd != -float("inf"))
+    assert all(text.startswith("1 of 2 batches of data hold NaN or +inf, the first of them batch 1: ") for text in told)
+    (held,) = [q for key, q in quantizers(model) if key == "0.input"]
+    assert held.max_val.item() == good.max().item() and held.min_val.item() == good.min().item()

@@ -231,9 +231,10 @@ def _packed(values: Any, bits: int, dim: int) -> Any:
     packed.realize()
     _loop_apart(packed.data.data, lambda: _merged(total.data.data))
     back = lowerings[aten.permute.default](packed, [order.index(d) for d in range(len(order))])
+    if all(sympy.sympify(stride).is_number for stride in back.get_stride()):
+        return back
     # What is kept for backward leaves the graph, and Inductor (2.13) cannot order the open strides of a view.
-    is_open = any(not sympy.sympify(stride).is_number for stride in back.get_stride())
-    return lowerings[aten.clone.default](back) if is_open else back
+    return packed if order == sorted(order) else lowerings[aten.clone.default](back)
 
 
 def _is_tensor(value: Any) -> bool:
