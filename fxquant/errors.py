@@ -51,3 +51,11 @@ class InvariantViolated(FxquantError, AssertionError):
 
 class NotQuantizedWarning(UserWarning):
     """A part of a prepared model ran, or was exported, without its quantizers."""
+
+
+class RangeNotSetWarning(UserWarning):
+    """A model is evaluated with the range of each batch, since no data had set one."""
+
+
+class ExportWarning(UserWarning):
+    """A model trains, and cannot be exported as it is."""

@@ -19,7 +19,7 @@ from fxquant.errors import InvalidArgument
 from fxquant.graph.bodies import execution_order
 from fxquant.graph.meta import site_of
 from fxquant.passes.pipelines import joint_passes
-from fxquant.prepared.bound_forward import settle_after
+from fxquant.prepared.looks import settle_after, tell_of_unset
 from fxquant.spec.mode import Mode
 from fxquant.support.patches import in_buckets, quantizes_first
 
@@ -56,16 +56,18 @@ def fxquant(
     """
     require_compiler(example_inputs)
     quantized = quantize_graph(gm, example_inputs, options)
-    looks = _takes_first_ranges(quantized)
+    looks = _looks(quantized)
     compiler = functools.partial(compile_quantized, mode=mode, options=options)
     compiled = in_buckets(quantized, example_inputs, compiler)
-    return settle_after(compiled) if looks else compiled
+    return looks(compiled)
 
 
-def _takes_first_ranges(gm: fx.GraphModule) -> bool:
-    """Whether a delayed range may be unset at entry."""
-    sites = map(site_of, execution_order(gm))
-    return any(site is not None and site.mode is Mode.FIRST for site in sites)
+def _looks(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What is to be looked at after calls, where ranges may be unset at entry."""
+    modes = {site.mode for node in execution_order(gm) if (site := site_of(node)) is not None}
+    if Mode.FIRST in modes:
+        return settle_after
+    return tell_of_unset if Mode.RESOLVE in modes else lambda compiled: compiled
 
 
 @quantizes_first
@@ -83,11 +85,11 @@ def fxquant_eager(
     if mode is not None:
         raise InvalidArgument(f"mode must be left out with backend 'fxquant_eager': got {mode!r}.")
     quantized = quantize_graph(gm, example_inputs, options)
-    looks = _takes_first_ranges(quantized)
+    looks = _looks(quantized)
     passes = joint_passes(**Options.read(options).joint)
     compiler = functools.partial(aot_eager, runner=lambda graph: graph, passes=passes)
     if Options.read(options).reuse_weights:
         compiled = reused(quantized, example_inputs, compiler, compiler, "fxquant_eager")
     else:
         compiled = in_buckets(quantized, example_inputs, compiler)
-    return settle_after(compiled) if looks else compiled
+    return looks(compiled)

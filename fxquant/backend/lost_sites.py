@@ -11,12 +11,6 @@ from fxquant.graph.bodies import is_checkpoint
 from fxquant.plan.positions import bound_sites
 
 
-def is_cut(gm: fx.GraphModule) -> bool:
-    """Whether a graph of Dynamo's ends at a graph break: the rest of its frame is in others."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return bool(getattr(reason, "graph_break", False))
-
-
 def warn_of_lost(gm: fx.GraphModule, cut: bool) -> None:
     """Names the tensors that stay float: operators after a cut, and those that run in the place of planned ones."""
     found, missing = bound_sites(gm)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.backend.lost_sites import is_cut, warn_of_checkpointed, warn_of_lost
+from fxquant.backend.lost_sites import warn_of_checkpointed, warn_of_lost
 from fxquant.backend.options import Options
 from fxquant.backend.reports import report
+from fxquant.capture.cuts import cut_of
 from fxquant.capture.dynamo import autocast_of, capture
 from fxquant.errors import InvalidArgument, NotQuantizedWarning, UnsupportedModel
 from fxquant.graph.bodies import execution_order
@@ -45,7 +46,8 @@ def quantize_graph(
             "Give them to fxquant.prepare."
         )
     _tell_of_fused(captured)
-    warn_of_lost(captured, is_cut(gm))
+    cut = cut_of(gm)
+    warn_of_lost(captured, cut is not None)
     if prepared:
         warn_of_replaced(example_inputs)
         trained = autocast_of(gm) if torch.is_grad_enabled() else None
@@ -61,6 +63,8 @@ def quantize_graph(
         result = run_all(passes, captured)
         if not digests and not stateless:
             result.declines.append(left_alone(captured))
+    if cut is not None:
+        result.declines.append(_ends(captured, f"the graph ends at {cut}"))
     result.seconds = time.perf_counter() - started
     plans = tuple(root.plan.digest() for root in roots_of(example_inputs)) if prepared else ()
     report(captured, digests, result, plans)
@@ -114,6 +118,11 @@ def _is_trainable(value: Any) -> bool:
 
 
 _NO_SITES = "a part of a prepared model without sites, or code without parameters: it stays float"
+
+
+def _ends(gm: fx.GraphModule, reason: str) -> Decline:
+    last = [node.name for node in gm.graph.nodes if node.op == "call_function"]
+    return Decline(pass_name="fxquant", node=last[-1] if last else "graph", reason=reason)
 
 
 def left_alone(gm: fx.GraphModule, reason: str = _NO_SITES) -> Decline:

@@ -21,6 +21,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 
 from fxquant.capture.aside import compiled_aside
+from fxquant.capture.cuts import cut_of
 from fxquant.capture.sharded import refuse_sharded
 from fxquant.graph.bodies import execution_order
 from fxquant.graph.edit import copied, without_dead_nodes
@@ -217,14 +218,15 @@ def dynamo_graphs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Every graph that Dynamo makes of one call, retraced to ATen with checkpointed bodies inlined.
 
     The model really runs, op by op; see `untouched`. Errors of the model come through unchanged. A graph's
-    ``meta["parameters"]`` holds the ids of the parameters that it reads, ``meta["runs"]`` how often the call ran it.
+    ``meta["parameters"]`` holds the ids of the parameters that it reads, ``meta["runs"]`` how often the call ran it,
+    ``meta["cut"]`` why it ends before its frame does.
     """
     graphs: list[fx.GraphModule] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         found = capture(gm, example_inputs, inline_checkpoints=True)
         found.meta["parameters"] = {id(v) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
-        found.meta["runs"] = 0
+        found.meta["runs"], found.meta["cut"] = 0, cut_of(gm)
         graphs.append(found)
 
         def run(*inputs: Any) -> Any:

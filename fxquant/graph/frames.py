@@ -73,9 +73,14 @@ _FUNCTIONS = ("torch/nn/functional.py", "torch/functional.py", "torch/_tensor.py
 _LIBRARIES = (str(Path(inspect.getfile(torch)).parent), str(Path(__file__).parents[1]))
 
 
+def is_library(file: str) -> bool:
+    """Whether a source file is torch's or ours."""
+    return file.startswith(_LIBRARIES)
+
+
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the innermost code that made the node and is neither torch's nor ours; else empty."""
-    own = [line for line in _lines(node) if not line[0].startswith(_LIBRARIES)]
+    own = [line for line in _lines(node) if not is_library(line[0])]
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""
 
 
@@ -88,9 +93,9 @@ def own_line(node: fx.Node) -> str:
     lines = _lines(node)
     while lines and lines[-1][0].endswith(_FUNCTIONS):
         lines.pop()
-    if not lines or lines[-1][0].startswith(_LIBRARIES):
+    if not lines or is_library(lines[-1][0]):
         return ""
-    forwards = [line for line in lines if line[2] == "forward" and not line[0].startswith(_LIBRARIES)]
+    forwards = [line for line in lines if line[2] == "forward" and not is_library(line[0])]
     told = dict.fromkeys((*forwards[-1:], lines[-1]))
     return " ".join(f"{Path(file).name}:{number}" for file, number, _ in told)
 

@@ -23,7 +23,7 @@ from fxquant.onnx.compare import Case, compare_codes, compare_parts, largest_dif
 from fxquant.onnx.edges import Edges
 from fxquant.onnx.levels import LARGE, compare_levels, is_large
 from fxquant.onnx.lint import LintReport, lint_onnx
-from fxquant.onnx.verify_report import CodeRow, VerifyReport
+from fxquant.onnx.verify_report import CodeRow, LevelRow, VerifyReport
 from fxquant.onnx.write import save, to_onnx
 from fxquant.prepared.root import require_plan, unwrap
 from fxquant.prepared.unset import unset_as_deployed
@@ -71,7 +71,7 @@ def verify_onnx(
     model's run came by none of them), MissingDependency (onnx, onnxruntime, the target's runtime).
     """
     plan = require_plan(model, "verify_onnx")
-    target = get_target(plan.target if runtime is None else runtime)
+    target = get_target(plan.target) if runtime is None else get_target(runtime, "runtime")
     asked = configured(target, capability=capability, timeout=timeout)
     run = _runtime(target, asked, path, named=runtime is not None)
     keys = tuple(site.key for site in plan.sites)
@@ -85,7 +85,10 @@ def verify_onnx(
             rows = compare_levels(case, model_run, unoptimized)
             own, unread = _own_codes(run, case, model_run)
         step(f"running it for {target.name}")
-        measured = _in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)
+        try:
+            measured = _in_target(run, get_target(plan.target), case, trained, unoptimized, rounds)
+        except ExportError as error:
+            raise ExportError(f"{error}{_loading(rows)}") from error
     return VerifyReport(
         path=os.fspath(path),
         target=plan.target,
@@ -119,6 +122,14 @@ def _runtime(target: Target, found: Runtime | None, path: ModelPath, *, named: b
     if not Path(path).is_file():
         raise InvalidArgument(f"path must be an exported ONNX file: got {os.fspath(path)!r}, which does not exist.")
     return found
+
+
+def _loading(rows: tuple[LevelRow, ...]) -> str:
+    """At which levels onnxruntime loads a file that it refuses at others."""
+    if not any(row.error for row in rows):
+        return ""
+    loads = ", ".join(row.level for row in rows if not row.error) or "none"
+    return f" Of its graph optimization levels, onnxruntime loads the file at: {loads}."
 
 
 def _own_codes(runtime: Runtime | None, case: Case, model_run: Run) -> tuple[tuple[CodeRow, ...], str | None]:

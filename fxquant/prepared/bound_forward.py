@@ -196,23 +196,3 @@ def bound_forward(module: nn.Module) -> BoundForward | None:
 def bound_forwards(model: nn.Module) -> dict[str, BoundForward]:
     """Owner path → what brings its state into graphs."""
     return {path: bound for path, module, _ in owners(model) if (bound := bound_forward(module)) is not None}
-
-
-def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, and a look on the host after each call whether delayed ranges that it read are set now.
-
-    For graphs that take a tensor's own range where none is stored. The ranges that are set make Dynamo take another
-    graph at the next call, in which no quantizer waits for its tensor's extremes.
-    """
-
-    def run(*inputs: Any) -> Any:
-        outputs = compiled(*inputs)
-        given = {id(value) for value in inputs if isinstance(value, Tensor)}
-        for part in list(LIVE):
-            if isinstance(part, BoundForward):
-                for quantizer in part.quantizers():
-                    if not quantizer.resolved and id(quantizer.evidence) in given:
-                        quantizer.settle(but_for_zeros=True)
-        return outputs
-
-    return run

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.arguments import check_args
 from fxquant.capture.aside import evaluating
+from fxquant.capture.cuts import ONE_WAY, decision_of
 from fxquant.capture.exported import exported_graph
 from fxquant.capture.open_sizes import OpenSizes, open_as_asked, open_batch
 from fxquant.capture.scaled_tables import scaled_tables
@@ -44,6 +45,11 @@ def quantized_graph(
         with evaluating(model), scaled_tables(model), exporting(), torch.no_grad():
             gm = exported_graph(model, args, kwargs, sizes)
     except Exception as error:
+        if (place := decision_of(error)) is not None:
+            raise ExportError(
+                f"forward must not ask for the value of a tensor in Python: it does at {place}. A file does the same "
+                f"for all inputs. {ONE_WAY}"
+            ) from error
         raise ExportError(
             f"model must export with torch.export on the given inputs: got {type(error).__name__}: {error}"
             f"{_hint(model, sizes)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from fxquant.capture.aside import tracing_recurrent_layers, uncompiled, untouched
+from fxquant.capture.cuts import ONE_WAY
 from fxquant.capture.dynamo import dynamo_graphs
-from fxquant.errors import FxquantError, InvalidArgument, UnsupportedModel
+from fxquant.errors import ExportWarning, FxquantError, InvalidArgument, UnsupportedModel
 from fxquant.graph.kinds import kind_of
 from fxquant.passes.base import run_all
 from fxquant.passes.pipelines import normalizing_passes
@@ -59,6 +61,7 @@ def make_plan(
         for placed in found.placed:
             naming.add(placed, declined)
     declined += left_out(model, graphs)
+    _warn_of_decisions(graphs)
     _check_kinds(recipe, graphs, sites.values())
     book.check()
     if not sites and costs is not None:
@@ -114,6 +117,18 @@ def _blame(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fail
         f"model must run under torch.compile: got {type(failed).__name__}: {str(failed).rstrip('.')}. "
         'It runs without; try torch.compile(model, backend="eager").'
     ) from failed
+
+
+def _warn_of_decisions(graphs: list[fx.GraphModule]) -> None:
+    """Names the lines where Python goes one way or another by a tensor's value, which a file cannot."""
+    places = [cut.place for gm in graphs if (cut := gm.meta["cut"]) is not None and cut.decides]
+    if places:
+        warnings.warn(
+            f"forward decides by the value of a tensor at {', '.join(dict.fromkeys(places))}. It trains in "
+            f"several graphs; export_onnx and convert, which need one, will refuse it. {ONE_WAY}",
+            ExportWarning,
+            stacklevel=4,
+        )
 
 
 def _check_kinds(recipe: Recipe, graphs: list[fx.GraphModule], sites: Iterable[Site]) -> None:

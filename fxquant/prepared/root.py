@@ -32,6 +32,7 @@ class Root:
     FROZEN = f"{ATTRIBUTE}_frozen"
     copied_compiled: bool = False
     told_replaced: bool = False
+    told_unset: bool = False
     stage: str = ""  # of the schedule that drives the model, in words
     seen_stepped: bool = False  # an optimizer has stepped parameters of the module
     autocast: torch.dtype | None = None  # that a compiled training graph of the module ran under

@@ -15,11 +15,11 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def get_target(name: str) -> Target:
-    """The target of a name; InvalidArgument names the known ones."""
+def get_target(name: str, argument: str = "target") -> Target:
+    """The target of a name; InvalidArgument names the ``argument``, and the known ones."""
     if not isinstance(name, str) or name not in TARGETS:
         known = ", ".join(repr(known) for known in TARGETS)
-        raise InvalidArgument(f"target must be one of {known}: got {name!r}.")
+        raise InvalidArgument(f"{argument} must be one of {known}: got {name!r}.")
     return TARGETS[name]
 
 

@@ -106,6 +106,7 @@ SYMBOLS: Mapping[str, str] = {
     "torch.fx.experimental.proxy_tensor.make_fx": "(_, decomposition_table) (_, pre_dispatch)",
     "torch.fx.experimental.proxy_tensor.track_tensor_tree": "(_, _, constant, tracer)",
     "torch.fx._symbolic_trace._Patcher.patch_method": "function",
+    "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode": "class",
     "torch.fx.experimental.symbolic_shapes.statically_known_true": "(_)",
     "torch.nn.modules.batchnorm._BatchNorm": "class",
     "torch.ops._c10d_functional": "module",

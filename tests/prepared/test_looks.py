@@ -1,0 +1,73 @@
+"""What is said of ranges that no data has set, when a model is evaluated with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import RangeNotSetWarning
+from tests.nets import Mlp, prepared, step
+
+EAGER = "fxquant_eager"
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+def evaluate(model: nn.Module, backend: str = EAGER) -> list[str]:
+    """What two batches say."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), backend=backend)
+    with warnings.catch_warnings(record=True) as told, torch.no_grad():
+        warnings.simplefilter("always")
+        compiled(X), compiled(-X)
+    return [str(each.message) for each in told if each.category is RangeNotSetWarning]
+
+
+@pytest.mark.parametrize("backend", [EAGER, "fxquant"])
+def test_the_first_batch_tells_which_sites_have_seen_no_data(backend: str) -> None:
+    model = prepared(Mlp(), X)
+    (told,) = evaluate(model, backend)
+    keys = [key for key, q in fxquant.prepared.quantizer.quantizers(model) if q.site.role != "weight"]
+    assert told == (
+        f"{len(keys)} activation ranges are set by no data yet: {', '.join(keys)}. They are quantized with the range "
+        "of each batch, which no file has. Call fxquant.calibrate(model, data) first, or train."
+    )
+    assert evaluate(model, backend) == [], "once for a model"
+
+
+def calibrated(model: nn.Module) -> None:
+    fxquant.calibrate(model, [(X,)])
+
+
+def trained(model: nn.Module) -> None:
+    step(torch.compile(model, backend=EAGER), X)
+
+
+@pytest.mark.parametrize("make_ready", [calibrated, trained], ids=lambda each: each.__name__)
+def test_nothing_is_said_where_data_was_seen(make_ready: Callable[[nn.Module], None]) -> None:
+    model = prepared(Mlp(), X)
+    make_ready(model)
+    assert evaluate(model) == []
+
+
+def test_frozen_ranges_that_are_unset_are_told_of_in_training_too() -> None:
+    model = prepared(Mlp(), X)
+    fxquant.freeze_ranges(model)
+    with pytest.warns(RangeNotSetWarning, match=r"^\d activation ranges are set by no data yet"):
+        step(torch.compile(model, backend=EAGER), X)
+
+
+def test_one_site_that_lacks_data_is_named_alone() -> None:
+    model = prepared(Mlp(), X)
+    calibrated(model)
+    (key, quantizer), *_ = [(k, q) for k, q in fxquant.prepared.quantizer.quantizers(model) if q.site.role != "weight"]
+    with torch.no_grad():
+        for name, value in quantizer.range.initial_state(quantizer.spec, 1).items():
+            getattr(quantizer, name).copy_(value)
+    quantizer.settle()
+    (told,) = evaluate(model)
+    assert told.startswith(f"1 activation ranges are set by no data yet: {key}. ")
