@@ -14,6 +14,10 @@ LINK := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fxquant/venv-$(shell pwd -P | cks
 PY := $(LINK)/bin/python
 endif
 
+# pip compiles with one processor, half of its time.
+INSTALL = "$(PY)" -m pip install --quiet --disable-pip-version-check --no-compile -c .venv/constraints.txt
+COMPILE = "$(PY)" -m compileall -qq -j 0 .venv/lib || true
+
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-examples demo test examples docs lint types bench gpu runtimes clean
 
@@ -25,7 +29,8 @@ venv: ## Make .venv, or bring it up to date
 	@sh -c "$$MAKE_VENV"
 
 venv-examples: venv ## Add to .venv what examples/ need: transformers, accelerate, peft, Lightning
-	@"$(PY)" -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[examples]"
+	@$(INSTALL) -e ".[examples]"
+	@$(COMPILE)
 
 demo: venv ## Train, export and verify a small quantized model; writes build/demo
 	@"$(PY)" -m fxquant demo $(ARGS)
@@ -37,7 +42,7 @@ examples: venv-examples ## Run all examples, and hold them to what docs/stacks.m
 	@"$(PY)" -m pytest tests/test_examples.py $(ARGS)
 
 docs: venv ## Build the site of docs/ into build/site; what it warns of is an error
-	@"$(PY)" -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[docs]"
+	@$(INSTALL) -e ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 "$(PY)" -m mkdocs build --quiet --strict
 	@echo "The site is build/site; python3 -m http.server -d build/site 8000 serves it on port 8000"
 
@@ -123,9 +128,10 @@ rm -f .venv/stamp
 if [ -n "$(LINK)" ]; then mkdir -p "$$(dirname "$(LINK)")"; ln -sfn "$$(pwd -P)/.venv" "$(LINK)"; fi
 { grep -v '^torch==' constraints.txt; echo "torch==$(TORCH)"; } > .venv/constraints.txt
 say "Installing torch $(TORCH) (the large one: a minute or more)"
-"$(PY)" -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt "torch==$(TORCH)"
+$(INSTALL) "torch==$(TORCH)"
 say "Installing fxquant and its tools"
-"$(PY)" -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[dev]"
+$(INSTALL) -e ".[dev]"
+$(COMPILE)
 printf '%s\n' "$$wanted" > .venv/stamp
 rm -f .venv/installing
 say ".venv is ready"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,10 +35,10 @@ class Checkpointed(nn.Module):
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "mlp": (lambda: Mlp(16), (4, 6, 16), 2),
-    "convnet": (lambda: ConvNet(8), (2, 3, 8, 8), 3),
-    "attention": (lambda: Attention(16), (2, 5, 16), 3),
-    "checkpointed": (Checkpointed, (4, 16), 3),
+    "mlp": (lambda: Mlp(16), (64, 6, 16), 2),
+    "convnet": (lambda: ConvNet(8), (64, 3, 8, 8), 3),
+    "attention": (lambda: Attention(16), (64, 5, 16), 3),
+    "checkpointed": (Checkpointed, (64, 16), 3),
 }
 
 
@@ -48,14 +48,25 @@ def made(make: Callable[[], nn.Module], shape: tuple[int, ...], **keywords: Any)
     return fxquant.prepare(model, (x,), **keywords), x
 
 
+class Ran(NamedTuple):
+    """The result, the gradients, how many products are of codes, what is kept for backward."""
+
+    out: Tensor
+    grads: dict[str, Tensor]
+    integer: int
+    kept: int
+
+
 @functools.cache
-def run(net: str, backend: str, integers: bool, recipe: str = "int8") -> tuple[Tensor, dict[str, Tensor], int]:
-    """A training step of its own compile: the result, the gradients, how many products are of codes."""
+def run(net: str, backend: str, integers: bool, recipe: str = "int8") -> Ran:
+    """A training step of its own compile."""
     torch._dynamo.reset()
     model, x = made(*NETS[net][:2], recipe=recipe)
     with torch._inductor.config.patch(force_disable_caches=True):
-        out = step(torch.compile(model, backend=backend, options={"integer_matmul": integers}), x)
-    return out, grads(model), compile_reports()[-1].integer
+        compiled = torch.compile(model, backend=backend, options={"integer_matmul": integers})
+        out = step(compiled, x)
+    gradients, integer = grads(model), compile_reports()[-1].integer
+    return Ran(out, gradients, integer, kept_bytes(model, compiled, x))
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4) -> None:
@@ -66,20 +77,18 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: flo
 
 @pytest.mark.parametrize("net", ["mlp", "convnet", "attention"])
 def test_compiled_eager_and_float(net: str) -> None:
-    eager, eager_grads, of_eager = run(net, "fxquant_eager", True)
-    compiled, compiled_grads, of_compiled = run(net, "fxquant", True)
-    floating, float_grads, of_floating = run(net, "fxquant", False)
-    assert (of_eager, of_compiled, of_floating) == (NETS[net][2], NETS[net][2], 0)
+    eager, compiled, floating = run(net, "fxquant_eager", True), run(net, "fxquant", True), run(net, "fxquant", False)
+    assert (eager.integer, compiled.integer, floating.integer) == (NETS[net][2], NETS[net][2], 0)
     # What lies between products (softmax, batch statistics) is summed in another order.
-    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
-    assert_near(compiled_grads, eager_grads)
-    torch.testing.assert_close(compiled, floating, rtol=1e-5, atol=1e-5)
-    assert_near(compiled_grads, float_grads)
+    torch.testing.assert_close(compiled.out, eager.out, rtol=1e-5, atol=1e-6)
+    assert_near(compiled.grads, eager.grads)
+    torch.testing.assert_close(compiled.out, floating.out, rtol=1e-5, atol=1e-5)
+    assert_near(compiled.grads, floating.grads)
 
 
 def test_an_exact_chain_has_the_same_bits_compiled() -> None:
     """Linear, ReLU, linear: nothing but exact sums and single roundings."""
-    assert torch.equal(run("mlp", "fxquant_eager", True)[0], run("mlp", "fxquant", True)[0])
+    assert torch.equal(run("mlp", "fxquant_eager", True).out, run("mlp", "fxquant", True).out)
 
 
 def test_gradients_are_those_of_the_same_values() -> None:
@@ -175,40 +184,30 @@ def test_bfloat16_gradients_are_as_near_to_float64_as_those_of_float_products() 
 
 
 def test_four_bit_weights() -> None:
-    found, _, integers = run("mlp", "fxquant", True, recipe="w4a8")
-    expected, _, none = run("mlp", "fxquant", False, recipe="w4a8")
-    assert (integers, none) == (NETS["mlp"][2], 0)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found, expected = (run("mlp", "fxquant", integers, recipe="w4a8") for integers in (True, False))
+    assert (found.integer, expected.integer) == (NETS["mlp"][2], 0)
+    torch.testing.assert_close(found.out, expected.out, rtol=1e-5, atol=1e-5)
 
 
-def saved_bytes(make: Callable[[], nn.Module], shape: tuple[int, ...], integers: bool) -> int:
-    torch._dynamo.reset()
-    model, x = made(make, shape)
-    return kept_bytes(model, torch.compile(model, backend="fxquant", options={"integer_matmul": integers}), x)
-
-
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("net", NETS)
 def test_no_more_is_saved_for_backward(net: str) -> None:
-    make, shape, _ = NETS[net]
     # In a region the scales of weights are: what computes their codes is not recomputed.
-    scales = 4 * sum(p.shape[0] for p in make().parameters() if p.dim() > 1) if net == "checkpointed" else 0
-    assert saved_bytes(make, (64, *shape[1:]), True) <= saved_bytes(make, (64, *shape[1:]), False) + scales
+    scales = 4 * sum(p.shape[0] for p in NETS[net][0]().parameters() if p.dim() > 1) if net == "checkpointed" else 0
+    assert run(net, "fxquant", True).kept <= run(net, "fxquant", False).kept + scales
 
 
 def test_a_checkpointed_region() -> None:
-    found, found_grads, integers = run("checkpointed", "fxquant", True)
-    assert integers == 3
-    expected, expected_grads, _ = run("checkpointed", "fxquant", False)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert_near(found_grads, expected_grads)
+    found, expected = (run("checkpointed", "fxquant", integers) for integers in (True, False))
+    assert (found.integer, expected.integer) == (3, 0)
+    torch.testing.assert_close(found.out, expected.out, rtol=1e-5, atol=1e-5)
+    assert_near(found.grads, expected.grads)
 
 
 def test_training_takes_the_same_course() -> None:
     curves = []
     for integers in (True, False):
         torch._dynamo.reset()
-        model, x = made(*NETS["mlp"][:2])
+        model, x = made(NETS["mlp"][0], (4, 6, 16))
         target = torch.sin(x.sum(-1, keepdim=True)).expand_as(x)
         compiled = torch.compile(model, backend="fxquant", options={"integer_matmul": integers})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
