@@ -20,6 +20,7 @@ def parser(prog: str = "python -m fxquant demo") -> Parser:
     """The command line, with the name that it was called by."""
     from fxquant.shell.demo.job import RECIPES
     from fxquant.shell.demo.nets import NETS
+    from fxquant.shell.demo.panels import processors
 
     about = "Two small nets on real digits: float training, PTQ, QAT, ONNX, and the proof that they agree."
     result = Parser(prog=prog, description=about)
@@ -28,33 +29,25 @@ def parser(prog: str = "python -m fxquant demo") -> Parser:
     add("--seed", type=int, default=0, help="same seed, same numbers (0)")
     add("--nets", nargs="+", choices=nets, default=nets, help="which nets (all)")
     add("--recipes", nargs="+", default=[*RECIPES], help=f"recipes ({' '.join(RECIPES)})")
+    add("--jobs", type=int, default=processors(), metavar="N", help="nets at a time, a process each (all processors)")
     add("--quick", action="store_true", help="a handful of steps: shows that it runs, no more")
     return result
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, quantize, prove and write, in the order that the options name."""
-    from fxquant.shell.demo import data, plot, results
+    from fxquant.shell.demo import plot, results
     from fxquant.shell.demo.console import Console
     from fxquant.shell.demo.extras import require_all
-    from fxquant.shell.demo.job import Budget, quantize, train_float
+    from fxquant.shell.demo.panels import panels
 
     require_all()
     console, out = Console(), options.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)  # it describes the files that are now replaced one by one
-    digits = data.load(options.seed)
-    budget = Budget.quick() if options.quick else Budget.full()
-    panels = []
-    for net in dict.fromkeys(options.nets):
-        trained = train_float(net, digits, budget.floats[net], seed=options.seed, console=console)
-        runs = [
-            quantize(trained, recipe, digits, budget.qat, seed=options.seed, out=out, console=console)
-            for recipe in dict.fromkeys(options.recipes)
-        ]
-        panels.append(plot.Panel(trained=trained, runs=runs))
-    plot.draw(panels, out / "curves.png")
-    rows = [run.result for panel in panels for run in panel.runs]
+    done = panels(options, console)
+    plot.draw(done, out / "curves.png")
+    rows = [run.result for panel in done for run in panel.runs]
     results.write(rows, out / "results.json")
     console.table(rows)
     pairs = (f"{row.net}-{row.recipe}.{kind}" for row in rows for kind in ("onnx", "html"))

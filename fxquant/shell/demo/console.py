@@ -20,12 +20,12 @@ COLUMNS = (
 class Console:
     """Lines, bars and the final table on ``stream``.
 
-    Bars move only where ``stream`` is a terminal and rich is installed; elsewhere a stage prints a line at
-    every quarter, so that a log stays readable.
+    Bars move only where ``stream`` is a terminal and rich is installed; elsewhere, and without ``bars``, a stage prints
+    a line at every quarter, so that a log, or what several processes print, stays readable.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stdout
+    def __init__(self, stream: TextIO | None = None, *, bars: bool = True) -> None:
+        self.stream, self.bars = stream or sys.stdout, bars
         self.rich: Any = None
         try:
             from rich.console import Console as RichConsole
@@ -45,7 +45,7 @@ class Console:
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[float], None]]:
         """A progress bar of ``total`` steps; call what it yields with each step's loss."""
-        if self.rich is not None and self.rich.is_terminal:
+        if self.bars and self.rich is not None and self.rich.is_terminal:
             with self._moving_bar(title, total) as advance:
                 yield advance
         else:

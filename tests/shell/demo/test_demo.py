@@ -17,6 +17,7 @@ import fxquant.shell.demo
 from fxquant.errors import InvalidArgument, MissingDependency
 from fxquant.shell.demo import job
 from fxquant.shell.demo.nets import NETS, ResidualBlock
+from fxquant.shell.demo.panels import processors
 from fxquant.shell.demo.results import write
 from tests.shell.demo.made import SCHEMA, Reader, few_digits, result
 
@@ -26,7 +27,8 @@ from tests.shell.demo.made import SCHEMA, Reader, few_digits, result
 def test_what_is_run_unless_told_otherwise() -> None:
     options = fxquant.shell.demo.parser().parse_args([])
     assert vars(options) == {
-        "out": Path("build/demo"), "seed": 0, "nets": ["cnn", "vit"], "recipes": ["int8", "w4a8"], "quick": False,
+        "out": Path("build/demo"), "seed": 0, "nets": ["cnn", "vit"], "recipes": ["int8", "w4a8"],
+        "jobs": processors(), "quick": False,
     }  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def test_each_net_and_recipe_runs_once_in_the_order_given(
     )
     for net in ("cnn", "vit"):
         monkeypatch.setitem(NETS, net, Reader)
-    arguments = ["--nets", "vit", "cnn", "vit", "--recipes", "w4a8", "w4a8"]
+    arguments = ["--nets", "vit", "cnn", "vit", "--recipes", "w4a8", "w4a8", "--jobs", "1"]
     assert fxquant.shell.demo.main(["--quick", "--out", str(tmp_path), *arguments]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [(row["net"], row["recipe"]) for row in rows] == [("vit", "w4a8"), ("cnn", "w4a8")]
