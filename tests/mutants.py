@@ -56,6 +56,7 @@ FAULTS: list[tuple[str, str, Changes]] = [
             'quantizer.site.role != "weight" and not quantizer.is_set()': "not quantizer.is_set()",
             "if root is None or root.told_unset:": "if root is None:",
             "            looked = True\n": "            looked = True\n            return outputs\n",
+            "[inputs[place] for place in places]": "inputs",
         },
     ),
     (

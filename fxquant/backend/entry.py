@@ -64,10 +64,12 @@ def fxquant(
 
 def _looks(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What is to be looked at after calls, where ranges may be unset at entry."""
-    modes = {site.mode for node in execution_order(gm) if (site := site_of(node)) is not None}
-    if Mode.FIRST in modes:
+    sites = [site for node in execution_order(gm) if (site := site_of(node)) is not None]
+    if any(site.mode is Mode.FIRST for site in sites):
         return settle_after
-    return tell_of_unset if Mode.RESOLVE in modes else lambda compiled: compiled
+    state = {node for site in sites if site.mode is Mode.RESOLVE for node in site.state}
+    places = [place for place, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in state]
+    return functools.partial(tell_of_unset, places=places) if places else lambda compiled: compiled
 
 
 @quantizes_first

@@ -31,10 +31,11 @@ def settle_after(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def tell_of_unset(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def tell_of_unset(compiled: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
     """``compiled``, and after its first call a look whether it evaluated with ranges that no data has set.
 
-    It took those of the tensors at hand, which no file has: a warning says so, once for each model.
+    It took those of the tensors at hand, which no file has: a warning says so, once for each model. ``places`` are
+    where its inputs hold ranges that it quantizes with: sites of training alone may stay unset.
     """
     looked = False
 
@@ -43,7 +44,8 @@ def tell_of_unset(compiled: Callable[..., Any]) -> Callable[..., Any]:
         outputs = compiled(*inputs)
         if not looked:
             looked = True
-            for root in {root for root, quantizer in _unresolved(inputs) if _lacks_data(quantizer)}:
+            given = [inputs[place] for place in places]
+            for root in {root for root, quantizer in _unresolved(given) if _lacks_data(quantizer)}:
                 _warn(root)
         return outputs
 

@@ -61,6 +61,25 @@ def test_frozen_ranges_that_are_unset_are_told_of_in_training_too() -> None:
         step(torch.compile(model, backend=EAGER), X)
 
 
+class Trained(nn.Module):
+    """A product that training alone runs, of the module that evaluation runs too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.linear(x, self.one)
+        return x + nn.functional.linear(x.relu(), self.other) if self.training else x
+
+
+def test_what_training_alone_runs_may_stay_unset() -> None:
+    model = prepared(Trained(), X)
+    fxquant.calibrate(model.eval(), [(X,)])
+    assert [q.is_set() for _, q in fxquant.prepared.quantizer.quantizers(model) if q.site.role != "weight"] == [1, 0]
+    assert evaluate(model) == []
+
+
 def test_one_site_that_lacks_data_is_named_alone() -> None:
     model = prepared(Mlp(), X)
     calibrated(model)
