@@ -208,6 +208,6 @@ def test_pictures_of_any_size_keep_the_same_gradients(cold: None) -> None:
     for save in (True, False):  # not eager, whose sums in another order move a code here and there
         torch._dynamo.reset()
         own = copy.deepcopy(model)
-        run = torch.compile(own, backend="fxquant", options={"save_quantized": save}, dynamic=True)
+        run = torch.compile(own, backend="fxquant", options={"save_quantized": save})
         found.append([gradient for x in pictures for gradient in two_steps(own, run, x)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -267,7 +267,7 @@ def test_a_runtime_that_was_asked_for_by_name_must_be_there(
         fxquant.verify_onnx(model, (X,), path, runtime="wonder")
     with pytest.raises(InvalidArgument, match=r"runtime must be one that runs here: got 'generic'"):
         fxquant.verify_onnx(model, (X,), path, runtime="generic")
-    with pytest.raises(InvalidArgument, match=r"target must be one of .*: got 'abacus'"):
+    with pytest.raises(InvalidArgument, match=r"runtime must be one of .*: got 'abacus'"):
         fxquant.verify_onnx(model, (X,), path, runtime="abacus")
 
 
