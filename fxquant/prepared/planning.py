@@ -124,8 +124,9 @@ def _warn_of_decisions(graphs: list[fx.GraphModule]) -> None:
     places = [cut.place for gm in graphs if (cut := gm.meta["cut"]) is not None and cut.decides]
     if places:
         warnings.warn(
-            f"forward decides by the value of a tensor at {', '.join(dict.fromkeys(places))}. It trains in "
-            f"several graphs; export_onnx and convert, which need one, will refuse it. {ONE_WAY}",
+            f"forward decides by the value of a tensor at {', '.join(dict.fromkeys(places))}. It trains in several "
+            "graphs; where it decides so in evaluation too, export_onnx and convert, which need one, refuse it. "
+            f"{ONE_WAY}",
             ExportWarning,
             stacklevel=4,
         )

@@ -30,6 +30,15 @@ class Deciding(Net):
         return self.second(x)
 
 
+class Skipping(Net):
+    """Layers are left out at random, in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or torch.rand(()) > 0.5:
+            x = self.first(x)
+        return self.second(x)
+
+
 class Measuring(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -71,8 +80,8 @@ def test_a_decision_is_told_of_before_training_and_in_one_sentence_at_export(tmp
     way = "Write decisions with torch.where, which takes both ways, or torch.cond"
     assert len(told) == 1
     assert told[0].startswith(
-        f"forward decides by the value of a tensor at {place}. It trains in several graphs; export_onnx and convert, "
-        f"which need one, will refuse it. {way}"
+        f"forward decides by the value of a tensor at {place}. It trains in several graphs; where it "
+        f"decides so in evaluation too, export_onnx and convert, which need one, refuse it. {way}"
     )
     with pytest.raises(ExportError) as caught:
         fxquant.export_onnx(model, (torch.randn(4, 8),), tmp_path / "net.onnx")
@@ -104,6 +113,14 @@ def test_explain_says_where_graphs_end_and_a_print_keeps_nobody_from_a_file(tmp_
     assert len(ends) == 1 and f"the graph ends at {place}: " in ends[0]
     fxquant.export_onnx(model, (torch.randn(4, 8),), tmp_path / "net.onnx")
     assert (tmp_path / "net.onnx").exists()
+
+
+def test_a_decision_of_training_alone_keeps_nobody_from_a_file(tmp_path: Path) -> None:
+    model, told = prepared(Skipping())
+    assert len(told) == 1 and "where it decides so in evaluation too" in told[0]
+    fxquant.calibrate(model.eval(), [(torch.randn(4, 8),)])
+    fxquant.export_onnx(model, (torch.randn(4, 8),), tmp_path / "net.onnx")
+    assert fxquant.verify_onnx(model, (torch.randn(4, 8),), tmp_path / "net.onnx", rounds=0).compared_codes > 0
 
 
 def test_nothing_is_said_of_one_graph() -> None:
