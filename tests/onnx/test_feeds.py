@@ -42,9 +42,10 @@ def file(tmp_path_factory: Any) -> tuple[nn.Module, Path]:
         ((IDS, WEIGHTS > 0), "input 'weights' of {path} must be float32: got bool."),
         ((IDS[:, :2], WEIGHTS[:, :2]), "input 'ids' of {path} must have shape ({batch}, 3): got (2, 2). Give"),
         ((IDS, WEIGHTS[0]), "input 'weights' of {path} must have shape ({batch}, 3, 1): got (3, 1)."),
+        ((IDS, WEIGHTS[..., 0]), "input 'weights' of {path} must have shape ({batch}, 3, 1): got (2, 3)."),
         ((IDS,), "args and kwargs must hold the file's 2 inputs (ids, weights): got 1 tensors."),
     ],
-    ids=["another integer", "truth values", "a shorter row", "a dimension less", "one too few"],
+    ids=["another integer", "truth values", "a shorter row", "no batch", "a dimension less", "one too few"],
 )
 def test_what_a_file_does_not_take(file: tuple[nn.Module, Path], args: tuple[Any, ...], message: str) -> None:
     model, path = file

@@ -76,7 +76,25 @@ class Trained(nn.Module):
 def test_what_training_alone_runs_may_stay_unset() -> None:
     model = prepared(Trained(), X)
     fxquant.calibrate(model.eval(), [(X,)])
-    assert [q.is_set() for _, q in fxquant.prepared.quantizer.quantizers(model) if q.site.role != "weight"] == [1, 0]
+    run, left = [q for _, q in fxquant.prepared.quantizer.quantizers(model) if q.site.role != "weight"]
+    assert run.is_set() and not left.is_set()
+    run.resolved = False  # as after training: the graph looks whether it is set
+    assert evaluate(model) == []
+
+
+def test_weights_have_their_range_in_themselves() -> None:
+    weight = fxquant.QuantSpec(bits=8, narrow=True, axis=0, range=fxquant.Learned(method="lsq"))
+    model = prepared(Mlp(), X, recipe=fxquant.Recipe(name="learned weights", weight=weight))
+    (told,) = evaluate(model)
+    assert "weight" not in told and told.startswith("2 activation ranges")
+    calibrated(model)
+    for _, quantizer in fxquant.prepared.quantizer.quantizers(model):
+        if quantizer.site.role == "weight":
+            with torch.no_grad():
+                for name, value in quantizer.range.initial_state(quantizer.spec, 8).items():
+                    getattr(quantizer, name).copy_(value)
+            quantizer.settle()
+    fxquant.prepared.root.unwrap(model)._fxquant_root.told_unset = False
     assert evaluate(model) == []
 
 
