@@ -14,7 +14,7 @@ LINK := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fxquant/venv-$(shell pwd -P | cks
 PY := $(LINK)/bin/python
 endif
 
-# pip compiles with one processor, half of its time.
+# pip compiles on one processor, half of its time; files of packages for other Pythons do not compile, and need not.
 INSTALL = "$(PY)" -m pip install --quiet --disable-pip-version-check --no-compile -c .venv/constraints.txt
 COMPILE = "$(PY)" -m compileall -qq -j 0 .venv/lib || true
 

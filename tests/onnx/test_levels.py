@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant.errors import ExportError
 from fxquant.onnx import levels as module
 from fxquant.onnx.verify_report import LevelRow, VerifyReport
 from fxquant.targets.session import levels
@@ -44,7 +45,8 @@ def hooked(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
 
     class Session:
         def __init__(self, source: Any, options: Any, **keywords: Any) -> None:
-            self.level = str(options.graph_optimization_level).rpartition("_")[2].lower()
+            name = str(options.graph_optimization_level).lower()
+            self.level = "disable" if "disable" in name else name.rpartition("_")[2]
             hook(self.level, [])
             self.inner = real(source, options, **keywords)
 
@@ -66,6 +68,21 @@ def test_all_levels_hold(exported: tuple[nn.Module, torch.Tensor, Path]) -> None
         assert row.outputs_within_code == 1.0
     assert f"codes are training's in onnxruntime at the levels {', '.join(levels())}" in str(report)
     assert report.to_dict()["levels"][0] == {**vars(report.levels[0]), "holds": True}
+
+
+def test_a_file_that_no_optimized_level_loads_names_those_that_do(
+    exported: tuple[nn.Module, torch.Tensor, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(level: str, values: list[Any]) -> list[Any]:
+        if level != "disable" and not values:
+            raise RuntimeError("an optimizer's error")
+        return values
+
+    hooked(monkeypatch, refuse)
+    with pytest.raises(ExportError) as caught:
+        verified(exported)
+    assert "an optimizer's error" in str(caught.value)
+    assert str(caught.value).endswith(" Of its graph optimization levels, onnxruntime loads the file at: disable.")
 
 
 def test_a_level_with_other_codes_is_named(
