@@ -55,7 +55,7 @@ TINY = Sizes(
     tokens=16,
     ops=("per tensor divide", "int8 codes"),
     checked=("transformer",),
-    jobs=1,
+    jobs=2,
 )
 # Of the nets whose gradients are held to eager ones: all layers, little to compute.
 CHECKED = Sizes(stages=(1, 1), channels=16, images=8, side=64, layers=1, width=128, heads=4, batch=4, tokens=64)
