@@ -58,4 +58,4 @@ class RangeNotSetWarning(UserWarning):
 
 
 class ExportWarning(UserWarning):
-    """A model trains, and cannot be exported as it is."""
+    """A model trains, and may not export as it is."""

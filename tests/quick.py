@@ -149,7 +149,7 @@ def tighten(self: ValueRanges[Any], other: ValueRanges[Any]) -> ValueRanges[Any]
 def kernels_are_written_fast() -> Iterator[None]:
     """Each operation of a kernel is mapped over as a tree of one value, and bounded by what bounds it already.
 
-    A loop's indices are simplified once for each place that reads them. A seventh of a large kernel's time.
+    A loop's indices are simplified once for each place that reads them. A ninth of a large kernel's Python.
     """
     trees = SimpleNamespace(**{**vars(_pytree), "tree_map": tree_map})
     with (

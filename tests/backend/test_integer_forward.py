@@ -35,10 +35,10 @@ class Checkpointed(nn.Module):
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "mlp": (lambda: Mlp(16), (64, 6, 16), 2),
-    "convnet": (lambda: ConvNet(8), (64, 3, 8, 8), 3),
-    "attention": (lambda: Attention(16), (64, 5, 16), 3),
-    "checkpointed": (Checkpointed, (64, 16), 3),
+    "mlp": (lambda: Mlp(16), (4, 6, 16), 2),
+    "convnet": (lambda: ConvNet(8), (2, 3, 8, 8), 3),
+    "attention": (lambda: Attention(16), (2, 5, 16), 3),
+    "checkpointed": (Checkpointed, (4, 16), 3),
 }
 
 
@@ -207,7 +207,7 @@ def test_training_takes_the_same_course() -> None:
     curves = []
     for integers in (True, False):
         torch._dynamo.reset()
-        model, x = made(NETS["mlp"][0], (4, 6, 16))
+        model, x = made(*NETS["mlp"][:2])
         target = torch.sin(x.sum(-1, keepdim=True)).expand_as(x)
         compiled = torch.compile(model, backend="fxquant", options={"integer_matmul": integers})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)

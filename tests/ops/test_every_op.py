@@ -192,13 +192,9 @@ def compiled_in(family: list[Case]) -> list[tuple[Case, torch.dtype]]:
     return pairs
 
 
-# Random numbers are a hundred instructions at each place that reads them: `test_stochastic.py` compiles the first, and
-# "blocks, a rest, stochastic" draws them in blocks.
-COMPILED_ELSEWHERE = ("stochastic", "mx int8, stochastic")
 COMPILED: dict[tuple[str, torch.dtype], list[Case]] = {}
 for each_family, those in BY_FAMILY.items():
-    fusing = [case for case in those if case.fuses and case.name not in COMPILED_ELSEWHERE]
-    for one_case, each_dtype in compiled_in(fusing):
+    for one_case, each_dtype in compiled_in([case for case in those if case.fuses]):
         COMPILED.setdefault((each_family, each_dtype), []).append(one_case)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import torch
 
@@ -34,17 +34,24 @@ def panels(options: argparse.Namespace, console: Console) -> list[Panel]:
     if jobs < 2:
         return [panel(net, options, console) for net in nets]
     console.stage(", ".join(nets), f"side by side, {jobs} at a time")
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads, others = max(1, torch.get_num_threads() // jobs), set(active_children())
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         waiting = [pool.submit(panel, net, options) for net in nets]
         try:
-            return [each.result() for each in waiting]
-        except BrokenProcessPool as error:
-            raise InvalidArgument(
-                f"jobs must be as many as fit in memory: got {jobs}, and one was ended from outside. Give --jobs 1."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+            for done in as_completed(waiting):
+                done.result()
+        except BaseException as error:  # an interrupt too: nobody waits minutes for a net that is not written
+            for each in waiting:
+                each.cancel()
+            for process in set(active_children()) - others:
+                process.terminate()
+                process.join()
+            if isinstance(error, BrokenProcessPool):
+                raise InvalidArgument(
+                    f"jobs must be as many as fit in memory: got {jobs}, and one was ended from outside. Give --jobs 1."
+                ) from error
+            raise
+    return [each.result() for each in waiting]
 
 
 def panel(net: str, options: argparse.Namespace, console: Console | None = None) -> Panel:

@@ -16,7 +16,7 @@ import fxquant.report
 import fxquant.shell.demo
 from fxquant.errors import InvalidArgument, MissingDependency
 from fxquant.shell.demo import job
-from fxquant.shell.demo.nets import NETS, ResidualBlock
+from fxquant.shell.demo.nets import NETS
 from fxquant.shell.demo.panels import processors
 from fxquant.shell.demo.results import write
 from tests.shell.demo.made import SCHEMA, Reader, few_digits, result
@@ -145,22 +145,8 @@ def test_a_run_cut_short_leaves_no_results(
     assert "fxquant demo:" in capsys.readouterr().err
 
 
-class Short(nn.Module):
-    """One block of the demo's network, of four: a fifth of what there is to compile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.block, self.head = ResidualBlock(8, 16, stride=2), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.block(torch.relu(self.norm(self.conv(x))))
-        return self.head(torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
 @pytest.mark.slow
-def test_quick_end_to_end(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(NETS, "cnn", Short)
+def test_quick_end_to_end(tmp_path: Path) -> None:
     arguments = ["--quick", "--out", str(tmp_path), "--nets", "cnn", "--recipes", "int8"]
     assert fxquant.shell.demo.main(arguments) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())
